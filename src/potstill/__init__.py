@@ -1,0 +1,41 @@
+"""Turn a large language model into a small one.
+
+Public names are imported when they are first used: ``import potstill`` alone brings neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from potstill.models import load_model as load_model
+    from potstill.students import keep_layers as keep_layers
+    from potstill.teachers import LocalTeacher as LocalTeacher
+    from potstill.training import DistillationConfig as DistillationConfig
+    from potstill.training import DistillationTrainer as DistillationTrainer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DistillationConfig": "potstill.training",
+    "DistillationTrainer": "potstill.training",
+    "LocalTeacher": "potstill.teachers",
+    "alignment": "potstill.alignment",
+    "keep_layers": "potstill.students",
+    "load_model": "potstill.models",
+    "losses": "potstill.losses",
+}
+
+__all__ = ["DistillationConfig", "DistillationTrainer", "LocalTeacher", "alignment", "keep_layers", "load_model", "losses"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'potstill' has no attribute {name!r}")
+    module = importlib.import_module(_HOME[name])
+    return module if _HOME[name] == f"potstill.{name}" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

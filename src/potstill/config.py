@@ -1,0 +1,112 @@
+"""What each command can be told: the docstring of a field is its help on the command line, and its name its key in YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DemoRecipe:
+    """See it work: a real teacher, a student cut from it, distillation, evaluation and a report, on two CPU cores."""
+
+    output_dir: str = "runs/demo"
+    """Folder of the run. The same command goes on with an interrupted one."""
+    seconds: float = 180
+    """Seconds of training."""
+
+
+@dataclass(frozen=True)
+class StudentRecipe:
+    """Cut a student from a teacher: some of its layers, and everything else of it."""
+
+    teacher: str
+    """Hub id, model folder, GGUF file, or demo."""
+    output_dir: str
+    """Folder for the student, which must not hold anything yet."""
+    keep_layers: str = "half"
+    """How many layers to keep, evenly spaced with both ends (8), which ones (0,1,5,9), or half."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Read it first."""
+
+
+@dataclass(frozen=True)
+class DistillRecipe:
+    """Teach a student, evaluate it before and after, and write a report."""
+
+    teacher: str
+    """Hub id, model folder, GGUF file, or demo."""
+    student: str
+    """The same, for the model to be trained. It is not changed: the trained one goes to OUTPUT_DIR/student."""
+    data: str
+    """Conversations with the teacher's answers: a .jsonl file, or anything the datasets library opens."""
+    output_dir: str
+    """Folder of the run. The same command goes on with an interrupted one."""
+    method: str = "logits"
+    """logits: the teacher's whole distribution (same tokenizer). text: cross-entropy on the teacher's text (any tokenizers)."""
+    eval_data: str | None = None
+    """Held-out conversations. Without it, a part of the data is held out."""
+    eval_fraction: float = 0.1
+    """The part that is held out where there is no eval-data."""
+    max_steps: int | None = None
+    """Optimizer steps. Without it and without seconds, three times through the data."""
+    seconds: float | None = None
+    """A budget of training time instead: a few steps are timed at learning rate 0, then the number that fits is run."""
+    learning_rate: float = 1e-4
+    """Peak learning rate; it rises over the first twentieth of the steps and falls to 0 along a cosine."""
+    batch_size: int = 8
+    """Conversations in a micro-batch on each device."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches in an optimizer step."""
+    max_length: int = 1024
+    """Tokens at which a conversation is cut; cut ones are counted and reported."""
+    divergence: str = "forward_kl"
+    """forward_kl, reverse_kl, jensen_shannon, skew_forward_kl, skew_reverse_kl or total_variation."""
+    temperature: float = 1.0
+    """Divides the logits of both models before they are compared."""
+    hard_label_weight: float = 0.0
+    """Share of cross-entropy on the text itself, mixed into the divergence, between 0 and 1."""
+    chat_template: str | None = None
+    """For tokenizers without one: plain, or the path of a Jinja template."""
+    precision: str = "bf16"
+    """bf16, fp16 or fp32: of the teacher and of matrix products. The student's weights stay in float32."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    seed: int = 0
+    """Of the data's order, the held-out part and the samples."""
+    trust_remote_code: bool = False
+    """Run code that comes with the models. Read it first."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Anything else that DistillationConfig or transformers.TrainingArguments takes, by name (best in YAML)."""
+
+
+@dataclass(frozen=True)
+class EvaluateRecipe:
+    """Measure a student against its teacher on held-out conversations."""
+
+    student: str
+    """Hub id, model folder, GGUF file, or demo."""
+    teacher: str
+    """The same, for the teacher."""
+    data: str
+    """Held-out conversations: a .jsonl file, or anything the datasets library opens."""
+    max_length: int = 1024
+    """Tokens at which a conversation is cut."""
+    chat_template: str | None = None
+    """For tokenizers without one: plain, or the path of a Jinja template."""
+    precision: str = "bf16"
+    """bf16, fp16 or fp32."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    trust_remote_code: bool = False
+    """Run code that comes with the models. Read it first."""
+
+
+@dataclass(frozen=True)
+class ReportRecipe:
+    """Write the report of a run again."""
+
+    run_dir: str
+    """Folder of the run."""

@@ -1,0 +1,23 @@
+"""From files to token batches."""
+
+from potstill.data.batches import IGNORED as IGNORED
+from potstill.data.batches import BatchLayout as BatchLayout
+from potstill.data.batches import TokenCounts as TokenCounts
+from potstill.data.batches import encode_conversation as encode_conversation
+from potstill.data.batches import tokenize_conversations as tokenize_conversations
+from potstill.data.chat_templates import PLAIN_CHAT_TEMPLATE as PLAIN_CHAT_TEMPLATE
+from potstill.data.conversations import read_conversations as read_conversations
+from potstill.data.conversations import read_prompts as read_prompts
+from potstill.data.conversations import without_answer as without_answer
+
+__all__ = [
+    "IGNORED",
+    "PLAIN_CHAT_TEMPLATE",
+    "BatchLayout",
+    "TokenCounts",
+    "encode_conversation",
+    "read_conversations",
+    "read_prompts",
+    "tokenize_conversations",
+    "without_answer",
+]

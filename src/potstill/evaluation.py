@@ -1,0 +1,122 @@
+"""Was the student helped, and is that more than chance?
+
+N supervised tokens, V vocabulary. On held-out conversations, for each model: KL from the teacher and negative log-likelihood in
+nats a token, bits per byte (which can be compared across tokenizers), and how often its first choice is the teacher's. Sums are
+kept a conversation apart, because tokens of one conversation are not independent: intervals are bootstrapped over conversations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from potstill.data import BatchLayout
+from potstill.heads import hidden_states, output_head, supervised
+from potstill.losses import Head, forward_kl
+from potstill.teachers import LogitsTarget, Teacher
+
+MEASURES = ("kl_nats_per_token", "nll_nats_per_token", "bits_per_byte", "top1_agreement")
+CHUNK_TOKENS = 256
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """One model on one data set, a number a supervised token, in the data's order; conversation numbers beside them."""
+
+    nll: Tensor
+    """−log p of the token that the text has, nats ``[N]``."""
+    kl: Tensor | None
+    """KL(teacher ‖ model), nats ``[N]``; None without a teacher of the same vocabulary."""
+    agrees: Tensor | None
+    """Whether the model's likeliest token is the teacher's ``[N]``."""
+    conversation: Tensor
+    """Which conversation each token is of ``[N]``."""
+    answer_bytes: Tensor
+    """UTF-8 bytes of text to learn, one number a conversation."""
+
+
+@torch.no_grad()
+def score_tokens(
+    model: Any, dataset: Any, *, pad_token_id: int, teacher: Teacher | None = None, rows: int | None = None, batch_size: int = 8
+) -> TokenScores:
+    """Score every supervised token of tokenized conversations (`potstill.data.tokenize_conversations`).
+
+    ``rows`` cuts the model's vocabulary to what it shares with ``teacher``. Never holds more than 256 tokens' logits.
+    """
+    head = output_head(model, rows=rows)
+    layout = BatchLayout(pad_token_id, packed=False)
+    parts: list[tuple[Tensor, ...]] = []
+    for start in tqdm(range(0, len(dataset), batch_size), desc="  scoring", unit="batch", delay=3, leave=False):
+        batch = layout([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        hidden, labels = supervised(hidden_states(model, inputs), batch["labels"])
+        target = None if teacher is None else teacher.targets(batch)
+        conversation = start + (batch["labels"][:, 1:] != -100).nonzero()[:, 0]
+        parts.append((*_score_rows(hidden, head, labels, target), conversation))
+    nll, kl, agrees, conversation = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    known = teacher is not None
+    return TokenScores(nll, kl if known else None, agrees if known else None, conversation, torch.tensor(dataset["answer_bytes"]))
+
+
+def summarize(scores: TokenScores, *, seed: int = 0) -> dict[str, Any]:
+    """The means of `MEASURES`, with 95 % percentile intervals from 2 000 resamplings of the conversations.
+
+    A measure that needs a teacher is None without one. ``tokens`` and ``bytes`` say over how much the means were taken.
+    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
+    """
+    count = len(scores.answer_bytes)
+
+    def per_conversation(values: Tensor) -> Any:
+        return torch.zeros(count, dtype=torch.float64).index_add_(0, scores.conversation, values.double()).numpy()
+
+    tokens, n_bytes = per_conversation(torch.ones_like(scores.nll)), scores.answer_bytes.double().numpy()
+    nll = per_conversation(scores.nll)
+    ratios: dict[str, tuple[Any, Any] | None] = {
+        "kl_nats_per_token": None if scores.kl is None else (per_conversation(scores.kl), tokens),
+        "nll_nats_per_token": (nll, tokens),
+        "bits_per_byte": (nll / math.log(2), n_bytes),
+        "top1_agreement": None if scores.agrees is None else (per_conversation(scores.agrees), tokens),
+    }
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    summary: dict[str, Any] = {name: None if pair is None else _ratio(*pair) for name, pair in ratios.items()}
+    summary |= {"tokens": int(tokens.sum()), "bytes": int(n_bytes.sum())}
+    summary["ci95"] = {name: None if pair is None else _interval(*pair, drawn) for name, pair in ratios.items()}
+    return summary
+
+
+def gap_closed(teacher: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> float | None:
+    """(before − after) / (before − teacher) in nats a token: 1 is as good as the teacher. None if there was no gap."""
+    name = "nll_nats_per_token"
+    gap = before[name] - teacher[name]
+    return float((before[name] - after[name]) / gap) if gap > 0 else None
+
+
+def _score_rows(hidden: Tensor, head: Head, labels: Tensor, target: LogitsTarget | None) -> tuple[Tensor, Tensor, Tensor]:
+    """NLL, KL and agreement of N tokens, ``[N]`` each, a chunk of logits at a time."""
+    nll, kl, agrees = (torch.zeros(len(labels), device=hidden.device) for _ in range(3))
+    for start in range(0, len(labels), CHUNK_TOKENS):
+        rows = slice(start, start + CHUNK_TOKENS)
+        logits = head.project(hidden[rows], hidden.dtype)
+        nll[rows] = torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none")
+        if target is not None:
+            teacher_logits = target.head.project(target.hidden[rows], target.hidden.dtype)
+            kl[rows] = forward_kl(teacher_logits, logits)
+            agrees[rows] = (teacher_logits.argmax(-1) == logits.argmax(-1)).float()
+    return nll, kl, agrees
+
+
+def _ratio(numerator: Any, denominator: Any) -> float:
+    return float(numerator.sum() / denominator.sum())
+
+
+def _interval(numerator: Any, denominator: Any, drawn: Any) -> list[float]:
+    resampled = (drawn @ numerator) / (drawn @ denominator)
+    return [float(bound) for bound in np.percentile(resampled, [2.5, 97.5])]

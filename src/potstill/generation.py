@@ -1,0 +1,98 @@
+"""The teacher's text: batches of sampled answers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from potstill.data.chat_templates import render
+from potstill.run_folder import write_whole
+
+
+def generate_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[dict[str, Any]]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+    seed: int = 0,
+    batch_size: int = 32,
+    first_batch: int = 0,
+) -> Iterator[list[dict[str, Any]]]:
+    """Answer conversations that end with a user's turn, a batch at a time, in order.
+
+    Each answer is ``{"content": …, "cut_off": bool}``; cut off is one that the token limit stopped. ``temperature`` 0 takes the
+    likeliest token. A batch is seeded by its number, so ``first_batch`` goes on where an earlier call stopped, with the same
+    result. Raises: ChatTemplateError.
+    """
+    for number in range(first_batch, -(-len(prompts) // batch_size)):
+        texts = [render(tokenizer, prompt, for_answer=True) for prompt in prompts[number * batch_size :][:batch_size]]
+        encoded = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left")
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+        # The seed is the batch's own business: the caller's random state is left as it was.
+        with torch.random.fork_rng(), torch.inference_mode():
+            torch.manual_seed(seed + number)
+            tokens = model.generate(
+                **encoded.to(model.device), **sampling, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
+            )
+        ends = _end_tokens(model, tokenizer)
+        yield [_answer(row, tokenizer, ends) for row in tokens[:, encoded["input_ids"].shape[1] :].tolist()]
+
+
+def answer_into(
+    file: Path, model: Any, tokenizer: Any, prompts: Sequence[list[dict[str, Any]]], *, batch_size: int = 32, **sampling: Any
+) -> None:
+    """Write `generate_answers` into a JSON Lines file of conversations, and go on with one that was begun.
+
+    A batch is written at once and a torn one made again, so an interrupted call followed by another equals one call.
+    """
+    kept = _whole_rows(file)
+    kept = kept[: len(kept) // batch_size * batch_size]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, "".join(kept))
+    first = len(kept) // batch_size
+    batches = generate_answers(model, tokenizer, prompts, batch_size=batch_size, first_batch=first, **sampling)
+    with tqdm(total=len(prompts), initial=len(kept), unit="answer", desc="  answering") as progress, file.open("a") as out:
+        for answers in batches:
+            asked = prompts[progress.n : progress.n + len(answers)]
+            out.write("".join(_row(prompt, answer) for prompt, answer in zip(asked, answers, strict=True)))
+            out.flush()
+            progress.update(len(answers))
+
+
+def count_rows(file: Path) -> int:
+    """Whole rows of a file that `answer_into` wrote; 0 if it is not there."""
+    return len(_whole_rows(file))
+
+
+def _whole_rows(file: Path) -> list[str]:
+    """The lines of ``file`` up to the first that was not written to its end."""
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    return list(itertools.takewhile(lambda line: line.endswith("}\n"), lines))
+
+
+def _row(prompt: list[dict[str, Any]], answer: dict[str, Any]) -> str:
+    row = {"messages": [*prompt, {"role": "assistant", "content": answer["content"]}]}
+    return json.dumps({**row, "cut_off": answer["cut_off"]}, ensure_ascii=False) + "\n"
+
+
+def _answer(tokens: list[int], tokenizer: Any, ends: set[int]) -> dict[str, Any]:
+    length = next((i for i, token in enumerate(tokens) if token in ends), None)
+    content = tokenizer.decode(tokens[:length], skip_special_tokens=True).strip()
+    return {"content": content, "cut_off": length is None}
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    configured = model.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}

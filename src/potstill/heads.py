@@ -1,0 +1,88 @@
+"""A forward pass that stops before the head.
+
+B batch, T time, H hidden, V vocabulary, N supervised tokens. A loss over a large vocabulary wants hidden states and the head
+apart, so that only supervised positions are projected, chunk by chunk (losses/fused.py). Rather than know where each of a
+hundred architectures keeps its decoder, we call the model as usual and listen at the door of its head: that goes through every
+wrapper (DDP, FSDP, PEFT, torch.compile) and works for whatever has output embeddings.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from potstill.errors import ModelError
+from potstill.losses import Head
+
+
+def hidden_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """What the head of ``model`` would project, ``[B, T, H]``; the head itself is given one position only."""
+    caught: list[Tensor] = []
+
+    def listen(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        caught.append(arguments[0])
+        return (arguments[0][:, :1], *arguments[1:])
+
+    handle = _head_module(model).register_forward_pre_hook(listen)
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+def output_head(model: nn.Module, *, rows: int | None = None) -> Head:
+    """The head of ``model`` as the losses take it, cut to its first ``rows``: weight, bias, logit scale and softcap."""
+    module = _head_module(model)
+    config = unwrapped(model).config.get_text_config()
+    return Head(
+        weight=_effective_weight(module),
+        bias=getattr(module, "bias", None),
+        scale=_logit_scale(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        rows=rows,
+    )
+
+
+def supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The N positions that have a next token to learn, and those tokens: ``[B, T, H]``, ``[B, T]`` → ``[N, H]``, ``[N]``.
+
+    ``labels`` stand in their own places, −100 where nothing is to be learned (Hugging Face's convention); the first of a
+    conversation never is.
+    """
+    chosen = labels[:, 1:] != -100
+    return hidden[:, :-1][chosen], labels[:, 1:][chosen]
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The model inside DDP, FSDP and torch.compile; a PEFT model is its own, for it changes what the model computes."""
+    while True:
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _head_module(model: nn.Module) -> nn.Module:
+    module = unwrapped(model).get_output_embeddings()
+    if module is None:
+        raise ModelError(f"{type(unwrapped(model)).__name__} has no output embeddings; a causal language model is needed")
+    return module  # type: ignore[no-any-return]
+
+
+def _effective_weight(module: nn.Module) -> Tensor:
+    """The weight that the module multiplies by, LoRA on the head included (its gradient then flows to A and B alone)."""
+    base: Tensor = module.weight  # type: ignore[assignment]
+    adapters = getattr(module, "active_adapters", None)
+    if not adapters or getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
+        return base
+    return base + torch.stack([module.get_delta_weight(name) for name in adapters]).sum(0)  # type: ignore[operator]
+
+
+def _logit_scale(config: Any) -> float:
+    """Cohere multiplies logits by ``logit_scale``; Granite divides them by ``logits_scaling``."""
+    scale = getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
+    return float(scale if scale is not None else 1.0) / float(divisor if divisor is not None else 1.0)

@@ -1,0 +1,27 @@
+"""The losses, each one number a supervised token, in nats."""
+
+from potstill.losses.divergences import DIVERGENCES as DIVERGENCES
+from potstill.losses.divergences import forward_kl as forward_kl
+from potstill.losses.divergences import jensen_shannon as jensen_shannon
+from potstill.losses.divergences import reverse_kl as reverse_kl
+from potstill.losses.divergences import skew_forward_kl as skew_forward_kl
+from potstill.losses.divergences import skew_reverse_kl as skew_reverse_kl
+from potstill.losses.divergences import total_variation as total_variation
+from potstill.losses.fused import Head as Head
+from potstill.losses.fused import fused_linear_cross_entropy as fused_linear_cross_entropy
+from potstill.losses.fused import fused_linear_divergence as fused_linear_divergence
+from potstill.losses.fused import fused_linear_loss as fused_linear_loss
+
+__all__ = [
+    "DIVERGENCES",
+    "Head",
+    "forward_kl",
+    "fused_linear_cross_entropy",
+    "fused_linear_divergence",
+    "fused_linear_loss",
+    "jensen_shannon",
+    "reverse_kl",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+]

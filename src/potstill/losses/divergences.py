@@ -1,0 +1,148 @@
+"""Six ways to say how far a student's next-token distribution is from its teacher's.
+
+N supervised tokens, V vocabulary. q is the teacher's distribution and p the student's, both softmaxes of logits divided by
+one temperature. Every function takes ``teacher_logits [N, V]`` and ``student_logits [N, V]`` and returns ``[N]`` nats, one
+number a token, in float32 or wider whatever the logits' dtype: sum them, and divide once by the number of supervised tokens.
+
+No function multiplies by temperature². That factor (Hinton et al. 2015, arXiv 1503.02531, section 2) only keeps gradients of the
+same size as the temperature rises; here a number in nats stays a number in nats, and the learning rate is where scale belongs.
+
+A logit of −inf is probability 0 and contributes 0 · log 0 = 0. Where the teacher has mass and the student has none,
+``forward_kl`` is infinite, as it should be. An empty batch (N = 0) gives an empty result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def forward_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """KL(q‖p) = Σ q log(q/p): the student must cover whatever the teacher would say. ``[N, V]`` twice → ``[N]`` nats.
+
+    Source: Hinton, Vinyals and Dean 2015, arXiv 1503.02531, without the factor temperature².
+
+    >>> teacher, student = torch.tensor([[0.0, math.log(3)]]), torch.tensor([[0.0, 0.0]])
+    >>> forward_kl(teacher, student)  # ¼·log(½) + ¾·log(1½)
+    tensor([0.1308])
+    """
+    log_q, log_p = _log_probabilities(teacher_logits, student_logits, temperature)
+    return _kl(log_q, log_p)
+
+
+def reverse_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """KL(p‖q) = Σ p log(p/q): the student must not say what the teacher would not. ``[N, V]`` twice → ``[N]`` nats.
+
+    Source: Gu et al. 2023 (MiniLLM), arXiv 2306.08543, equation 1, over the vocabulary instead of over sampled texts.
+    """
+    log_q, log_p = _log_probabilities(teacher_logits, student_logits, temperature)
+    return _kl(log_p, log_q)
+
+
+def jensen_shannon(
+    teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0, teacher_weight: float = 0.5
+) -> Tensor:
+    """w·KL(q‖m) + (1−w)·KL(p‖m) with m = w·q + (1−w)·p and w = ``teacher_weight`` in (0, 1). ``[N, V]`` twice → ``[N]`` nats.
+
+    At w = ½ it is symmetric and at most log 2. Divided by w it tends to ``forward_kl`` as w → 0; divided by 1 − w, to
+    ``reverse_kl`` as w → 1 (at the very ends it is 0, so they are refused).
+
+    Raises: ValueError if ``teacher_weight`` is not inside (0, 1).
+    Source: Agarwal et al. 2023 (GKD), arXiv 2306.13649, equation 1.
+    """
+    w = inside_unit_interval("teacher_weight", teacher_weight)
+    log_q, log_p = _log_probabilities(teacher_logits, student_logits, temperature)
+    log_m = mix_log_probabilities(log_q, log_p, w)
+    return w * _kl(log_q, log_m) + (1 - w) * _kl(log_p, log_m)
+
+
+def skew_forward_kl(
+    teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0, skew: float = 0.1
+) -> Tensor:
+    """KL(q ‖ a·q + (1−a)·p) with a = ``skew`` in (0, 1): forward KL that stays finite, at most −log a. → ``[N]`` nats.
+
+    Raises: ValueError if ``skew`` is not inside (0, 1).
+    Source: Ko et al. 2024 (DistiLLM), arXiv 2402.03898, section 3.1.
+    """
+    a = inside_unit_interval("skew", skew)
+    log_q, log_p = _log_probabilities(teacher_logits, student_logits, temperature)
+    return _kl(log_q, mix_log_probabilities(log_q, log_p, a))
+
+
+def skew_reverse_kl(
+    teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0, skew: float = 0.1
+) -> Tensor:
+    """KL(p ‖ (1−a)·q + a·p) with a = ``skew`` in (0, 1): reverse KL that stays finite, at most −log a. → ``[N]`` nats.
+
+    Raises: ValueError if ``skew`` is not inside (0, 1).
+    Source: Ko et al. 2024 (DistiLLM), arXiv 2402.03898, section 3.1.
+    """
+    a = inside_unit_interval("skew", skew)
+    log_q, log_p = _log_probabilities(teacher_logits, student_logits, temperature)
+    return _kl(log_p, mix_log_probabilities(log_p, log_q, a))
+
+
+def total_variation(teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """½ Σ |q − p|: the largest difference the two give to any event, in [0, 1] (no nats here). ``[N, V]`` twice → ``[N]``.
+
+    Source: Wen et al. 2023 (f-distillation), arXiv 2307.15190, section 3.
+    """
+    log_q, log_p = _log_probabilities(teacher_logits, student_logits, temperature)
+    return 0.5 * (log_q.exp() - log_p.exp()).abs().sum(-1)
+
+
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jensen_shannon": jensen_shannon,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "total_variation": total_variation,
+}
+
+
+def mix_log_probabilities(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+    """log(weight·a + (1−weight)·b), elementwise, from logarithms and without leaving them. Same shape.
+
+    Where both are log 0 so is the result, with gradient 0 (logaddexp alone would give NaN there).
+    """
+    both_zero = (log_a == -math.inf) & (log_b == -math.inf)
+    log_a, log_b = log_a.masked_fill(both_zero, 0.0), log_b.masked_fill(both_zero, 0.0)
+    mixed = torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
+    return mixed.masked_fill(both_zero, -math.inf)
+
+
+def inside_unit_interval(name: str, value: float) -> float:
+    """``value`` if it lies in the open interval (0, 1). Raises: ValueError that names it, otherwise."""
+    if not 0 < value < 1:
+        raise ValueError(f"{name} = {value}: must lie between 0 and 1, ends excluded; 0.5 and 0.1 are usual")
+    return value
+
+
+def positive_temperature(value: float) -> float:
+    """``value`` if it is positive. Raises: ValueError otherwise."""
+    if not value > 0:
+        raise ValueError(f"temperature = {value}: must be positive; 1.0 compares the distributions as they are")
+    return value
+
+
+def _log_probabilities(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    if teacher_logits.shape != student_logits.shape:
+        raise ValueError(
+            f"teacher_logits {tuple(teacher_logits.shape)} and student_logits {tuple(student_logits.shape)} differ in shape: "
+            "cut both to the shared vocabulary first (potstill.alignment.shared_rows)"
+        )
+    temperature = positive_temperature(temperature)
+    wide = torch.promote_types(torch.promote_types(teacher_logits.dtype, student_logits.dtype), torch.float32)
+    teacher_logits, student_logits = teacher_logits.to(wide), student_logits.to(wide)
+    return (teacher_logits / temperature).log_softmax(-1), (student_logits / temperature).log_softmax(-1)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Σ a·(log a − log b) over the last axis. Where a = 0 the term is 0 and so is its gradient, whatever b is."""
+    a = log_a.exp()
+    # Asked of a, not of log a: an a that underflows to 0 has a finite logarithm, and 0 · (log a + inf) is NaN.
+    return (a * torch.where(a == 0, 0.0, log_a - log_b)).sum(-1)

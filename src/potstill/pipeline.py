@@ -1,0 +1,325 @@
+"""The stages of a run in order, each one kept, so that the same call after an interrupt goes on where it stopped.
+
+    demo:     the teacher answers → a student is cut → distill
+    distill:  data → how many steps → training → student → evaluation → report
+
+This is the application: it knows recipes and folders, prints what it does, and leaves every idea to the library below it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from potstill.alignment import shared_rows
+from potstill.config import DistillRecipe, EvaluateRecipe
+from potstill.data import IGNORED, TokenCounts, read_conversations, read_prompts, tokenize_conversations, without_answer
+from potstill.data.chat_templates import set_chat_template
+from potstill.errors import ConfigError, DataError, RunFolderError, VocabularyMismatch
+from potstill.evaluation import TokenScores, gap_closed, score_tokens, summarize
+from potstill.generation import answer_into, count_rows, generate_answers
+from potstill.models import load_config, load_model, load_tokenizer, locate, pick_device
+from potstill.report import write_report
+from potstill.run_folder import RunFolder, whole_folder, write_json
+from potstill.students import choose_layers, keep_layers, save_student
+from potstill.teachers import LocalTeacher
+from potstill.training import DistillationConfig, DistillationTrainer, MetricsFile
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DEMO_LAYERS = 15
+DEMO_ANSWER_TOKENS = 64
+REHEARSED_STEPS = 3
+SAMPLES = 8
+SAMPLE_TOKENS = 80
+
+
+def demo(output_dir: str = "runs/demo", *, seconds: float = 180) -> Path:
+    """The whole of it on two CPU cores: SmolLM2-135M-Instruct answers, half its layers learn to. Returns the report's path."""
+    run = RunFolder(output_dir)
+    before = run.path / "student-before"
+    recipe = DistillRecipe(
+        teacher="demo",
+        student=str(before),
+        data=str(run.data / "train.jsonl"),
+        eval_data=str(run.data / "held_out.jsonl"),
+        output_dir=str(run.path),
+        seconds=seconds,
+        learning_rate=1e-3,
+    )
+    run.refuse_other(dataclasses.asdict(recipe))
+    locate("demo")
+    run.begin(dataclasses.asdict(recipe))
+    with resources.as_file(resources.files("potstill.data") / "demo_prompts.jsonl") as path:
+        prompts = list(read_prompts(path))
+    for split, seed in (("train", 0), ("held_out", 1_000_000)):
+        chosen = [prompt["messages"] for prompt in prompts if prompt["split"] == split]
+        _answer_into(run.data / f"{split}.jsonl", chosen, seed=seed)
+    if not before.is_dir():
+        _say(f"cutting a student of {DEMO_LAYERS} layers from the teacher")
+        make_student("demo", str(before), keep=DEMO_LAYERS)
+    return distill(recipe)
+
+
+def _answer_into(file: Path, prompts: list[Any], *, seed: int) -> None:
+    """The demo's teacher answers into a JSON Lines file; at temperature 1, where the text is distributed as the teacher is."""
+    if count_rows(file) == len(prompts):
+        return
+    _say(f"the teacher answers {len(prompts)} prompts into {file}")
+    model, tokenizer = load_model("demo", dtype="bfloat16")
+    answer_into(
+        file, model, tokenizer, prompts, max_new_tokens=DEMO_ANSWER_TOKENS, temperature=1.0, top_p=1.0, seed=seed, batch_size=40
+    )
+
+
+def make_student(teacher: str, output_dir: str, *, keep: Any = "half", trust_remote_code: bool = False) -> Path:
+    """Cut a student from ``teacher`` into a new folder. Raises: RunFolderError if something is there; ConfigError, ModelError."""
+    folder = Path(output_dir).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunFolderError(f"{folder}: not empty; give another --output-dir")
+    count = load_config(teacher, trust_remote_code=trust_remote_code).get_text_config().num_hidden_layers
+    layers = choose_layers(max(1, count // 2) if keep == "half" else keep, of=count)
+    model, tokenizer = load_model(teacher, device="cpu", trust_remote_code=trust_remote_code)
+    student = keep_layers(model, layers)
+    provenance = {
+        "made from": teacher,
+        "layers kept": ", ".join(map(str, layers)),
+        "parameters": f"{student.num_parameters():,}",
+        "state": "cut, not yet trained",
+    }
+    with whole_folder(folder) as unfinished:
+        save_student(student, tokenizer, unfinished, provenance=provenance)
+    return folder
+
+
+def distill(recipe: DistillRecipe) -> Path:
+    """Train, evaluate before and after, report. Called again it goes on where it stopped. Returns the report's path."""
+    run = RunFolder(recipe.output_dir)
+    run.refuse_other(dataclasses.asdict(recipe))
+    if not run.student.is_dir():
+        _train(run, recipe)
+    if not run.evaluation.is_file():
+        _say("evaluating the student before and after, and the teacher")
+        write_json(run.evaluation, _evaluate_run(run, recipe))
+    page = write_report(run.path)
+    _say(f"report: {page}")
+    return page
+
+
+def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
+    """Measure a student and its teacher on held-out conversations: ``{"teacher": M, "student": M}`` (potstill.evaluation)."""
+    opening = {"device": recipe.device, "trust_remote_code": recipe.trust_remote_code}
+    conversations = list(read_conversations(recipe.data))
+    pair = _Pair(recipe.teacher, recipe.student, conversations, recipe.max_length, recipe.chat_template)
+    dtype = _dtype(recipe.precision)
+    teacher, _ = load_model(recipe.teacher, dtype=dtype, **opening)
+    student, _ = load_model(recipe.student, dtype=dtype, **opening)
+    return {"teacher": pair.measure_teacher(teacher), "student": summarize(pair.score_student(student, teacher))}
+
+
+def _train(run: RunFolder, recipe: DistillRecipe) -> None:
+    """Open everything, so that what is wrong is known before anything is written; then train, from the last checkpoint on."""
+    opening = {"device": recipe.device, "trust_remote_code": recipe.trust_remote_code}
+    _check_pair(recipe)
+    train, held_out = _split(recipe)
+    tokenizer = _tokenizer(recipe.student, recipe.chat_template)
+    dataset, counts = tokenize_conversations(train, tokenizer, max_length=recipe.max_length)
+    _check_counts(counts, held_out)
+    _say(f"data: {counts}; {len(held_out)} conversations held out")
+    student, _ = load_model(recipe.student, dtype="float32", **opening)
+    teacher, teacher_tokenizer = None, None
+    if recipe.method != "text":
+        teacher, teacher_tokenizer = load_model(recipe.teacher, dtype=_dtype(recipe.precision), **opening)
+
+    def trainer(**overrides: Any) -> DistillationTrainer:
+        arguments = _arguments(run, recipe, **overrides)
+        pair = {"teacher": teacher, "teacher_tokenizer": teacher_tokenizer, "processing_class": tokenizer}
+        return DistillationTrainer(student, args=arguments, train_dataset=dataset, **pair)
+
+    max_steps = recipe.max_steps or run.planned_steps()
+    if max_steps is None and recipe.seconds is None:
+        max_steps = 3 * -(-len(dataset) // (recipe.batch_size * recipe.gradient_accumulation_steps))
+    if max_steps is None:
+        max_steps = max(1, int(recipe.seconds / _seconds_a_step(trainer)))  # type: ignore[operator]
+        _say(f"{recipe.seconds:g} seconds are about {max_steps} steps")
+    planned = {**dataclasses.asdict(recipe), "max_steps": max_steps}
+    training = trainer(max_steps=max_steps, save_steps=max(1, -(-max_steps // 4)))
+    run.begin(planned)
+    training.add_callback(MetricsFile(run.metrics, training))
+    checkpoint = run.last_checkpoint()
+    _say(f"training for {max_steps} steps" + (f", from {checkpoint.name} on" if checkpoint else ""))
+    training.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    provenance = {"teacher": recipe.teacher, "student before": recipe.student, "method": recipe.method, "steps": max_steps}
+    with whole_folder(run.student) as unfinished:
+        save_student(training.model, tokenizer, unfinished, provenance=provenance)
+
+
+def _seconds_a_step(trainer: Any) -> float:
+    """Time a few whole steps at learning rate 0: every cost is paid and not one weight changes."""
+    _say("timing a few steps")
+    clock = _StepClock()
+    rehearsal = trainer(max_steps=REHEARSED_STEPS + 1, learning_rate=0.0, weight_decay=0.0, save_strategy="no", disable_tqdm=True)
+    rehearsal.add_callback(clock)
+    rehearsal.train()
+    return (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1)  # the first step, which warms everything up, is not counted
+
+
+class _StepClock(transformers.TrainerCallback):
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.times.append(time.perf_counter())
+
+
+def _arguments(run: RunFolder, recipe: DistillRecipe, **overrides: Any) -> DistillationConfig:
+    device = pick_device(recipe.device)
+    chosen: dict[str, Any] = {
+        "output_dir": str(run.checkpoints),
+        "method": recipe.method,
+        "divergence": recipe.divergence,
+        "temperature": recipe.temperature,
+        "hard_label_weight": recipe.hard_label_weight,
+        "max_length": recipe.max_length,
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "per_device_train_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        "bf16": recipe.precision == "bf16",
+        "fp16": recipe.precision == "fp16",
+        "use_cpu": device.type == "cpu",
+        "seed": recipe.seed,
+        "logging_steps": 1,
+        "save_total_limit": 2,
+        "report_to": [],
+        **recipe.trainer,
+        **overrides,
+    }
+    known = {item.name for item in dataclasses.fields(DistillationConfig)}
+    for name in chosen:
+        if name not in known:
+            raise ConfigError(f"trainer.{name}: transformers.TrainingArguments has no such setting; check its name")
+    return DistillationConfig(**chosen)
+
+
+def _check_pair(recipe: DistillRecipe) -> None:
+    """Refuse, from tokenizers alone, what no training could mend."""
+    if recipe.method == "text":
+        return
+    tokenizers = [load_tokenizer(name, trust_remote_code=recipe.trust_remote_code) for name in (recipe.teacher, recipe.student)]
+    shared_rows(*tokenizers)
+
+
+def _check_counts(counts: TokenCounts, held_out: list[Any]) -> None:
+    if not held_out:
+        raise DataError("no conversation is left to hold out for evaluation; give --eval-data or more data")
+
+
+def _split(recipe: DistillRecipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Conversations to train on and conversations held out; these chosen by the seed where no file names them."""
+    conversations = list(read_conversations(recipe.data))
+    if recipe.eval_data:
+        return conversations, list(read_conversations(recipe.eval_data))
+    random.Random(recipe.seed).shuffle(conversations)
+    count = max(1, round(len(conversations) * recipe.eval_fraction)) if len(conversations) > 1 else 0
+    return conversations[count:], conversations[:count]
+
+
+def _tokenizer(source: str, chat_template: str | None) -> Any:
+    tokenizer = load_tokenizer(source)
+    if not tokenizer.chat_template:
+        set_chat_template(tokenizer, chat_template)
+    return tokenizer
+
+
+class _Pair:
+    """Held-out conversations in the tokens of a teacher and of a student, and how much of their vocabularies is one."""
+
+    def __init__(
+        self, teacher: str, student: str, conversations: list[Any], max_length: int, chat_template: str | None = None
+    ) -> None:
+        self.tokenizer = _tokenizer(student, chat_template)
+        self.teacher_tokenizer = _tokenizer(teacher, chat_template)
+        try:
+            self.rows: int | None = shared_rows(self.teacher_tokenizer, self.tokenizer)
+        except VocabularyMismatch:
+            self.rows = None  # their logits cannot be compared, their bits per byte can
+        self.dataset, _ = tokenize_conversations(conversations, self.tokenizer, max_length=max_length)
+        self.teacher_dataset, _ = tokenize_conversations(conversations, self.teacher_tokenizer, max_length=max_length)
+
+    def score_student(self, student: Any, teacher: Any) -> TokenScores:
+        """The student's scores, against the teacher where their vocabularies are one."""
+        pad = self.tokenizer.pad_token_id
+        if self.rows is None:
+            return score_tokens(student, self.dataset, pad_token_id=pad)
+        rows = min(self.rows, len(teacher.get_output_embeddings().weight), len(student.get_output_embeddings().weight))
+        return score_tokens(student, self.dataset, pad_token_id=pad, teacher=LocalTeacher(teacher, rows=rows), rows=rows)
+
+    def measure_teacher(self, teacher: Any) -> dict[str, Any]:
+        """The teacher's own measures; from itself it is 0 nats away, and always of its own opinion."""
+        measures = summarize(score_tokens(teacher, self.teacher_dataset, pad_token_id=self.teacher_tokenizer.pad_token_id))
+        if self.rows is not None:
+            measures |= {"kl_nats_per_token": 0.0, "top1_agreement": 1.0}
+            measures["ci95"] |= {"kl_nats_per_token": [0.0, 0.0], "top1_agreement": [1.0, 1.0]}
+        return measures
+
+
+def _evaluate_run(run: RunFolder, recipe: DistillRecipe) -> dict[str, Any]:
+    opening = {"dtype": _dtype(recipe.precision), "device": recipe.device, "trust_remote_code": recipe.trust_remote_code}
+    train, held_out = _split(recipe)
+    pair = _Pair(recipe.teacher, recipe.student, held_out, recipe.max_length, recipe.chat_template)
+    asked = [without_answer(row["messages"]) for row in held_out[:SAMPLES] if "messages" in row]
+    teacher, _ = load_model(recipe.teacher, **opening)
+    measures, scores, answers = {"teacher": pair.measure_teacher(teacher)}, {}, {}
+    answers["teacher"] = _sample_answers(teacher, pair.teacher_tokenizer, asked, recipe.seed)
+    for name, source in (("before", recipe.student), ("after", str(run.student))):
+        student, _ = load_model(source, **opening)
+        scores[name] = pair.score_student(student, teacher)
+        measures[name] = summarize(scores[name])
+        answers[name] = _sample_answers(student, pair.tokenizer, asked, recipe.seed)
+    samples = [
+        {"prompt": prompt[-1]["content"], **{name: answers[name][i] for name in answers}} for i, prompt in enumerate(asked)
+    ]
+    return {
+        **measures,
+        "gap_closed": gap_closed(**measures),
+        "samples": samples,
+        "token_view": _token_view(pair, scores, samples),
+        "train_conversations": len(train),
+        "eval_conversations": len(held_out),
+    }
+
+
+def _sample_answers(model: Any, tokenizer: Any, prompts: list[Any], seed: int) -> list[str]:
+    batches = generate_answers(model, tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS, seed=seed)
+    return [answer["content"] for batch in batches for answer in batch]
+
+
+def _token_view(pair: _Pair, scores: dict[str, TokenScores], samples: list[Any]) -> dict[str, Any] | None:
+    """The first held-out answer token by token: how far the student was from the teacher, before and after."""
+    kl = {name: one.kl[one.conversation == 0].tolist() for name, one in scores.items() if one.kl is not None}
+    if not kl or not samples:
+        return None
+    ids = [label for label in pair.dataset[0]["labels"] if label != IGNORED]
+    tokens = [pair.tokenizer.decode([token]) for token in ids]
+    rows = zip(tokens, kl["before"], kl["after"], strict=True)
+    return {
+        "prompt": samples[0]["prompt"],
+        "tokens": [{"text": text, "before_kl_nats": before, "after_kl_nats": after} for text, before, after in rows],
+    }
+
+
+def _dtype(precision: str) -> str:
+    if precision not in DTYPES:
+        raise ConfigError(f"precision {precision!r} is not known; use one of {', '.join(DTYPES)}")
+    return DTYPES[precision]
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,101 @@
+"""A run's folder: what stands where, and the rule that nothing in it is half-written.
+
+    RUN_DIR/
+      config.yaml        everything resolved: enough to run it again
+      student/           the student, a Hugging Face folder
+      metrics.jsonl      one row a logged step
+      evaluation.json    teacher, before, after, samples, gap closed
+      report.html        the page
+      checkpoints/       to go on from after an interrupt
+      data/              text the run made itself (the demo's)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from potstill.errors import RunFolderError
+
+class RunFolder:
+    """The folder at ``path``, which need not exist yet."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).expanduser()
+        self.config, self.student = self.path / "config.yaml", self.path / "student"
+        self.metrics, self.evaluation = self.path / "metrics.jsonl", self.path / "evaluation.json"
+        self.checkpoints, self.data = self.path / "checkpoints", self.path / "data"
+
+    def refuse_other(self, config: dict[str, Any]) -> None:
+        """Raises: RunFolderError if the folder holds anything but a run begun with ``config``, naming what differs."""
+        if self.config.is_file():
+            begun = self.read_config()
+            for key, value in config.items():
+                planned = key == "max_steps" and value is None  # found out by the run itself
+                if begun.get(key) != value and not planned:
+                    raise RunFolderError(
+                        f"{self.path}: holds a run with {key} {begun.get(key)}, not {value}; give another --output-dir, or "
+                        "delete the folder"
+                    )
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunFolderError(f"{self.path}: not empty, and not a run of potstill's; give another --output-dir")
+
+    def begin(self, config: dict[str, Any]) -> None:
+        """Make the folder, with its settings in it; or replace the settings of a run that has begun."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_whole(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+    def planned_steps(self) -> int | None:
+        """The steps that an earlier call planned from its budget in seconds."""
+        return self.read_config().get("max_steps") if self.config.is_file() else None
+
+    def read_config(self) -> dict[str, Any]:
+        """The run's settings. Raises: RunFolderError if there are none, or they are damaged."""
+        try:
+            config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise RunFolderError(f"{self.path}: no readable config.yaml there, so not a run; give a run's folder") from error
+        if not isinstance(config, dict):
+            raise RunFolderError(f"{self.config}: damaged; give another --output-dir")
+        return config
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end; unfinished ones are deleted."""
+        found = sorted(self.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
+        for folder in reversed(found):
+            if (folder / "trainer_state.json").is_file():  # what the Trainer writes last
+                return folder
+            shutil.rmtree(folder)
+        return None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is either there whole or not there."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_whole`, as JSON."""
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``path`` when all is written, and vanishes if something goes wrong."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,560 @@
+"""The fused loss is the dense loss, value and gradient, for every chunk size and every kind of head.
+
+7 supervised tokens, 11 symbols, hidden size 5 (student) and 6 (teacher). The oracle is autograd through a plain product, a plain
+softmax and the dense divergences, whose own tests stand on sums by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from potstill.losses import (
+    DIVERGENCES,
+    Head,
+    forward_kl,
+    fused_linear_cross_entropy,
+    fused_linear_divergence,
+    fused_linear_loss,
+)
+
+TOKENS, VOCABULARY, STUDENT_HIDDEN, TEACHER_HIDDEN = 7, 11, 5, 6
+every_divergence = pytest.mark.parametrize("name", DIVERGENCES)
+# One token, not a divisor of 7, all of them, more than all, and the library's own choice.
+every_chunk = pytest.mark.parametrize("chunk_tokens", [1, 3, TOKENS, 100, None])
+
+
+@dataclass
+class Case:
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    labels: Tensor
+
+    @property
+    def models(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.hidden, self.weight, self.teacher_hidden, self.teacher_weight
+
+
+def random_case(dtype: torch.dtype = torch.float64, tokens: int = TOKENS, seed: int = 0) -> Case:
+    """A student that wants gradients and, as a trap, a teacher that would accept them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    weight, bias, teacher_weight = leaf(VOCABULARY, STUDENT_HIDDEN), leaf(VOCABULARY), leaf(VOCABULARY, TEACHER_HIDDEN)
+    labels = torch.randint(VOCABULARY, (tokens,), generator=generator)
+    return Case(leaf(tokens, STUDENT_HIDDEN), weight, bias, leaf(tokens, TEACHER_HIDDEN), teacher_weight, labels)
+
+
+def dense(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, name: str = "forward_kl", **options: float
+) -> Tensor:
+    """The plain way: all the logits at once, in float32 or wider."""
+    teacher_logits = teacher_hidden.detach() @ teacher_weight.detach().T
+    return DIVERGENCES[name](teacher_logits, hidden @ weight.T, **options).sum()
+
+
+def assert_same(actual: Tensor, expected: Tensor, wanted: tuple[Tensor, ...], tolerance: float = 1e-12) -> None:
+    """Both losses and their gradients with respect to ``wanted``, within ``tolerance`` of the gradient's norm."""
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
+    gradients = torch.autograd.grad(actual, wanted)
+    for gradient, exact, leaf in zip(gradients, torch.autograd.grad(expected, wanted), wanted, strict=True):
+        assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
+        error = (gradient.double() - exact.double()).norm()
+        assert error <= tolerance * exact.double().norm() + 1e-14, error
+
+
+# The loss itself.
+
+
+@every_divergence
+@every_chunk
+def test_fused_equals_dense_in_float64(name: str, chunk_tokens: int | None) -> None:
+    case = random_case()
+    fused = fused_linear_divergence(*case.models, divergence=name, chunk_tokens=chunk_tokens)
+    assert_same(fused, dense(*case.models, name), (case.hidden, case.weight))
+
+
+@every_divergence
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.float32, 1e-5),  # epsilon 1e-7, sums of tens of terms
+        (torch.bfloat16, 2e-2),  # epsilon 8e-3: dense and fused both round the logits' gradient and the products
+        (torch.float16, 2e-3),  # epsilon 1e-3
+    ],
+)
+def test_fused_equals_dense_in_narrower_types(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    case = random_case(dtype)
+    fused = fused_linear_divergence(*case.models, divergence=name, chunk_tokens=3)
+    assert fused.dtype == torch.float32
+    assert_same(fused, dense(*case.models, name), (case.hidden, case.weight), tolerance)
+
+
+@every_divergence
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_divides_both_logits(name: str, temperature: float) -> None:
+    case = random_case()
+    fused = fused_linear_divergence(*case.models, divergence=name, temperature=temperature, chunk_tokens=3)
+    assert_same(fused, dense(*case.models, name, temperature=temperature), (case.hidden, case.weight))
+
+
+@every_divergence
+@pytest.mark.parametrize("temperature", [1e-2, 1e2])
+def test_extreme_temperatures_stay_finite_and_accurate_in_float32(name: str, temperature: float) -> None:
+    case = random_case(torch.float32)
+    fused = fused_linear_divergence(*case.models, divergence=name, temperature=temperature, chunk_tokens=3)
+    wide = [tensor.double() for tensor in case.models]
+    # At 1e-2 logits are of the order 1 000 and so float32 rounds them by 1e-4; at 1e2 q − p is a small difference.
+    assert_same(fused, dense(*wide, name, temperature=temperature), (case.hidden, case.weight), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("jensen_shannon", {"teacher_weight": 0.2}),
+        ("skew_forward_kl", {"skew": 0.4}),
+        ("skew_reverse_kl", {"skew": 0.4}),
+    ],
+)
+def test_the_divergences_own_parameter_reaches_it(name: str, shape: dict[str, float]) -> None:
+    case = random_case()
+    fused = fused_linear_divergence(*case.models, divergence=name, chunk_tokens=3, **shape)
+    assert_same(fused, dense(*case.models, name, **shape), (case.hidden, case.weight))
+
+
+@every_divergence
+def test_gradients_agree_with_finite_differences(name: str) -> None:
+    case = random_case(tokens=3)
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        head = Head(weight, bias, scale=0.7, softcap=3.0, rows=9)
+        teacher = Head(case.teacher_weight, rows=9)
+        return fused_linear_divergence(
+            hidden,
+            head,
+            case.teacher_hidden,
+            teacher,
+            divergence=name,
+            temperature=1.5,
+            labels=case.labels % 9,
+            hard_label_weight=0.3,
+            chunk_tokens=2,
+        )
+
+    assert torch.autograd.gradcheck(loss, (case.hidden, case.weight, case.bias))
+
+
+@every_chunk
+def test_cross_entropy_equals_torchs(chunk_tokens: int | None) -> None:
+    case = random_case()
+    fused = fused_linear_cross_entropy(case.hidden, case.weight, case.labels, chunk_tokens=chunk_tokens)
+    expected = F.cross_entropy(case.hidden @ case.weight.T, case.labels, reduction="sum")
+    assert_same(fused, expected, (case.hidden, case.weight))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_hard_labels_mix_cross_entropy_in_at_their_weight(weight: float) -> None:
+    case = random_case()
+    fused = fused_linear_divergence(
+        *case.models, temperature=2.0, labels=case.labels, hard_label_weight=weight, chunk_tokens=3
+    )
+    hard = F.cross_entropy(case.hidden @ case.weight.T, case.labels, reduction="sum")
+    expected = (1 - weight) * dense(*case.models, temperature=2.0) + weight * hard
+    assert_same(fused, expected, (case.hidden, case.weight))
+
+
+def test_any_score_can_be_chunked() -> None:
+    """The mechanism under both losses: here Σ of squared logits, weighted by the token's place in the batch."""
+    case = random_case()
+    place = torch.arange(TOKENS, dtype=torch.float64)
+
+    def score(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        return place[rows] * logits.square().sum(-1), 2 * place[rows, None] * logits
+
+    fused = fused_linear_loss(case.hidden, Head(case.weight), score, chunk_tokens=3)
+    expected = (place[:, None] * (case.hidden @ case.weight.T).square()).sum()
+    assert_same(fused, expected, (case.hidden, case.weight))
+
+
+# Batches.
+
+
+@every_divergence
+def test_the_sum_over_micro_batches_equals_one_batch(name: str) -> None:
+    case = random_case()
+    whole = fused_linear_divergence(*case.models, divergence=name, chunk_tokens=2)
+    parts = [
+        fused_linear_divergence(
+            case.hidden[part], case.weight, case.teacher_hidden[part], case.teacher_weight, divergence=name, chunk_tokens=2
+        )
+        for part in (slice(0, 3), slice(3, 3), slice(3, 7))
+    ]
+    assert_same(torch.stack(parts).sum(), whole, (case.hidden, case.weight))
+
+
+def test_one_token_is_a_batch() -> None:
+    case = random_case(tokens=1)
+    assert_same(fused_linear_divergence(*case.models), dense(*case.models), (case.hidden, case.weight))
+
+
+@every_divergence
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_empty_batch_gives_a_zero_that_carries_zero_gradients(name: str, dtype: torch.dtype) -> None:
+    case = random_case(dtype, tokens=0)
+    head = Head(case.weight, case.bias)
+    loss = fused_linear_divergence(case.hidden, head, case.teacher_hidden, case.teacher_weight, divergence=name)
+    assert loss.item() == 0 and loss.shape == () and loss.dtype == torch.float32
+    loss.backward()
+    for leaf in (case.hidden, case.weight, case.bias):
+        assert leaf.grad is not None and leaf.grad.shape == leaf.shape and not leaf.grad.any()
+
+
+def test_an_empty_batch_of_labels_gives_a_zero_that_carries_zero_gradients() -> None:
+    case = random_case(tokens=0)
+    loss = fused_linear_cross_entropy(case.hidden, case.weight, case.labels)
+    assert loss.item() == 0
+    loss.backward()
+    assert case.weight.grad is not None and not case.weight.grad.any()
+
+
+# Heads.
+
+
+def test_head_bias_takes_part_and_gets_its_gradient() -> None:
+    case = random_case()
+    teacher_bias = torch.linspace(-1, 1, VOCABULARY, dtype=torch.float64, requires_grad=True)
+    fused = fused_linear_divergence(
+        case.hidden,
+        Head(case.weight, case.bias),
+        case.teacher_hidden,
+        Head(case.teacher_weight, teacher_bias),
+        chunk_tokens=3,
+    )
+    teacher_logits = F.linear(case.teacher_hidden, case.teacher_weight, teacher_bias).detach()
+    expected = forward_kl(teacher_logits, F.linear(case.hidden, case.weight, case.bias)).sum()
+    assert_same(fused, expected, (case.hidden, case.weight, case.bias))
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(0.25, None), (1.0, 2.0), (3.0, 2.0)])
+def test_scale_comes_before_softcap_and_both_are_differentiated(scale: float, softcap: float | None) -> None:
+    case = random_case()
+
+    def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        logits = F.linear(hidden, weight, bias) * scale
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    fused = fused_linear_divergence(
+        case.hidden,
+        Head(case.weight, case.bias, scale, softcap),
+        case.teacher_hidden,
+        Head(case.teacher_weight, None, scale, softcap),
+        chunk_tokens=3,
+    )
+    teacher_logits = plain(case.teacher_hidden, case.teacher_weight).detach()
+    expected = forward_kl(teacher_logits, plain(case.hidden, case.weight, case.bias)).sum()
+    assert_same(fused, expected, (case.hidden, case.weight, case.bias))
+
+
+@every_divergence
+def test_rows_beyond_the_cut_are_absent_and_get_zero_gradient(name: str) -> None:
+    case = random_case()
+    fused = fused_linear_divergence(
+        case.hidden,
+        Head(case.weight, case.bias, rows=8),
+        case.teacher_hidden,
+        Head(case.teacher_weight, rows=8),
+        divergence=name,
+        chunk_tokens=3,
+    )
+    teacher_logits = case.teacher_hidden.detach() @ case.teacher_weight.detach()[:8].T
+    expected = DIVERGENCES[name](teacher_logits, F.linear(case.hidden, case.weight[:8], case.bias[:8])).sum()
+    assert_same(fused, expected, (case.hidden, case.weight, case.bias))
+
+
+def test_heads_of_two_sizes_compare_on_the_rows_they_share() -> None:
+    case = random_case()
+    padded = torch.cat([case.teacher_weight, torch.zeros(4, TEACHER_HIDDEN, dtype=torch.float64)])
+    fused = fused_linear_divergence(
+        case.hidden, case.weight, case.teacher_hidden, Head(padded, rows=VOCABULARY), chunk_tokens=3
+    )
+    assert_same(fused, dense(*case.models), (case.hidden, case.weight))
+
+
+@every_divergence
+def test_rows_at_minus_infinity_in_both_biases_count_as_cut(name: str) -> None:
+    case = random_case()
+    mask = torch.zeros(VOCABULARY, dtype=torch.float64)
+    mask[8:] = -math.inf
+    teacher = Head(case.teacher_weight, mask)
+    masked = fused_linear_divergence(case.hidden, Head(case.weight, mask), case.teacher_hidden, teacher, divergence=name)
+    cut = fused_linear_divergence(
+        case.hidden, Head(case.weight, rows=8), case.teacher_hidden, Head(case.teacher_weight, rows=8), divergence=name
+    )
+    assert_same(masked, cut, (case.hidden, case.weight))
+
+
+def test_gradients_of_a_tied_weight_add_up() -> None:
+    """The weight embeds the tokens as well: its gradient is the sum of both uses."""
+    case = random_case()
+    ids = torch.tensor([1, 4, 4, 0, 10, 2, 7])
+    hidden = torch.tanh(F.embedding(ids, case.weight))
+    fused = fused_linear_divergence(hidden, case.weight, case.teacher_hidden, case.teacher_weight, chunk_tokens=3)
+    plain = dense(torch.tanh(F.embedding(ids, case.weight)), case.weight, case.teacher_hidden, case.teacher_weight)
+    assert_same(fused, plain, (case.weight,))
+
+
+def test_the_teacher_gets_no_gradient() -> None:
+    case = random_case()
+    fused_linear_divergence(*case.models).backward()
+    assert case.teacher_hidden.grad is None and case.teacher_weight.grad is None
+    assert case.hidden.grad is not None and case.weight.grad is not None
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_keep_theirs() -> None:
+    case = random_case()
+    case.weight.requires_grad_(False)
+    fused_linear_divergence(*case.models).backward()
+    assert case.weight.grad is None
+    (expected,) = torch.autograd.grad(dense(*case.models), case.hidden)
+    torch.testing.assert_close(case.hidden.grad, expected)
+
+
+def test_hidden_states_without_gradient_leave_the_heads_own() -> None:
+    case = random_case()
+    case.hidden.requires_grad_(False)
+    fused_linear_divergence(*case.models).backward()
+    assert case.hidden.grad is None
+    (expected,) = torch.autograd.grad(dense(*case.models), case.weight)
+    torch.testing.assert_close(case.weight.grad, expected)
+
+
+def test_nothing_to_train_gives_a_loss_without_a_graph() -> None:
+    case = random_case()
+    case.hidden.requires_grad_(False), case.weight.requires_grad_(False)
+    loss = fused_linear_divergence(*case.models)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, dense(*case.models))
+
+
+# Work.
+
+STUDENT_PRODUCT = 2 * TOKENS * VOCABULARY * STUDENT_HIDDEN
+TEACHER_PRODUCT = 2 * TOKENS * VOCABULARY * TEACHER_HIDDEN
+
+
+def flops(call: Callable[[], Tensor]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        loss = call()
+        if loss.requires_grad:
+            loss.backward()
+    return counter.get_total_flops()
+
+
+def test_nothing_is_projected_twice() -> None:
+    case = random_case()
+    work = flops(lambda: fused_linear_divergence(*case.models, chunk_tokens=3))
+    assert work == 3 * STUDENT_PRODUCT + TEACHER_PRODUCT
+
+
+def test_a_frozen_head_costs_no_weight_gradient() -> None:
+    case = random_case()
+    case.weight.requires_grad_(False)
+    work = flops(lambda: fused_linear_divergence(*case.models, chunk_tokens=3))
+    assert work == 2 * STUDENT_PRODUCT + TEACHER_PRODUCT
+
+
+def test_without_gradients_only_the_logits_are_made() -> None:
+    """Regression: under no_grad the gradients of leaves that require them were still made, and thrown away."""
+    case = random_case()
+    with torch.no_grad():
+        work = flops(lambda: fused_linear_divergence(*case.models, chunk_tokens=3))
+        torch.testing.assert_close(fused_linear_divergence(*case.models), dense(*case.models))
+    assert work == STUDENT_PRODUCT + TEACHER_PRODUCT
+
+
+def test_no_tensor_of_all_logits_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = random_case()
+    seen: list[tuple[int, ...]] = []
+    project = Head.project
+
+    def spy(head: Head, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        logits = project(head, hidden, dtype)
+        seen.append(tuple(logits.shape))
+        return logits
+
+    monkeypatch.setattr(Head, "project", spy)
+    fused_linear_divergence(*case.models, chunk_tokens=3)
+    assert seen == [(3, VOCABULARY)] * 4 + [(1, VOCABULARY)] * 2
+
+
+# Backward.
+
+
+@pytest.mark.parametrize("factor", [3.0, -1.0, 0.0])
+def test_the_incoming_gradient_scales_every_gradient(factor: float) -> None:
+    case = random_case()
+    head = Head(case.weight, case.bias)
+    leaves = case.hidden, case.weight, case.bias
+    plain = torch.autograd.grad(
+        fused_linear_divergence(case.hidden, head, case.teacher_hidden, case.teacher_weight), leaves
+    )
+    scaled = torch.autograd.grad(
+        fused_linear_divergence(case.hidden, head, case.teacher_hidden, case.teacher_weight) * factor, leaves
+    )
+    for once, more in zip(plain, scaled, strict=True):
+        torch.testing.assert_close(more, once * factor)
+
+
+def test_a_loss_scale_beyond_float16_gives_finite_gradients() -> None:
+    """Regression: GradScaler's first scale, 65 536, is infinite in float16, and 0 · inf is NaN."""
+    case = random_case(torch.float16)
+    # Distributions this close have gradients that stay below float16's 65 504 when scaled.
+    nearly_flat = case.weight * 1e-2, case.teacher_hidden, case.teacher_weight * 1e-2
+    loss = fused_linear_divergence(case.hidden, *nearly_flat)
+    for gradient in torch.autograd.grad(loss * 2.0**16, (case.hidden, case.weight)):
+        assert gradient.isfinite().all() and gradient.any()
+
+
+def test_backward_can_be_run_again_on_a_retained_graph() -> None:
+    case = random_case()
+    loss = fused_linear_divergence(*case.models)
+    (first,) = torch.autograd.grad(loss, case.hidden, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, case.hidden)
+    assert torch.equal(first, second)
+
+
+def test_differentiating_twice_is_refused() -> None:
+    """Regression: with a constant incoming gradient the first derivative came back without a graph, and no complaint."""
+    case = random_case()
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        torch.autograd.grad(fused_linear_divergence(*case.models), case.hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        torch.autograd.grad(fused_linear_divergence(*case.models).square(), case.hidden, create_graph=True)
+
+
+# Precision.
+
+
+@every_divergence
+def test_bfloat16_autocast_with_float32_weights_stays_close_to_float32(name: str) -> None:
+    case = random_case(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused = fused_linear_divergence(*case.models, divergence=name, chunk_tokens=3)
+    assert fused.dtype == torch.float32
+    # Hidden states, weights, logits and the logits' gradient are rounded once each, by up to 4e-3 of themselves;
+    # a logit of 6 then moves by 0.02, and total variation's gradient flips where q and p nearly tie.
+    assert_same(fused, dense(*case.models, name), (case.hidden, case.weight), 5e-2)
+
+
+def test_autocast_takes_bfloat16_hidden_states_against_a_float32_head() -> None:
+    """What a transformer under autocast hands over: its last layer's output is bfloat16, its head's weight float32."""
+    case = random_case(torch.float32)
+    hidden = case.hidden.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = fused_linear_divergence(hidden, case.weight, case.teacher_hidden.bfloat16(), case.teacher_weight)
+    assert_same(loss, dense(*case.models), (case.hidden, case.weight), 5e-2)
+
+
+def test_weight_gradients_of_many_bfloat16_chunks_add_up_in_float32() -> None:
+    """In bfloat16 the sum would stall: past 256 times its size, one more token's gradient rounds away."""
+    one = random_case(torch.bfloat16, tokens=1)
+    many = 2000
+    loss = fused_linear_divergence(
+        one.hidden.expand(many, -1), one.weight, one.teacher_hidden.expand(many, -1), one.teacher_weight, chunk_tokens=1
+    )
+    (gradient,) = torch.autograd.grad(loss, one.weight)
+    (single,) = torch.autograd.grad(fused_linear_divergence(*one.models), one.weight)
+    torch.testing.assert_close(gradient.float(), many * single.float(), rtol=1e-2, atol=0.0)
+
+
+def test_float16_hidden_states_give_finite_loss_and_gradients() -> None:
+    case = random_case(torch.float16)
+    loss = fused_linear_divergence(case.hidden * 20, case.weight * 20, case.teacher_hidden * 20, case.teacher_weight * 20)
+    assert loss.isfinite()
+    loss.backward()
+    assert case.hidden.grad is not None and case.hidden.grad.isfinite().all()
+    assert case.weight.grad is not None and case.weight.grad.isfinite().all()
+
+
+def test_a_narrow_teacher_beside_a_wide_student_is_compared_in_float32() -> None:
+    case = random_case(torch.float32)
+    teacher_hidden, teacher_weight = case.teacher_hidden.bfloat16(), case.teacher_weight.bfloat16()
+    fused = fused_linear_divergence(case.hidden, case.weight, teacher_hidden, teacher_weight, chunk_tokens=3)
+    assert_same(fused, dense(case.hidden, case.weight, teacher_hidden, teacher_weight), (case.hidden, case.weight), 1e-5)
+
+
+# Refusals.
+
+
+def test_an_unknown_divergence_is_refused_by_naming_the_known() -> None:
+    with pytest.raises(ValueError, match="forward_kl, reverse_kl"):
+        fused_linear_divergence(*random_case().models, divergence="kl")
+
+
+def test_heads_of_unequal_rows_are_refused() -> None:
+    case = random_case()
+    with pytest.raises(ValueError, match="8 rows and teacher head 11"):
+        fused_linear_divergence(case.hidden, Head(case.weight, rows=8), case.teacher_hidden, case.teacher_weight)
+
+
+def test_hidden_states_of_unequal_tokens_are_refused() -> None:
+    case = random_case()
+    with pytest.raises(ValueError, match="7 tokens and teacher_hidden 6"):
+        fused_linear_divergence(case.hidden, case.weight, case.teacher_hidden[1:], case.teacher_weight)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("tokens", [0, TOKENS])
+def test_a_temperature_that_is_not_positive_is_refused(temperature: float, tokens: int) -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        fused_linear_divergence(*random_case(tokens=tokens).models, temperature=temperature)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_mixing_parameter_at_its_ends_is_refused(value: float) -> None:
+    case = random_case()
+    with pytest.raises(ValueError, match="teacher_weight"):
+        fused_linear_divergence(*case.models, divergence="jensen_shannon", teacher_weight=value)
+    with pytest.raises(ValueError, match="skew"):
+        fused_linear_divergence(*case.models, divergence="skew_reverse_kl", skew=value)
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.1, math.nan])
+def test_a_hard_label_weight_outside_the_unit_interval_is_refused(weight: float) -> None:
+    case = random_case()
+    with pytest.raises(ValueError, match="hard_label_weight"):
+        fused_linear_divergence(*case.models, labels=case.labels, hard_label_weight=weight)
+
+
+def test_a_hard_label_weight_without_labels_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs labels"):
+        fused_linear_divergence(*random_case().models, hard_label_weight=0.5)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([3]), torch.zeros(TOKENS + 1, dtype=torch.long), torch.tensor(3)])
+def test_labels_that_are_not_one_a_token_are_refused(labels: Tensor) -> None:
+    """Regression: a single label broadcast over the batch, and surplus ones were dropped, both in silence."""
+    case = random_case()
+    with pytest.raises(ValueError, match="one id for each of the 7"):
+        fused_linear_divergence(*case.models, labels=labels, hard_label_weight=0.5)
+    with pytest.raises(ValueError, match="one id for each of the 7"):
+        fused_linear_cross_entropy(case.hidden, case.weight, labels)
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, -1])
+def test_a_chunk_without_tokens_is_refused(chunk_tokens: int) -> None:
+    """Regression: a negative chunk made an empty loop and so a loss of 0."""
+    with pytest.raises(ValueError, match="chunk_tokens"):
+        fused_linear_divergence(*random_case().models, chunk_tokens=chunk_tokens)
