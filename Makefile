@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+CODE := src tests examples benchmarks
 # torch comes from wherever pip looks. For the CPU build (a tenth of the size) where pip's default is a CUDA one, say
 # `make setup PIP_EXTRA_INDEX_URL=…` with the address of PyTorch's CPU wheels.
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo test test-all check format bench clean
+.PHONY: setup demo test test-rest lint check format clean
 
 setup: $(READY)
 
@@ -25,19 +26,20 @@ demo: setup  ## a teacher, a student, distillation and a report, in under ten mi
 test: setup  ## the quick tests
 	$(BIN)/pytest
 
-test-all: setup  ## the slow tests and those in a browser, too
-	$(BIN)/pytest -m 'slow or browser or not slow'
+test-rest: setup  ## the slow tests and those in a browser
+	$(BIN)/pytest -m 'slow or browser'
 
-check: setup  ## what must be green before a change goes in
-	$(BIN)/ruff format --check src tests examples benchmarks
-	$(BIN)/ruff check src tests examples benchmarks
+check: lint test  ## what must be green before a change goes in
+
+lint: setup  ## format, lint, types, import directions
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
 
 format: setup
-	$(BIN)/ruff format src tests examples benchmarks
-	$(BIN)/ruff check --fix src tests examples benchmarks
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
 
 clean:
 	rm -rf .venv build dist

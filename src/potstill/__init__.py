@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from potstill.generation import answer_prompts as answer_prompts
     from potstill.models import load_model as load_model
     from potstill.students import keep_layers as keep_layers
     from potstill.teachers import LocalTeacher as LocalTeacher
@@ -22,12 +23,22 @@ _HOME = {
     "DistillationTrainer": "potstill.training",
     "LocalTeacher": "potstill.teachers",
     "alignment": "potstill.alignment",
+    "answer_prompts": "potstill.generation",
     "keep_layers": "potstill.students",
     "load_model": "potstill.models",
     "losses": "potstill.losses",
 }
 
-__all__ = ["DistillationConfig", "DistillationTrainer", "LocalTeacher", "alignment", "keep_layers", "load_model", "losses"]
+__all__ = [
+    "DistillationConfig",
+    "DistillationTrainer",
+    "LocalTeacher",
+    "alignment",
+    "answer_prompts",
+    "keep_layers",
+    "load_model",
+    "losses",
+]
 
 
 def __getattr__(name: str) -> Any:

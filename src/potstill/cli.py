@@ -83,9 +83,9 @@ def _add_fields(parser: ArgumentParser, recipe: type) -> None:
     help_of = {item.arg_name: item.description for item in docstring_parser.parse_from_object(recipe).params}
     types = typing.get_type_hints(recipe)
     for item in dataclasses.fields(recipe):
-        default = None if _required(item) else item.default
-        if default is dataclasses.MISSING:
-            default = item.default_factory()  # type: ignore[misc]
+        default = None if item.default is dataclasses.MISSING else item.default
+        if item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
         if types[item.name] is bool:
             parser.add_argument(_flag(item.name), action="store_true", help=help_of[item.name])
             continue
@@ -128,7 +128,9 @@ def _flags_for_positionals(arguments: list[str], positional: tuple[str, ...]) ->
     count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     words, rest = arguments[:count], arguments[count:]
     if len(words) > len(positional):
-        raise ConfigError(f"{words[len(positional)]!r} is one argument too many; expected {', '.join(positional).upper() or 'flags only'}")
+        raise ConfigError(
+            f"{words[len(positional)]!r} is one argument too many; expected {', '.join(positional).upper() or 'flags only'}"
+        )
     return [*(f"{_flag(name)}={word}" for name, word in zip(positional, words, strict=False)), *rest]
 
 

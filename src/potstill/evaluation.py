@@ -44,7 +44,13 @@ class TokenScores:
 
 @torch.no_grad()
 def score_tokens(
-    model: Any, dataset: Any, *, pad_token_id: int, teacher: Teacher | None = None, rows: int | None = None, batch_size: int = 8
+    model: Any,
+    dataset: Any,
+    *,
+    pad_token_id: int,
+    teacher: Teacher | None = None,
+    rows: int | None = None,
+    batch_size: int = 8,
 ) -> TokenScores:
     """Score every supervised token of tokenized conversations (`potstill.data.tokenize_conversations`).
 

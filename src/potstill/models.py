@@ -255,7 +255,7 @@ class _readable_errors:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        if error is None or not isinstance(error, OSError | ValueError | ImportError | KeyError | RuntimeError):
+        if error is None or not isinstance(error, Exception):
             return
         raise _explained(self.source, error) from error
 
@@ -267,7 +267,7 @@ def _explained(source: str | os.PathLike[str], error: BaseException) -> ModelErr
         return ModelNotFound(f"{source}: a gated model; accept its terms on the hub and log in with `hf auth login`")
     if "trust_remote_code" in lowered:
         return UnsafeWeights(f"{source}: needs code of its own to be run; read it, then pass --trust-remote-code")
-    if "safetensors" in lowered and "pytorch_model.bin" in lowered or "no file named model.safetensors" in lowered:
+    if ("safetensors" in lowered and "pytorch_model.bin" in lowered) or "no file named model.safetensors" in lowered:
         return UnsafeWeights(f"{source}: no safetensors there, and pickled weights are not opened; convert the model first")
     if any(word in lowered for word in ("connect", "offline", "couldn't find", "not a valid model identifier", "resolve")):
         return ModelNotFound(

@@ -23,7 +23,7 @@ from potstill.data import IGNORED, TokenCounts, read_conversations, read_prompts
 from potstill.data.chat_templates import set_chat_template
 from potstill.errors import ConfigError, DataError, RunFolderError, VocabularyMismatch
 from potstill.evaluation import TokenScores, gap_closed, score_tokens, summarize
-from potstill.generation import answer_into, count_rows, generate_answers
+from potstill.generation import answer_into, answer_prompts, count_rows
 from potstill.models import load_config, load_model, load_tokenizer, locate, pick_device
 from potstill.report import write_report
 from potstill.run_folder import RunFolder, whole_folder, write_json
@@ -73,7 +73,15 @@ def _answer_into(file: Path, prompts: list[Any], *, seed: int) -> None:
     _say(f"the teacher answers {len(prompts)} prompts into {file}")
     model, tokenizer = load_model("demo", dtype="bfloat16")
     answer_into(
-        file, model, tokenizer, prompts, max_new_tokens=DEMO_ANSWER_TOKENS, temperature=1.0, top_p=1.0, seed=seed, batch_size=40
+        file,
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=DEMO_ANSWER_TOKENS,
+        temperature=1.0,
+        top_p=1.0,
+        seed=seed,
+        batch_size=40,
     )
 
 
@@ -113,7 +121,7 @@ def distill(recipe: DistillRecipe) -> Path:
 
 def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
     """Measure a student and its teacher on held-out conversations: ``{"teacher": M, "student": M}`` (potstill.evaluation)."""
-    opening = {"device": recipe.device, "trust_remote_code": recipe.trust_remote_code}
+    opening: dict[str, Any] = {"device": recipe.device, "trust_remote_code": recipe.trust_remote_code}
     conversations = list(read_conversations(recipe.data))
     pair = _Pair(recipe.teacher, recipe.student, conversations, recipe.max_length, recipe.chat_template)
     dtype = _dtype(recipe.precision)
@@ -124,7 +132,7 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
 
 def _train(run: RunFolder, recipe: DistillRecipe) -> None:
     """Open everything, so that what is wrong is known before anything is written; then train, from the last checkpoint on."""
-    opening = {"device": recipe.device, "trust_remote_code": recipe.trust_remote_code}
+    opening: dict[str, Any] = {"device": recipe.device, "trust_remote_code": recipe.trust_remote_code}
     _check_pair(recipe)
     train, held_out = _split(recipe)
     tokenizer = _tokenizer(recipe.student, recipe.chat_template)
@@ -154,7 +162,12 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
     checkpoint = run.last_checkpoint()
     _say(f"training for {max_steps} steps" + (f", from {checkpoint.name} on" if checkpoint else ""))
     training.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    provenance = {"teacher": recipe.teacher, "student before": recipe.student, "method": recipe.method, "steps": max_steps}
+    provenance = {
+        "teacher": recipe.teacher,
+        "student before": recipe.student,
+        "method": recipe.method,
+        "steps": max_steps,
+    }
     with whole_folder(run.student) as unfinished:
         save_student(training.model, tokenizer, unfinished, provenance=provenance)
 
@@ -271,7 +284,11 @@ class _Pair:
 
 
 def _evaluate_run(run: RunFolder, recipe: DistillRecipe) -> dict[str, Any]:
-    opening = {"dtype": _dtype(recipe.precision), "device": recipe.device, "trust_remote_code": recipe.trust_remote_code}
+    opening: dict[str, Any] = {
+        "dtype": _dtype(recipe.precision),
+        "device": recipe.device,
+        "trust_remote_code": recipe.trust_remote_code,
+    }
     train, held_out = _split(recipe)
     pair = _Pair(recipe.teacher, recipe.student, held_out, recipe.max_length, recipe.chat_template)
     asked = [without_answer(row["messages"]) for row in held_out[:SAMPLES] if "messages" in row]
@@ -283,9 +300,7 @@ def _evaluate_run(run: RunFolder, recipe: DistillRecipe) -> dict[str, Any]:
         scores[name] = pair.score_student(student, teacher)
         measures[name] = summarize(scores[name])
         answers[name] = _sample_answers(student, pair.tokenizer, asked, recipe.seed)
-    samples = [
-        {"prompt": prompt[-1]["content"], **{name: answers[name][i] for name in answers}} for i, prompt in enumerate(asked)
-    ]
+    samples = [{"prompt": prompt[-1]["content"], **{name: answers[name][i] for name in answers}} for i, prompt in enumerate(asked)]
     return {
         **measures,
         "gap_closed": gap_closed(**measures),
@@ -297,8 +312,8 @@ def _evaluate_run(run: RunFolder, recipe: DistillRecipe) -> dict[str, Any]:
 
 
 def _sample_answers(model: Any, tokenizer: Any, prompts: list[Any], seed: int) -> list[str]:
-    batches = generate_answers(model, tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS, seed=seed)
-    return [answer["content"] for batch in batches for answer in batch]
+    answered = answer_prompts(model, tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS, seed=seed)
+    return [row["messages"][-1]["content"] for row in answered]
 
 
 def _token_view(pair: _Pair, scores: dict[str, TokenScores], samples: list[Any]) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ import yaml
 
 from potstill.errors import RunFolderError
 
+Points = list[tuple[float, float]]
 MEASURES = (  # key, name, unit, what is better, the teacher's value where it follows from the definition
     ("kl_nats_per_token", "Divergence from the teacher", "KL, nats a token", "lower", 0.0),
     ("nll_nats_per_token", "Surprise at the text", "nats a token", "lower", None),
@@ -37,7 +38,7 @@ METHODS = {
 KL_STEPS_NATS = (0.03, 0.1, 0.3, 1.0, 3.0)  # fixed, so that two reports can be laid side by side
 MOST_POINTS = 1000  # of a curve
 INK, ACCENT = "#010203", "#040506"  # stand-ins in the drawing for the page's own colours, light or dark
-UNWANTED_SVG = r"<metadata>.*?</metadata>|<style.*?</style>|(?<=<g) id=\"[^\"]*\"| (?:width|height)=\"[\d.]+pt\""
+UNWANTED_SVG = r'^.*?(?=<svg)|<metadata>.*?</metadata>|<style.*?</style>|(?<=<g) id="[^"]*"| (?:width|height)="\S+pt"'
 MARKS = {ord(" "): "·", ord("\t"): "⇥", ord("\n"): "⏎", ord("\r"): "␍", 0xA0: "⍽"}  # white space in a token, shown
 
 # Control characters become their pictures (␀, ␛, …); lone surrogates, which UTF-8 cannot hold, become U+FFFD.
@@ -54,7 +55,6 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         RunFolderError: the folder is not a run, a file in it is damaged, or the page cannot be written.
     """
-    run_dir = Path(run_dir)
     config = _read_config(run_dir)
     evaluation = _read_evaluation(run_dir)
     metrics, unreadable_rows = _read_metrics(run_dir)
@@ -163,7 +163,7 @@ def _interval(evaluation: Mapping[str, Any], model: str, key: str) -> tuple[floa
 def _figure(value: float, key: str = "") -> str:
     """A number as the page prints it: a share in per cent, small values with two significant digits."""
     if key == "top1_agreement":
-        return f"{100 * value:.1f} %"
+        return f"{100 * value:.1f}\u00a0%"
     return (f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2g}").replace("-", "\u2212", 1)
 
 
@@ -211,7 +211,7 @@ def _story(config: Mapping[object, Any], evaluation: Mapping[str, Any] | None, m
         length = f" for {steps:.0f} of at most {planned} steps so far"
     seconds = max((_number(row.get("seconds")) or 0 for row in metrics), default=0)
     length += f" ({_duration(seconds)})" if seconds else ""
-    if conversations := _number(config.get("train_conversations")):
+    if conversations := _number((evaluation or config).get("train_conversations", config.get("train_conversations"))):
         length += f" on {_plural(conversations, 'conversation')}"
     done = f"{student} {'was trained' if steps or evaluation is not None else 'is to be trained'}{length} {method}."
     return done if evaluation is None else f"{done} {_outcome(evaluation)}".strip()
@@ -231,8 +231,8 @@ def _outcome(evaluation: Mapping[str, Any]) -> str:
     if gap is None:
         return sentence + "."
     if gap < 0:
-        return f"{sentence}: the gap to the teacher grew by {-100 * gap:.0f} %."
-    return f"{sentence}, which closes {100 * gap:.0f} % of the gap to the teacher."
+        return f"{sentence}: the gap to the teacher grew by {-100 * gap:.0f}\u00a0%."
+    return f"{sentence}, which closes {100 * gap:.0f}\u00a0% of the gap to the teacher."
 
 
 def _plural(count: float, noun: str) -> str:
@@ -258,7 +258,7 @@ def _measure_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
                 continue
             value, ends = _number(_of(evaluation, model).get(key)), _interval(evaluation, model, key) or ()
             note = "not measured" if value is None else ""
-            cells.append(("–" if value is None else _figure(value, key), [_figure(end, key) for end in ends], note))
+            cells.append(("" if value is None else _figure(value, key), [_figure(end, key) for end in ends], note))
         rows.append({"name": name, "unit": unit, "better": better, "cells": cells})
     return rows
 
@@ -266,36 +266,31 @@ def _measure_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _curves(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The loss over steps and over time, as drawings in the page's colours; empty if no loss was logged."""
     curves = []
-    for x_key, x_label, width in (("step", "step", 4.6), ("seconds", "seconds", 3.1)):
+    for x_key, width in (("step", 4.6), ("seconds", 3.1)):
         losses, held_out = _points(metrics, x_key, "loss"), _points(metrics, x_key, "eval_loss")
         if not losses:
             continue
         (first_x, first), (last_x, last) = losses[0], losses[-1]
-        story = f"from {_figure(first)} at {first_x:.0f} to {_figure(last)} at {last_x:.0f}"
-        caption = f"Loss (nats a supervised token) by {x_label}: {story}."
-        if held_out:
-            caption += " Dashed: the loss on held-out text."
-        curves.append({"svg": _draw(x_key, x_label, width, losses, held_out), "caption": caption})
+        caption = f"Loss, nats a supervised token: {_figure(first)} at {x_key.rstrip('s')} {first_x:.0f}, "
+        caption += f"{_figure(last)} at {last_x:.0f}.{' Dashed: the loss on held-out text.' if held_out else ''}"
+        curves.append({"svg": _draw(x_key, width, losses, held_out), "caption": caption})
     return curves
 
 
-def _points(metrics: list[dict[str, Any]], x_key: str, y_key: str) -> list[tuple[float, float]]:
+def _points(metrics: list[dict[str, Any]], x_key: str, y_key: str) -> Points:
     """The rows that have both numbers, thinned evenly to at most `MOST_POINTS`; the last one is always there."""
     pairs = [(_number(row.get(x_key)), _number(row.get(y_key))) for row in metrics]
     points = [(x, y) for x, y in pairs if x is not None and y is not None]
-    stride = math.ceil(len(points) / MOST_POINTS) or 1
-    return points[::-1][::stride][::-1]
+    return points[::-1][:: math.ceil(len(points) / MOST_POINTS) or 1][::-1]
 
 
-def _draw(
-    name: str, x_label: str, width: float, losses: list[tuple[float, float]], held_out: list[tuple[float, float]]
-) -> markupsafe.Markup:
+def _draw(x_label: str, width: float, losses: Points, held_out: Points) -> markupsafe.Markup:
     import matplotlib  # only here: a run without a report should not wait for it
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     coloured = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    look: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8.5, **dict.fromkeys(coloured, INK)}
+    look: Any = {"svg.fonttype": "none", "svg.hashsalt": x_label, "font.size": 8.5, **dict.fromkeys(coloured, INK)}
     drawing = io.StringIO()
     with matplotlib.rc_context(look):
         figure = Figure(figsize=(width, 2.6), layout="constrained")
@@ -303,19 +298,17 @@ def _draw(
         axes.plot(*zip(*losses, strict=True), color=ACCENT, linewidth=1.6, marker="o" if len(losses) == 1 else "")
         if held_out:
             axes.plot(*zip(*held_out, strict=True), color=INK, linewidth=1.1, linestyle="--")
-        axes.set(xlabel=x_label, ylabel="nats a token" if name == "step" else "")
+        axes.set(xlabel=x_label, ylabel="nats a token" if x_label == "step" else "")
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_linewidth(0.6)
         axes.tick_params(width=0.6)
         axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.6)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         figure.savefig(drawing, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = drawing.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(UNWANTED_SVG, "", svg, flags=re.DOTALL).replace("<svg", '<svg aria-hidden="true"', 1)
+    svg = re.sub(UNWANTED_SVG, "", drawing.getvalue(), flags=re.DOTALL).replace("<svg", '<svg aria-hidden="true"', 1)
     svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 var(--sans)", svg)
     svg = svg.replace(INK, "currentColor").replace(ACCENT, "var(--accent)")
-    return markupsafe.Markup(svg)  # noqa: S704 - our own drawing; no text of a model is in it
+    return markupsafe.Markup(svg)  # our own drawing; no text of a model is in it
 
 
 def _objects(rows: object) -> list[dict[str, Any]]:
@@ -324,10 +317,8 @@ def _objects(rows: object) -> list[dict[str, Any]]:
 
 def _token_view(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
     view = evaluation.get("token_view")
-    if not isinstance(view, dict):
-        return None
     tokens = []
-    for row in _objects(view.get("tokens")):
+    for row in _objects(view.get("tokens")) if isinstance(view, dict) else []:
         text = str(row.get("text", ""))
         token: dict[str, Any] = {"text": text.translate(MARKS) or "∅", "breaks": "\n" in text}
         for model in ("before", "after"):
@@ -335,7 +326,7 @@ def _token_view(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
             level = None if nats is None else sum(nats >= step for step in KL_STEPS_NATS)
             token[model] = {"nats": "not measured" if nats is None else f"{_figure(nats)} nats", "level": level}
         tokens.append(token)
-    return {"prompt": str(view.get("prompt", "")), "tokens": tokens} if tokens else None
+    return {"prompt": str(view.get("prompt", "")), "tokens": tokens} if isinstance(view, dict) and tokens else None
 
 
 def _yaml_text(value: object) -> str:

@@ -1,13 +1,13 @@
 """A run's folder: what stands where, and the rule that nothing in it is half-written.
 
-    RUN_DIR/
-      config.yaml        everything resolved: enough to run it again
-      student/           the student, a Hugging Face folder
-      metrics.jsonl      one row a logged step
-      evaluation.json    teacher, before, after, samples, gap closed
-      report.html        the page
-      checkpoints/       to go on from after an interrupt
-      data/              text the run made itself (the demo's)
+RUN_DIR/
+  config.yaml        everything resolved: enough to run it again
+  student/           the student, a Hugging Face folder
+  metrics.jsonl      one row a logged step
+  evaluation.json    teacher, before, after, samples, gap closed
+  report.html        the page
+  checkpoints/       to go on from after an interrupt
+  data/              text the run made itself (the demo's)
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from potstill.errors import RunFolderError
+
 
 class RunFolder:
     """The folder at ``path``, which need not exist yet."""

@@ -24,8 +24,8 @@ from potstill.alignment import shared_rows
 from potstill.data import BatchLayout, tokenize_conversations
 from potstill.errors import ConfigError, NonFiniteLoss
 from potstill.heads import hidden_states, output_head, supervised
-from potstill.run_folder import write_whole
 from potstill.losses import DIVERGENCES, fused_linear_cross_entropy, fused_linear_divergence
+from potstill.run_folder import write_whole
 from potstill.teachers import LocalTeacher, Teacher
 
 METHODS = ("text", "logits")
@@ -67,7 +67,7 @@ class DistillationConfig(TrainingArguments):
             raise ConfigError(f"hard_label_weight {self.hard_label_weight}: a share, so between 0 and 1")
 
     @property
-    def divergence_shape(self) -> dict[str, float]:
+    def divergence_shape(self) -> dict[str, Any]:
         """The chosen divergence's own parameter, by name."""
         if self.divergence == "jensen_shannon":
             return {"teacher_weight": self.teacher_weight}
@@ -139,7 +139,7 @@ class DistillationTrainer(Trainer):
         batch = {name: inputs[name] for name in BATCH_TENSORS if name in inputs}
         hidden, labels = supervised(hidden_states(model, batch), inputs["labels"])
         head = output_head(model, rows=self.rows)
-        if self.args.method == "text":
+        if self.teacher is None:
             return fused_linear_cross_entropy(hidden, head, labels)
         target = self.teacher.targets({**batch, "labels": inputs["labels"]})
         return fused_linear_divergence(
@@ -207,7 +207,10 @@ class MetricsFile(TrainerCallback):
         if logs is None or not {"loss", "eval_loss"} & logs.keys():
             return
         seconds = time.perf_counter() - self.begun
-        row = {"step": state.global_step, **{name: value for name, value in logs.items() if isinstance(value, int | float)}}
+        row = {
+            "step": state.global_step,
+            **{name: value for name, value in logs.items() if isinstance(value, int | float)},
+        }
         row["tokens"] = self.earlier["tokens"] + self.trainer.tokens_seen
         row["seconds"] = round(self.earlier["seconds"] + seconds, 3)
         row["tokens_per_second"] = round(self.trainer.tokens_seen / seconds, 1)

@@ -21,11 +21,12 @@ from potstill.losses import (
     skew_reverse_kl,
     total_variation,
 )
+from potstill.losses.divergences import mix_log_probabilities
 
 every_divergence = pytest.mark.parametrize("name", DIVERGENCES)
 Distribution = tuple[float, ...]
 
-# Of three symbols: alike, far apart, nearly certain, and each with a certain or an impossible symbol that stays comparable.
+# Over three symbols: alike, far apart, one nearly certain, and both without the third symbol.
 PAIRS: list[tuple[Distribution, Distribution]] = [
     ((0.2, 0.3, 0.5), (0.25, 0.25, 0.5)),
     ((0.7, 0.2, 0.1), (0.1, 0.2, 0.7)),
@@ -187,9 +188,7 @@ def test_autograd_agrees_with_finite_differences(name: str) -> None:
 @every_divergence
 def test_temperature_divides_both_logits_and_multiplies_nothing(name: str) -> None:
     teacher, student = random_logits()
-    torch.testing.assert_close(
-        DIVERGENCES[name](teacher, student, temperature=4.0), DIVERGENCES[name](teacher / 4, student / 4)
-    )
+    torch.testing.assert_close(DIVERGENCES[name](teacher, student, temperature=4.0), DIVERGENCES[name](teacher / 4, student / 4))
 
 
 def test_no_factor_of_temperature_squared_by_hand() -> None:
@@ -205,7 +204,7 @@ def test_extreme_temperatures_stay_finite_and_accurate_in_float32(name: str, tem
     teacher, student = (logits.float() for logits in random_logits())
     value = DIVERGENCES[name](teacher, student, temperature=temperature)
     exact = DIVERGENCES[name](teacher.double(), student.double(), temperature=temperature)
-    # At 1e2 the loss is a difference of nearly equal logarithms (about 2): float32's epsilon, absolutely, is all one gets.
+    # At 1e2 the loss is a difference of nearly equal logarithms of about 2: float32's epsilon is the best one gets.
     torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-6)
     assert student_gradient(name, teacher, student, temperature=temperature).isfinite().all()
 
@@ -265,7 +264,8 @@ def test_an_empty_batch_gives_an_empty_result_that_carries_gradients(name: str) 
     value = DIVERGENCES[name](torch.zeros(0, 7), student)
     assert value.shape == (0,)
     value.sum().backward()
-    assert student.grad is not None and student.grad.shape == (0, 7)
+    assert student.grad is not None
+    assert student.grad.shape == (0, 7)
 
 
 @every_divergence
@@ -311,16 +311,12 @@ def test_merging_symbols_into_cells_never_raises_the_divergence(name: str) -> No
 def test_relabelling_the_vocabulary_changes_nothing(name: str) -> None:
     teacher, student = random_logits()
     order = torch.tensor([3, 1, 6, 0, 2, 5, 4])
-    torch.testing.assert_close(
-        DIVERGENCES[name](teacher[:, order], student[:, order]), DIVERGENCES[name](teacher, student)
-    )
+    torch.testing.assert_close(DIVERGENCES[name](teacher[:, order], student[:, order]), DIVERGENCES[name](teacher, student))
 
 
 @every_divergence
 @settings(deadline=None, max_examples=25)
-@given(
-    teacher_constant=st.floats(-1e3, 1e3), student_constant=st.floats(-1e3, 1e3), seed=st.integers(0, 2**31 - 1)
-)
+@given(teacher_constant=st.floats(-1e3, 1e3), student_constant=st.floats(-1e3, 1e3), seed=st.integers(0, 2**31 - 1))
 def test_a_constant_added_to_the_logits_changes_nothing(
     name: str, teacher_constant: float, student_constant: float, seed: int
 ) -> None:
@@ -338,3 +334,12 @@ def test_a_constant_added_to_the_logits_changes_nothing(
 def test_student_gradients_sum_to_zero_over_the_vocabulary(name: str) -> None:
     gradient = student_gradient(name, *random_logits())
     torch.testing.assert_close(gradient.sum(-1), torch.zeros(5, dtype=torch.float64))
+
+
+def test_mixing_two_impossible_symbols_gives_an_impossible_one_with_zero_gradient() -> None:
+    log_a = torch.tensor([0.0, -math.inf, -math.inf], dtype=torch.float64, requires_grad=True)
+    log_b = torch.tensor([-math.inf, 0.0, -math.inf], dtype=torch.float64)
+    mixed = mix_log_probabilities(log_a, log_b, 0.25)
+    torch.testing.assert_close(mixed.exp(), torch.tensor([0.25, 0.75, 0.0], dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(mixed.exp().sum(), log_a)
+    torch.testing.assert_close(gradient, torch.tensor([0.25, 0.0, 0.0], dtype=torch.float64))

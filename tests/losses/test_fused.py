@@ -1,13 +1,13 @@
 """The fused loss is the dense loss, value and gradient, for every chunk size and every kind of head.
 
-7 supervised tokens, 11 symbols, hidden size 5 (student) and 6 (teacher). The oracle is autograd through a plain product, a plain
-softmax and the dense divergences, whose own tests stand on sums by hand.
+7 supervised tokens, 11 symbols, hidden size 5 (student) and 6 (teacher). The oracle is autograd through a plain
+product and the dense divergences, whose own tests stand on sums by hand.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -29,6 +29,15 @@ TOKENS, VOCABULARY, STUDENT_HIDDEN, TEACHER_HIDDEN = 7, 11, 5, 6
 every_divergence = pytest.mark.parametrize("name", DIVERGENCES)
 # One token, not a divisor of 7, all of them, more than all, and the library's own choice.
 every_chunk = pytest.mark.parametrize("chunk_tokens", [1, 3, TOKENS, 100, None])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On a busy machine, threads that wait for each other cost these tiny tensors many times their work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclass
@@ -58,21 +67,28 @@ def random_case(dtype: torch.dtype = torch.float64, tokens: int = TOKENS, seed: 
 
 
 def dense(
-    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, name: str = "forward_kl", **options: float
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    name: str = "forward_kl",
+    **options: float,
 ) -> Tensor:
     """The plain way: all the logits at once, in float32 or wider."""
-    teacher_logits = teacher_hidden.detach() @ teacher_weight.detach().T
+    teacher_logits = teacher_hidden.detach() @ teacher_head.detach().T
     return DIVERGENCES[name](teacher_logits, hidden @ weight.T, **options).sum()
 
 
-def assert_same(actual: Tensor, expected: Tensor, wanted: tuple[Tensor, ...], tolerance: float = 1e-12) -> None:
-    """Both losses and their gradients with respect to ``wanted``, within ``tolerance`` of the gradient's norm."""
+def assert_same(
+    actual: Tensor, expected: Tensor, wanted: tuple[Tensor, ...], tolerance: float = 1e-12, absolute: float = 1e-14
+) -> None:
+    """Both losses and their gradients by ``wanted``, within ``tolerance`` of the gradient's norm plus ``absolute``."""
     torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
     gradients = torch.autograd.grad(actual, wanted)
     for gradient, exact, leaf in zip(gradients, torch.autograd.grad(expected, wanted), wanted, strict=True):
-        assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
+        assert (gradient.dtype, gradient.shape) == (leaf.dtype, leaf.shape)
         error = (gradient.double() - exact.double()).norm()
-        assert error <= tolerance * exact.double().norm() + 1e-14, error
+        assert error <= tolerance * exact.double().norm() + absolute, error
 
 
 # The loss itself.
@@ -91,7 +107,7 @@ def test_fused_equals_dense_in_float64(name: str, chunk_tokens: int | None) -> N
     ("dtype", "tolerance"),
     [
         (torch.float32, 1e-5),  # epsilon 1e-7, sums of tens of terms
-        (torch.bfloat16, 2e-2),  # epsilon 8e-3: dense and fused both round the logits' gradient and the products
+        (torch.bfloat16, 1e-2),  # epsilon 8e-3: dense and fused both round the logits' gradient and the products
         (torch.float16, 2e-3),  # epsilon 1e-3
     ],
 )
@@ -116,8 +132,10 @@ def test_extreme_temperatures_stay_finite_and_accurate_in_float32(name: str, tem
     case = random_case(torch.float32)
     fused = fused_linear_divergence(*case.models, divergence=name, temperature=temperature, chunk_tokens=3)
     wide = [tensor.double() for tensor in case.models]
-    # At 1e-2 logits are of the order 1 000 and so float32 rounds them by 1e-4; at 1e2 q − p is a small difference.
-    assert_same(fused, dense(*wide, name, temperature=temperature), (case.hidden, case.weight), 1e-3)
+    expected = dense(*wide, name, temperature=temperature)
+    # Cold, p is nearly certain and the gradient a difference of logarithms of about 500, which float32 rounds by 3e-5,
+    # over a temperature of 1e-2. Hot, q − p is a difference of nearly equal numbers.
+    assert_same(fused, expected, (case.hidden, case.weight), tolerance=1e-3, absolute=3e-5 / temperature)
 
 
 @pytest.mark.parametrize(
@@ -167,9 +185,7 @@ def test_cross_entropy_equals_torchs(chunk_tokens: int | None) -> None:
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_hard_labels_mix_cross_entropy_in_at_their_weight(weight: float) -> None:
     case = random_case()
-    fused = fused_linear_divergence(
-        *case.models, temperature=2.0, labels=case.labels, hard_label_weight=weight, chunk_tokens=3
-    )
+    fused = fused_linear_divergence(*case.models, temperature=2.0, labels=case.labels, hard_label_weight=weight, chunk_tokens=3)
     hard = F.cross_entropy(case.hidden @ case.weight.T, case.labels, reduction="sum")
     expected = (1 - weight) * dense(*case.models, temperature=2.0) + weight * hard
     assert_same(fused, expected, (case.hidden, case.weight))
@@ -197,7 +213,12 @@ def test_the_sum_over_micro_batches_equals_one_batch(name: str) -> None:
     whole = fused_linear_divergence(*case.models, divergence=name, chunk_tokens=2)
     parts = [
         fused_linear_divergence(
-            case.hidden[part], case.weight, case.teacher_hidden[part], case.teacher_weight, divergence=name, chunk_tokens=2
+            case.hidden[part],
+            case.weight,
+            case.teacher_hidden[part],
+            case.teacher_weight,
+            divergence=name,
+            chunk_tokens=2,
         )
         for part in (slice(0, 3), slice(3, 3), slice(3, 7))
     ]
@@ -215,10 +236,11 @@ def test_an_empty_batch_gives_a_zero_that_carries_zero_gradients(name: str, dtyp
     case = random_case(dtype, tokens=0)
     head = Head(case.weight, case.bias)
     loss = fused_linear_divergence(case.hidden, head, case.teacher_hidden, case.teacher_weight, divergence=name)
-    assert loss.item() == 0 and loss.shape == () and loss.dtype == torch.float32
+    assert (loss.item(), loss.shape, loss.dtype) == (0, (), torch.float32)
     loss.backward()
     for leaf in (case.hidden, case.weight, case.bias):
-        assert leaf.grad is not None and leaf.grad.shape == leaf.shape and not leaf.grad.any()
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
 def test_an_empty_batch_of_labels_gives_a_zero_that_carries_zero_gradients() -> None:
@@ -226,7 +248,8 @@ def test_an_empty_batch_of_labels_gives_a_zero_that_carries_zero_gradients() -> 
     loss = fused_linear_cross_entropy(case.hidden, case.weight, case.labels)
     assert loss.item() == 0
     loss.backward()
-    assert case.weight.grad is not None and not case.weight.grad.any()
+    assert case.weight.grad is not None
+    assert not case.weight.grad.any()
 
 
 # Heads.
@@ -286,9 +309,7 @@ def test_rows_beyond_the_cut_are_absent_and_get_zero_gradient(name: str) -> None
 def test_heads_of_two_sizes_compare_on_the_rows_they_share() -> None:
     case = random_case()
     padded = torch.cat([case.teacher_weight, torch.zeros(4, TEACHER_HIDDEN, dtype=torch.float64)])
-    fused = fused_linear_divergence(
-        case.hidden, case.weight, case.teacher_hidden, Head(padded, rows=VOCABULARY), chunk_tokens=3
-    )
+    fused = fused_linear_divergence(case.hidden, case.weight, case.teacher_hidden, Head(padded, rows=VOCABULARY), chunk_tokens=3)
     assert_same(fused, dense(*case.models), (case.hidden, case.weight))
 
 
@@ -318,8 +339,10 @@ def test_gradients_of_a_tied_weight_add_up() -> None:
 def test_the_teacher_gets_no_gradient() -> None:
     case = random_case()
     fused_linear_divergence(*case.models).backward()
-    assert case.teacher_hidden.grad is None and case.teacher_weight.grad is None
-    assert case.hidden.grad is not None and case.weight.grad is not None
+    assert case.teacher_hidden.grad is None
+    assert case.teacher_weight.grad is None
+    assert case.hidden.grad is not None
+    assert case.weight.grad is not None
 
 
 def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_keep_theirs() -> None:
@@ -407,9 +430,7 @@ def test_the_incoming_gradient_scales_every_gradient(factor: float) -> None:
     case = random_case()
     head = Head(case.weight, case.bias)
     leaves = case.hidden, case.weight, case.bias
-    plain = torch.autograd.grad(
-        fused_linear_divergence(case.hidden, head, case.teacher_hidden, case.teacher_weight), leaves
-    )
+    plain = torch.autograd.grad(fused_linear_divergence(case.hidden, head, case.teacher_hidden, case.teacher_weight), leaves)
     scaled = torch.autograd.grad(
         fused_linear_divergence(case.hidden, head, case.teacher_hidden, case.teacher_weight) * factor, leaves
     )
@@ -424,7 +445,8 @@ def test_a_loss_scale_beyond_float16_gives_finite_gradients() -> None:
     nearly_flat = case.weight * 1e-2, case.teacher_hidden, case.teacher_weight * 1e-2
     loss = fused_linear_divergence(case.hidden, *nearly_flat)
     for gradient in torch.autograd.grad(loss * 2.0**16, (case.hidden, case.weight)):
-        assert gradient.isfinite().all() and gradient.any()
+        assert gradient.isfinite().all()
+        assert gradient.any()
 
 
 def test_backward_can_be_run_again_on_a_retained_graph() -> None:
@@ -436,7 +458,7 @@ def test_backward_can_be_run_again_on_a_retained_graph() -> None:
 
 
 def test_differentiating_twice_is_refused() -> None:
-    """Regression: with a constant incoming gradient the first derivative came back without a graph, and no complaint."""
+    """Regression: with a constant incoming gradient the first derivative came without a graph and nobody complained."""
     case = random_case()
     with pytest.raises(RuntimeError, match="differentiated twice"):
         torch.autograd.grad(fused_linear_divergence(*case.models), case.hidden, create_graph=True)
@@ -470,7 +492,7 @@ def test_autocast_takes_bfloat16_hidden_states_against_a_float32_head() -> None:
 def test_weight_gradients_of_many_bfloat16_chunks_add_up_in_float32() -> None:
     """In bfloat16 the sum would stall: past 256 times its size, one more token's gradient rounds away."""
     one = random_case(torch.bfloat16, tokens=1)
-    many = 2000
+    many = 600
     loss = fused_linear_divergence(
         one.hidden.expand(many, -1), one.weight, one.teacher_hidden.expand(many, -1), one.teacher_weight, chunk_tokens=1
     )
@@ -483,9 +505,8 @@ def test_float16_hidden_states_give_finite_loss_and_gradients() -> None:
     case = random_case(torch.float16)
     loss = fused_linear_divergence(case.hidden * 20, case.weight * 20, case.teacher_hidden * 20, case.teacher_weight * 20)
     assert loss.isfinite()
-    loss.backward()
-    assert case.hidden.grad is not None and case.hidden.grad.isfinite().all()
-    assert case.weight.grad is not None and case.weight.grad.isfinite().all()
+    for gradient in torch.autograd.grad(loss, (case.hidden, case.weight)):
+        assert gradient.isfinite().all()
 
 
 def test_a_narrow_teacher_beside_a_wide_student_is_compared_in_float32() -> None:

@@ -170,26 +170,18 @@ def _positions(line: list[dict[str, Any]], length: int) -> list[int]:
     return [position for size in (*sizes, length - sum(sizes)) for position in range(size)]
 
 
-def _tokens_of(
-    span: Span, offsets: list[Span], text: str, ids: list[int], tokenizer: Any, *, with_end: bool
-) -> Iterator[int]:
-    """The tokens that lie in ``span`` or reach into it, and the special token that ends the turn after it."""
+def _tokens_of(span: Span, offsets: list[Span], text: str, ids: list[int], tokenizer: Any, *, with_end: bool) -> Iterator[int]:
+    """The tokens that lie in ``span`` or reach into it, and those up to the special token that ends the turn after it."""
     start, end = span
-    last = None
-    for i, (token_start, token_end) in enumerate(offsets):
-        if token_end > start and token_start < end:
-            yield i
-        if token_start >= end and token_end > token_start:
-            last = i
-            break
-    # Llama 2 writes " </s>": a blank may stand between the answer and its end.
-    while with_end and last is not None and last < len(ids):
-        if ids[last] in tokenizer.all_special_ids:
-            yield last
+    yield from (i for i, (first, last) in enumerate(offsets) if last > start and first < end)
+    tail: list[int] = []
+    for i in range(next((i for i, (first, _) in enumerate(offsets) if first >= end), len(ids)), len(ids)):
+        tail.append(i)
+        if ids[i] in tokenizer.all_special_ids:
+            yield from tail if with_end else ()
             return
-        if text[slice(*offsets[last])].strip():
+        if text[slice(*offsets[i])].strip():  # Llama 2 writes " </s>": only blanks may stand before the end
             return
-        last += 1
 
 
 def _padded(rows: list[list[int]], length: int, value: int) -> Tensor:

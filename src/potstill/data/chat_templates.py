@@ -7,17 +7,19 @@ two renderings do not share is the answer.
 
 from __future__ import annotations
 
-import os.path
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from potstill.errors import ChatTemplateError
 
-# For base models, which have none: name it explicitly, with `chat_template="plain"`.
+# For base models, which have none: name it explicitly, with `chat_template="plain"`. Roles stand on lines of their own, because
+# a prompt that ends in a blank would lose it to the first token of the answer (" the" is one token).
 PLAIN_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] | trim }}"
+    "{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] | trim }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant: {% endif %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
 
 _NEVER_IN_TEXT = "\uf8ff"  # the last character of Unicode's private use area
@@ -69,13 +71,20 @@ def answer_spans(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, l
 
 def _span(tokenizer: Any, messages: list[dict[str, Any]], turn: int, text: str) -> Span:
     marked = render(tokenizer, [*messages[:turn], {**messages[turn], "content": _NEVER_IN_TEXT}, *messages[turn + 1 :]])
-    start = len(os.path.commonprefix([text, marked]))
-    end = len(text) - len(os.path.commonprefix([text[start:][::-1], marked[start:][::-1]]))
+    start = _common_length(text, marked)
+    end = len(text) - _common_length(reversed(text[start:]), reversed(marked[start:]))
     content = messages[turn]["content"].strip()
     if content and content not in text[start:end]:
-        raise ChatTemplateError(f"the chat template loses what the assistant said in turn {turn + 1} ({content[:40]!r}); use another")
+        raise ChatTemplateError(
+            f"the chat template loses what the assistant said in turn {turn + 1} ({content[:40]!r}); use another"
+        )
     prompt = render(tokenizer, messages[:turn], for_answer=True)
     # A template may open the answer itself (Qwen3's empty thought): what follows the generation prompt is to be learned too.
     if len(prompt) <= start and text.startswith(prompt):
         start = len(prompt)
     return start, end
+
+
+def _common_length(one: Iterable[str], other: Iterable[str]) -> int:
+    """How many characters two texts begin with in common."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -1,10 +1,11 @@
 """The value and the gradient of each loss in closed form, from one chunk of logits.
 
-c tokens, V vocabulary. q is the teacher's distribution, p the student's, z the student's logits. Each function takes logits
-``[c, V]`` in float32 or wider and returns the loss ``[c]`` in nats and its gradient with respect to z, ``[c, V]``.
+c tokens, V vocabulary. q is the teacher's distribution, p the student's, z the student's logits. Each function takes
+logits ``[c, V]`` in float32 or wider and returns the loss ``[c]`` in nats and its gradient with respect to z,
+``[c, V]``.
 
-For every divergence D the chain rule through the softmax reads ∂D/∂z = u − p·Σu with u = p ⊙ ∂D/∂p, and in forward KL it
-shrinks to p − q. What autograd would keep of the way there (six tensors of c × V) is never made.
+For every divergence D the chain rule through the softmax reads ∂D/∂z = u − p·Σu with u = p ⊙ ∂D/∂p, and in forward KL
+it shrinks to p − q. What autograd would keep of the way there (six tensors of c × V) is never made.
 """
 
 from __future__ import annotations

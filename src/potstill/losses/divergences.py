@@ -1,11 +1,13 @@
 """Six ways to say how far a student's next-token distribution is from its teacher's.
 
-N supervised tokens, V vocabulary. q is the teacher's distribution and p the student's, both softmaxes of logits divided by
-one temperature. Every function takes ``teacher_logits [N, V]`` and ``student_logits [N, V]`` and returns ``[N]`` nats, one
-number a token, in float32 or wider whatever the logits' dtype: sum them, and divide once by the number of supervised tokens.
+N supervised tokens, V vocabulary. q is the teacher's distribution and p the student's, both softmaxes of logits divided
+by one temperature. Every function takes ``teacher_logits [N, V]`` and ``student_logits [N, V]`` and returns ``[N]``
+nats, one number a token, in float32 or wider whatever the logits' dtype: sum them, and divide once by the number of
+supervised tokens.
 
-No function multiplies by temperature². That factor (Hinton et al. 2015, arXiv 1503.02531, section 2) only keeps gradients of the
-same size as the temperature rises; here a number in nats stays a number in nats, and the learning rate is where scale belongs.
+No function multiplies by temperature². That factor (Hinton et al. 2015, arXiv 1503.02531, section 2) only keeps
+gradients of the same size as the temperature rises; here a number in nats stays a number in nats, and the learning rate
+is where scale belongs.
 
 A logit of −inf is probability 0 and contributes 0 · log 0 = 0. Where the teacher has mass and the student has none,
 ``forward_kl`` is infinite, as it should be. An empty batch (N = 0) gives an empty result.
@@ -45,7 +47,7 @@ def reverse_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperature: f
 def jensen_shannon(
     teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0, teacher_weight: float = 0.5
 ) -> Tensor:
-    """w·KL(q‖m) + (1−w)·KL(p‖m) with m = w·q + (1−w)·p and w = ``teacher_weight`` in (0, 1). ``[N, V]`` twice → ``[N]`` nats.
+    """w·KL(q‖m) + (1−w)·KL(p‖m) with m = w·q + (1−w)·p and w = ``teacher_weight`` in (0, 1). → ``[N]`` nats.
 
     At w = ½ it is symmetric and at most log 2. Divided by w it tends to ``forward_kl`` as w → 0; divided by 1 − w, to
     ``reverse_kl`` as w → 1 (at the very ends it is 0, so they are refused).
@@ -59,9 +61,7 @@ def jensen_shannon(
     return w * _kl(log_q, log_m) + (1 - w) * _kl(log_p, log_m)
 
 
-def skew_forward_kl(
-    teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0, skew: float = 0.1
-) -> Tensor:
+def skew_forward_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0, skew: float = 0.1) -> Tensor:
     """KL(q ‖ a·q + (1−a)·p) with a = ``skew`` in (0, 1): forward KL that stays finite, at most −log a. → ``[N]`` nats.
 
     Raises: ValueError if ``skew`` is not inside (0, 1).
@@ -72,9 +72,7 @@ def skew_forward_kl(
     return _kl(log_q, mix_log_probabilities(log_q, log_p, a))
 
 
-def skew_reverse_kl(
-    teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0, skew: float = 0.1
-) -> Tensor:
+def skew_reverse_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0, skew: float = 0.1) -> Tensor:
     """KL(p ‖ (1−a)·q + a·p) with a = ``skew`` in (0, 1): reverse KL that stays finite, at most −log a. → ``[N]`` nats.
 
     Raises: ValueError if ``skew`` is not inside (0, 1).
@@ -86,7 +84,7 @@ def skew_reverse_kl(
 
 
 def total_variation(teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """½ Σ |q − p|: the largest difference the two give to any event, in [0, 1] (no nats here). ``[N, V]`` twice → ``[N]``.
+    """½ Σ |q − p|: the largest difference the two give to any event, in [0, 1] (no nats here). → ``[N]``.
 
     Source: Wen et al. 2023 (f-distillation), arXiv 2307.15190, section 3.
     """
@@ -132,8 +130,8 @@ def positive_temperature(value: float) -> float:
 def _log_probabilities(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(
-            f"teacher_logits {tuple(teacher_logits.shape)} and student_logits {tuple(student_logits.shape)} differ in shape: "
-            "cut both to the shared vocabulary first (potstill.alignment.shared_rows)"
+            f"teacher_logits {tuple(teacher_logits.shape)} and student_logits {tuple(student_logits.shape)} differ in "
+            "shape: cut both to the shared vocabulary first (potstill.alignment.shared_rows)"
         )
     temperature = positive_temperature(temperature)
     wide = torch.promote_types(torch.promote_types(teacher_logits.dtype, student_logits.dtype), torch.float32)

@@ -2,14 +2,15 @@
 
 N supervised tokens, V vocabulary, H hidden size (Hs the student's, Ht the teacher's), c tokens in a chunk.
 
-A student's logits are ``hidden [N, H] @ weight.T [H, V]``. For 8 000 tokens and 128 000 words that is 4 GB in float32, and a
-distillation loss written plainly holds half a dozen such tensors. Here a chunk of c tokens is projected, scored and turned into
-gradients at once, in the forward pass:
+A student's logits are ``hidden [N, H] @ weight.T [H, V]``. For 8 000 tokens and 128 000 words that is 4 GB in float32,
+and a distillation loss written plainly holds half a dozen such tensors. Here a chunk of c tokens is projected, scored
+and turned into gradients at once, in the forward pass:
 
     logits [c, V]  →  loss [c] and ∂loss/∂logits [c, V]  →  ∂loss/∂hidden [c, H],  ∂loss/∂weight [V, H] += …
 
-and its logits are gone before the next chunk is begun. Nothing is projected twice: with a = 2·N·V·Hs and b = 2·N·V·Ht FLOPs
-the cost is 3a + b, the least there is (2a + b under a frozen head). Backward only multiplies by the incoming gradient.
+and its logits are gone before the next chunk is begun. Nothing is projected twice: with a = 2·N·V·Hs and b = 2·N·V·Ht
+FLOPs the cost is 3a + b, the least there is (2a + b under a frozen head). Backward only multiplies by the incoming
+gradient.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ CHUNK_BYTES = 128 * 2**20
 class Head:
     """A model's last layer, from hidden states to logits: ``cap(scale · (hidden @ weight.T + bias))``.
 
-    ``weight [V, H]``, ``bias [V]`` or None. ``softcap`` c bends logits to c·tanh(logits / c) (Gemma 2). ``rows`` cuts the
-    vocabulary to its first rows: the ones that both models' tokenizers share.
+    ``weight [V, H]``, ``bias [V]`` or None. ``softcap`` c bends logits to c·tanh(logits / c) (Gemma 2). ``rows`` cuts
+    the vocabulary to its first rows: the ones that both models' tokenizers share.
     """
 
     weight: Tensor
@@ -80,24 +81,25 @@ def fused_linear_divergence(
     chunk_tokens: int | None = None,
     **shape: float,
 ) -> Tensor:
-    """The divergence from teacher to student, summed over tokens: a scalar in nats, with gradients for the student alone.
+    """The divergence from teacher to student, summed over tokens: a scalar in nats, with gradients for the student.
 
-    ``student_hidden [N, Hs]``, ``student_head [V, Hs]``, ``teacher_hidden [N, Ht]``, ``teacher_head [Vt, Ht]``; a head is a
-    weight or a `Head`. Heads of unequal rows must be cut to the rows they share (``Head.rows``). Divide the result once, by
-    the number of supervised tokens of the whole optimizer step. ``labels [N]`` mix cross-entropy in, in the same pass:
-    (1 − w) · divergence + w · cross-entropy with w = ``hard_label_weight``. ``shape`` is the divergence's own parameter
-    (``teacher_weight`` or ``skew``). No temperature² factor. N = 0 gives a zero that still carries (zero) gradients.
+    ``student_hidden [N, Hs]``, ``student_head [V, Hs]``, ``teacher_hidden [N, Ht]``, ``teacher_head [Vt, Ht]``; a head
+    is a weight or a `Head`. Heads of unequal rows must be cut to the rows they share (``Head.rows``). Divide the result
+    once, by the number of supervised tokens of the whole optimizer step. ``labels [N]`` mix cross-entropy in, in the
+    same pass: (1 − w) · divergence + w · cross-entropy with w = ``hard_label_weight``. ``shape`` is the divergence's
+    own parameter (``teacher_weight`` or ``skew``). No temperature² factor. N = 0 gives a zero that still carries (zero)
+    gradients.
 
-    Raises: ValueError for an unknown divergence, heads of unequal rows, hidden states or labels of unequal N, a temperature
-    that is not positive, or a ``hard_label_weight`` outside [0, 1] or without labels.
+    Raises: ValueError for an unknown divergence, heads of unequal rows, hidden states or labels of unequal N, a
+    temperature that is not positive, or a ``hard_label_weight`` outside [0, 1] or without labels.
     """
     student, teacher = _as_head(student_head), _as_head(teacher_head)
     if divergence not in CLOSED_FORMS:
         raise ValueError(f"divergence = {divergence!r}: must be one of {', '.join(CLOSED_FORMS)}")
     if len(student) != len(teacher):
         raise ValueError(
-            f"student head has {len(student)} rows and teacher head {len(teacher)}: cut both to the rows their tokenizers "
-            "share with Head(weight, rows=potstill.alignment.shared_rows(...))"
+            f"student head has {len(student)} rows and teacher head {len(teacher)}: cut both to the rows their "
+            "tokenizers share with Head(weight, rows=potstill.alignment.shared_rows(...))"
         )
     if len(student_hidden) != len(teacher_hidden):
         raise ValueError(f"student_hidden has {len(student_hidden)} tokens and teacher_hidden {len(teacher_hidden)}")
@@ -122,7 +124,7 @@ def fused_linear_divergence(
 def fused_linear_cross_entropy(
     student_hidden: Tensor, student_head: Tensor | Head, labels: Tensor, *, chunk_tokens: int | None = None
 ) -> Tensor:
-    """−log p(label), summed over tokens: the loss of text distillation. ``[N, H]``, ``[V, H]``, ``labels [N]`` → nats."""
+    """−log p(label), summed over tokens: the loss of text distillation. ``[N, H]``, ``[V, H]``, ``[N]`` → nats."""
     _check_labels(labels, student_hidden)
     return fused_linear_loss(
         student_hidden,
@@ -137,10 +139,10 @@ def fused_linear_loss(hidden: Tensor, head: Head, score: Score, *, chunk_tokens:
     chunk = max(1, CHUNK_BYTES // (16 * max(1, len(head)))) if chunk_tokens is None else chunk_tokens
     if chunk < 1:
         raise ValueError(f"chunk_tokens = {chunk}: must be at least 1, or None to fit the chunk to memory")
-    # Inside forward gradients are always off, and ctx.needs_input_grad is blind to torch.no_grad: ask here, or a validation
-    # pass pays for gradients that nobody reads.
+    # Inside forward gradients are always off, and ctx.needs_input_grad is blind to torch.no_grad: ask here, or a
+    # validation pass pays for gradients that nobody reads.
     differentiate = torch.is_grad_enabled()
-    total: Tensor = _FusedLinear.apply(hidden, head.weight, head.bias, head, score, chunk, differentiate)
+    total: Tensor = _FusedLinear.apply(hidden, head.weight, head.bias, head, score, chunk, differentiate)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -181,12 +183,12 @@ class _FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        # torch's once_differentiable lets create_graph=True pass when grad_total is a constant, and a gradient penalty would
-        # then silently count for nothing.
+        # torch's once_differentiable lets create_graph=True pass when grad_total is a constant, and a gradient penalty
+        # would then silently count for nothing.
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "a fused loss cannot be differentiated twice (create_graph=True): its gradients are made in the forward "
-                "pass; use the dense functions of potstill.losses"
+                "a fused loss cannot be differentiated twice (create_graph=True): its gradients are made in the "
+                "forward pass; use the dense functions of potstill.losses"
             )
         # Scaled in float32, then rounded: float16 would turn a loss scale of 65 536 into infinity.
         scaled = [

@@ -1,0 +1,98 @@
+"""Tiny models and a toy tokenizer: no network, no weights, everything in seconds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # models this small only lose by sharing the work
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MERGES = ["Ġ t", "h e", "Ġt he", "i n", "r a", "ra in", "Ġ a", "o n"]
+
+
+def toy_tokenizer(*, chat_template: str | None = CHATML, added: tuple[str, ...] = ()) -> Any:
+    """A byte-level BPE tokenizer with 256 bytes, eight merges, and ChatML's special tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *("".join(merge.split()) for merge in MERGES)]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[tuple(merge.split()) for merge in MERGES]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>", *added)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    fast.chat_template = chat_template
+    return fast
+
+
+def tiny_model(family: str = "llama", *, layers: int = 4, rows: int = 272, hidden: int = 32, seed: int = 0) -> Any:
+    """A random model of a family, with at most a few ten thousand weights."""
+    import transformers
+
+    common: dict[str, Any] = {"vocab_size": rows, "bos_token_id": 264, "eos_token_id": 265, "pad_token_id": 265}
+    if family == "gpt2":
+        config: Any = transformers.GPT2Config(n_layer=layers, n_embd=hidden, n_head=4, n_positions=512, **common)
+    else:
+        shape = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": 64, "num_attention_heads": 4}
+        more = {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
+        name = {
+            "llama": "Llama",
+            "qwen2": "Qwen2",
+            "qwen3": "Qwen3",
+            "gemma2": "Gemma2",
+            "gemma3": "Gemma3Text",
+            "mistral": "Mistral",
+        }
+        config = getattr(transformers, f"{name[family]}Config")(**common, **shape, **more)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.generation_config.eos_token_id = 265
+    model.generation_config.pad_token_id = 265
+    return model.eval()
+
+
+def conversations(count: int = 12) -> list[dict[str, Any]]:
+    """Short conversations of different lengths, some with two answers."""
+    rows = []
+    for i in range(count):
+        messages = [
+            {"role": "user", "content": f"the rain {i}?"},
+            {"role": "assistant", "content": "in the rain " * (1 + i % 5)},
+        ]
+        if i % 3 == 0:
+            messages += [{"role": "user", "content": "and then"}, {"role": "assistant", "content": f"on {i} the"}]
+        rows.append({"messages": messages})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return toy_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a folder with a tiny model and the toy tokenizer in it."""
+
+    def make(**shape: Any) -> Path:
+        folder = tmp_path_factory.mktemp("model")
+        tiny_model(**shape).save_pretrained(folder)
+        toy_tokenizer().save_pretrained(folder)
+        return folder
+
+    return make

@@ -1,0 +1,241 @@
+"""Whole runs on tiny models: from a folder to a report, through interrupts, and what is refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import conversations, toy_tokenizer
+from potstill import cli, pipeline
+from potstill.training import DistillationTrainer
+
+
+@pytest.fixture
+def place(tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to stand in, with a teacher, a student, and data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "SAMPLE_TOKENS", 4)
+    (tmp_path / "teacher").symlink_to(model_folder(layers=4))
+    (tmp_path / "student").symlink_to(model_folder(layers=2, seed=1))
+    write_rows(tmp_path / "data.jsonl", conversations(20))
+    return tmp_path
+
+
+def write_rows(path: Path, rows: list[Any]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def distill(*more: str, data: str = "data.jsonl", output: str = "run", student: str = "student") -> int:
+    flags = ["--data", data, "--output-dir", output, "--device", "cpu", "--precision", "fp32", "--learning-rate", "0.01"]
+    return cli.main(["distill", "teacher", student, *flags, *more])
+
+
+def weights(run: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(run) / "student" / "model.safetensors")
+
+
+@pytest.mark.parametrize("method", ["logits", "text"])
+def test_a_run_leaves_student_metrics_evaluation_and_report(place: Path, method: str) -> None:
+    assert distill("--method", method, "--max-steps", "8") == 0
+    evaluation = json.loads((place / "run" / "evaluation.json").read_text())
+    measure = {"logits": "kl_nats_per_token", "text": "nll_nats_per_token"}[method]
+    assert evaluation["after"][measure] < evaluation["before"][measure]
+    assert evaluation["before"]["ci95"]["bits_per_byte"][0] < evaluation["before"]["bits_per_byte"]
+    assert evaluation["samples"][0].keys() == {"prompt", "teacher", "before", "after"}
+    assert len((place / "run" / "metrics.jsonl").read_text().splitlines()) == 8
+    assert "<html" in (place / "run" / "report.html").read_text()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert AutoModelForCausalLM.from_pretrained("run/student").config.num_hidden_layers == 2
+    assert AutoTokenizer.from_pretrained("run/student").chat_template
+    assert "| teacher | teacher |" in (place / "run" / "student" / "README.md").read_text()
+
+
+def test_a_budget_in_seconds_becomes_a_number_of_steps_that_is_kept(place: Path) -> None:
+    assert distill("--seconds", "2") == 0
+    config = pipeline.RunFolder("run").read_config()
+    assert config["max_steps"] == len((place / "run" / "metrics.jsonl").read_text().splitlines())
+    assert distill("--seconds", "2") == 0
+
+
+@pytest.mark.parametrize("stops_at", [1, 5, 7])
+def test_an_interrupted_run_goes_on_to_the_same_weights(place: Path, monkeypatch: pytest.MonkeyPatch, stops_at: int) -> None:
+    assert distill("--max-steps", "8", output="whole") == 0
+    original = DistillationTrainer.training_step
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == stops_at:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "training_step", interrupted)
+        assert distill("--max-steps", "8") == 130
+    assert not (place / "run" / "student").exists()
+    (place / "run" / "checkpoints" / "checkpoint-99").mkdir(parents=True)  # one that a kill left half-written
+    assert distill("--max-steps", "8") == 0
+    assert all(torch.equal(tensor, weights("run")[name]) for name, tensor in weights("whole").items())
+    assert [json.loads(line)["step"] for line in (place / "run" / "metrics.jsonl").read_text().splitlines()] == list(range(1, 9))
+
+
+def test_an_interrupt_in_the_evaluation_loses_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_evaluate_run", interrupt)
+        assert distill("--max-steps", "2") == 130
+    trained = (place / "run" / "student" / "model.safetensors").stat().st_mtime_ns
+    assert distill("--max-steps", "2") == 0
+    assert (place / "run" / "student" / "model.safetensors").stat().st_mtime_ns == trained
+
+
+def test_the_config_of_a_run_repeats_it(place: Path) -> None:
+    assert distill("--max-steps", "3") == 0
+    assert cli.main(["distill", "--config", "run/config.yaml", "--output-dir", "again"]) == 0
+    assert all(torch.equal(tensor, weights("again")[name]) for name, tensor in weights("run").items())
+
+
+def test_different_tokenizers_are_refused_for_logits_and_measured_for_text(
+    place: Path, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = model_folder(layers=2)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(
+        text.replace('"!":0', '"?":0').replace('"?":30', '"!":30').replace('"!": 0,', '"?": 0,').replace('"?": 30,', '"!": 30,')
+    )
+    assert distill("--max-steps", "2", student=str(other)) == 2
+    assert "different tokenizers: id 0 is '!' in the teacher's and '?' in the student's" in capsys.readouterr().err
+    assert not (place / "run").exists()
+    assert distill("--max-steps", "2", "--method", "text", student=str(other)) == 0
+    evaluation = json.loads((place / "run" / "evaluation.json").read_text())
+    assert evaluation["after"]["kl_nats_per_token"] is None
+    assert evaluation["after"]["bits_per_byte"] > 0
+
+
+def test_evaluate_prints_a_table_or_json(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evaluate", "student", "--teacher", "teacher", "--data", "data.jsonl", "--precision", "fp32"]
+    assert cli.main(arguments) == 0
+    assert "kl_nats_per_token" in capsys.readouterr().out
+    assert cli.main([*arguments, "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed[printed.index("{") :])["teacher"]["top1_agreement"] == 1.0
+
+
+def test_student_cuts_layers_and_refuses_a_folder_that_is_not_empty(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["student", "teacher", "--output-dir", "cut", "--keep-layers", "0,3"]) == 0
+    assert json.loads((place / "cut" / "config.json").read_text())["num_hidden_layers"] == 2
+    assert cli.main(["student", "teacher", "--output-dir", "cut"]) == 2
+    assert "cut: not empty" in capsys.readouterr().err
+
+
+def bad(place: Path, name: str) -> list[str]:
+    """Arguments that cannot work, by what is wrong with them."""
+    write_rows(place / "prompts.jsonl", [{"prompt": "x"}])
+    write_rows(place / "long.jsonl", [{"prompt": "the rain " * 50, "completion": "on"}] * 3)
+    write_rows(place / "one.jsonl", conversations(1))
+    (place / "broken.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    (place / "bad.yaml").write_text("lerning_rate: 1\n")
+    (place / "full").mkdir()
+    (place / "full" / "thesis.txt").write_text("mine")
+    bare = toy_tokenizer(chat_template=None)
+    (place / "bare").mkdir()
+    for file in (place / "student").iterdir():
+        (place / "bare" / file.name).write_bytes(file.read_bytes())
+    for file in (place / "bare").glob("*.jinja"):
+        file.unlink()
+    bare.save_pretrained(place / "bare")
+    common = ["teacher", "student", "--output-dir", "run", "--max-steps", "2"]
+    return {
+        "missing data": ["distill", *common, "--data", "none.jsonl"],
+        "broken row": ["distill", *common, "--data", "broken.jsonl"],
+        "prompts only": ["distill", *common, "--data", "prompts.jsonl"],
+        "nothing fits": ["distill", *common, "--data", "long.jsonl", "--max-length", "20"],
+        "one conversation": ["distill", *common, "--data", "one.jsonl"],
+        "no template": ["distill", "teacher", "bare", *common[2:], "--data", "data.jsonl"],
+        "no such layer": ["student", "teacher", "--output-dir", "run", "--keep-layers", "0,9"],
+        "layers not numbers": ["student", "teacher", "--output-dir", "run", "--keep-layers", "some"],
+        "unknown key": ["distill", "--config", "bad.yaml"],
+        "unknown flag": ["distill", *common, "--data", "data.jsonl", "--lerning-rate", "1"],
+        "unknown command": ["destill"],
+        "missing flag": ["distill", "teacher", "student"],
+        "wrong type": ["distill", *common, "--data", "data.jsonl", "--learning-rate", "fast"],
+        "unknown trainer setting": ["distill", *common, "--data", "data.jsonl", "--trainer", '{"optimiser": "sgd"}'],
+        "unknown method": ["distill", *common, "--data", "data.jsonl", "--method", "osmosis"],
+        "unknown precision": ["distill", *common, "--data", "data.jsonl", "--precision", "fp12"],
+        "absent model": ["distill", "nobody/nothing", *common[1:], "--data", "data.jsonl"],
+        "folder not empty": ["distill", *common[:2], "--output-dir", "full", "--data", "data.jsonl"],
+        "not a run": ["report", "full"],
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("missing data", "none.jsonl: cannot be read"),
+        ("broken row", "broken.jsonl:2: not JSON"),
+        ("prompts only", "let the teacher answer first"),
+        ("nothing fits", "nothing to learn"),
+        ("one conversation", "no conversation is left to hold out"),
+        ("no template", "--chat-template plain"),
+        ("no such layer", "numbered 0 to 3"),
+        ("layers not numbers", "give a number (8), a list (0,1,5,9), or half"),
+        ("unknown key", "did you mean learning_rate?"),
+        ("unknown flag", "did you mean --learning-rate?"),
+        ("unknown command", "did you mean distill?"),
+        ("missing flag", "needs --data, --output-dir"),
+        ("wrong type", "learning"),
+        ("unknown trainer setting", "trainer.optimiser"),
+        ("unknown method", "osmosis"),
+        ("unknown precision", "fp12"),
+        ("absent model", "not in the hub's cache"),
+        ("folder not empty", "full: not empty"),
+        ("not a run", "full"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(
+    place: Path, capsys: pytest.CaptureFixture[str], name: str, says: str
+) -> None:
+    arguments = bad(place, name)
+    there = sorted(place.rglob("*"))
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("potstill:")]
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert "Traceback" not in error
+    assert sorted(place.rglob("*")) == there
+
+
+def test_another_setting_in_a_begun_run_is_refused_by_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert distill("--max-steps", "2") == 0
+    assert distill("--max-steps", "2", "--temperature", "2") == 2
+    assert "holds a run with temperature 1.0, not 2.0" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", "run/student/model.safetensors")
+
+    monkeypatch.setattr(pipeline, "save_student", full)
+    assert distill("--max-steps", "2") == 2
+    assert "run/student/model.safetensors: No space left on device" in capsys.readouterr().err
+    assert not (place / "run" / "student").exists()
+    assert not list((place / "run").glob("*unfinished*"))
+
+
+def test_help_explains_every_flag_in_dashes(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in cli.RECIPES:
+        with pytest.raises(SystemExit) as exit_status:
+            cli.main([command, "--help"])
+        assert exit_status.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--learning-rate" in printed
+    assert "Peak learning rate" in printed
+    assert "--output_dir" not in printed
