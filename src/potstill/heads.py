@@ -23,7 +23,7 @@ def hidden_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
     def listen(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         caught.append(arguments[0])
-        return (arguments[0][:, :1], *arguments[1:])
+        return (arguments[0][:1, :1], *arguments[1:])
 
     handle = _head_module(model).register_forward_pre_hook(listen)
     try:

@@ -25,8 +25,10 @@ from torch import Tensor
 from potstill.losses.closed_forms import CLOSED_FORMS, LossAndGradient, cross_entropy
 from potstill.losses.divergences import positive_temperature
 
-# The chunk's logits of both models in float32 and what the elementwise pass makes of them stay under this.
-CHUNK_BYTES = 128 * 2**20
+# One float32 tensor of a chunk's logits, and there are a handful at a time. On a CPU a chunk must stay below 32 MiB: from there
+# on glibc maps fresh pages for every tensor, and touching them first costs more than the arithmetic (log-softmax of 128 × 49 152:
+# 2.3 ms; of 256 × 49 152: 17.5 ms). A GPU wants wide products, and its allocator keeps what it has.
+CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,15 @@ class Head:
 
     def project(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         """``hidden [c, H]`` → logits ``[c, V]`` in float32 or wider; the product itself runs in ``dtype``."""
-        logits = _wide(hidden.to(dtype) @ self.weight[: len(self)].detach().to(dtype).T)
+        return self.bend(hidden.to(dtype) @ self.cut_weight(dtype).T)
+
+    def cut_weight(self, dtype: torch.dtype) -> Tensor:
+        """The rows in use, ``[V, H]``, in ``dtype``, without gradients."""
+        return self.weight[: len(self)].detach().to(dtype)
+
+    def bend(self, product: Tensor) -> Tensor:
+        """``hidden @ weight.T`` → logits, in float32 or wider."""
+        logits = _wide(product)
         if self.bias is not None:
             logits = logits + self.bias[: len(self)].detach()
         if self.scale != 1.0:
@@ -107,11 +117,14 @@ def fused_linear_divergence(
     temperature = positive_temperature(temperature)
     closed_form = CLOSED_FORMS[divergence]
     product_dtype = _product_dtype(teacher_hidden)
+    teacher_weight = teacher.cut_weight(product_dtype)
 
     def score(student_logits: Tensor, rows: slice) -> LossAndGradient:
-        teacher_logits = teacher.project(teacher_hidden[rows].detach(), product_dtype)
-        loss, gradient = closed_form(teacher_logits / temperature, student_logits / temperature, **shape)
-        if temperature != 1.0:
+        teacher_logits = teacher.bend(teacher_hidden[rows].detach().to(product_dtype) @ teacher_weight.T)
+        if temperature == 1.0:
+            loss, gradient = closed_form(teacher_logits, student_logits, **shape)
+        else:
+            loss, gradient = closed_form(teacher_logits / temperature, student_logits / temperature, **shape)
             gradient = gradient / temperature
         if labels is None or not hard_label_weight:
             return loss, gradient
@@ -136,7 +149,8 @@ def fused_linear_cross_entropy(
 
 def fused_linear_loss(hidden: Tensor, head: Head, score: Score, *, chunk_tokens: int | None = None) -> Tensor:
     """Σ over tokens of whatever ``score`` says of their logits: the one mechanism under every loss. Scalar in nats."""
-    chunk = max(1, CHUNK_BYTES // (16 * max(1, len(head)))) if chunk_tokens is None else chunk_tokens
+    budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+    chunk = max(1, budget // (4 * max(1, len(head)))) if chunk_tokens is None else chunk_tokens
     if chunk < 1:
         raise ValueError(f"chunk_tokens = {chunk}: must be at least 1, or None to fit the chunk to memory")
     # Inside forward gradients are always off, and ctx.needs_input_grad is blind to torch.no_grad: ask here, or a
@@ -164,17 +178,18 @@ class _FusedLinear(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=_wide_dtype(weight.dtype)) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=_wide_dtype(weight.dtype)) if bias is not None and needs_bias else None
         total = hidden.new_zeros((), dtype=_wide_dtype(hidden.dtype))
-        cut_weight = weight[:vocabulary].to(dtype)
+        cut_weight = head.cut_weight(dtype)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits = head.project(hidden[rows], dtype)
+            logits = head.bend(hidden[rows].to(dtype) @ cut_weight.T)
             loss, gradient = score(logits, rows)
             total += loss.sum()
-            gradient = (gradient * head.slope(logits)).to(dtype)
+            if head.scale != 1.0 or head.softcap is not None:
+                gradient = gradient * head.slope(logits)
             if grad_hidden is not None:
-                grad_hidden[rows] = gradient @ cut_weight
+                grad_hidden[rows] = gradient.to(dtype) @ cut_weight
             if grad_weight is not None:
-                grad_weight[:vocabulary] += gradient.T @ hidden[rows].to(dtype)
+                _add_outer_product(grad_weight[:vocabulary], gradient, hidden[rows], dtype)
             if grad_bias is not None:
                 grad_bias[:vocabulary] += gradient.sum(0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -196,6 +211,17 @@ class _FusedLinear(torch.autograd.Function):
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *scaled, None, None, None, None
+
+
+def _add_outer_product(total: Tensor, gradient: Tensor, hidden: Tensor, dtype: torch.dtype) -> None:
+    """``total [V, H] += gradient.T [V, c] @ hidden [c, H]``, summed in float32 over all chunks.
+
+    On a CPU one float32 product that adds in place costs no more than a bfloat16 one and the addition after it.
+    """
+    if total.device.type == "cpu":
+        torch.addmm(total, gradient.T.to(total.dtype), hidden.to(total.dtype), out=total)
+    else:
+        total += gradient.T.to(dtype) @ hidden.to(dtype)
 
 
 def _as_head(head: Tensor | Head) -> Head:

@@ -1,0 +1,184 @@
+"""A whole training step: ours, TRL's GKDTrainer and plain fine-tuning, on the same student, data and batches.
+
+    python benchmarks/step.py --data runs/demo/data/train.jsonl [--steps 6] [--rounds 2]
+
+The demo's pair: SmolLM2-135M-Instruct in bfloat16 teaches half its layers, float32 weights under bfloat16 autocast, eight
+conversations a step, in the file's order. Every contender runs in a process of its own, in turn, several rounds; the first two
+steps warm up and are not counted. A token is one of the conversations' own, prompts included, padding not. KD efficiency is the
+step ÷ (the teacher's forward pass + a fine-tuning step with a fused cross-entropy on the completions): 1 would mean that
+distilling costs nothing beside what it cannot do without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+BATCH = 8
+WARM_UP = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="runs/demo/data/train.jsonl")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        print(json.dumps(CONTENDERS[options.only](options)))
+        return
+    if not Path(options.data).is_file():
+        sys.exit(f"{options.data}: not there; run `potstill demo` first, or give --data")
+    names = [name for name in CONTENDERS if not name.startswith("TRL") or importlib.util.find_spec("trl")]
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for _, name in itertools.product(range(options.rounds), names):
+        flags = ["--data", options.data, "--steps", str(options.steps), "--only", name]
+        output = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True).stdout
+        results[name].append(json.loads(output.splitlines()[-1]))
+    print_table(results)
+
+
+def print_table(results: dict[str, list[dict[str, float]]]) -> None:
+    seconds = {name: statistics.median(row["seconds"] for row in rows) for name, rows in results.items()}
+    ours = seconds["potstill logits"]
+    print("| contender | tokens/s | seconds a step | ours is × faster |\n|---|---|---|---|")
+    for name, rows in results.items():
+        print(f"| {name} | {rows[0]['tokens'] / seconds[name]:.0f} | {seconds[name]:.2f} | {seconds[name] / ours:.2f} |")
+    efficiency = ours / (seconds["teacher forward alone"] + seconds["potstill text"])
+    print(f"\nKD efficiency {efficiency:.2f} (step ÷ (teacher forward + completion-only fused fine-tuning step))")
+
+
+def conversations(options: Any) -> list[dict[str, Any]]:
+    from potstill.data import read_conversations
+
+    rows = list(itertools.islice(read_conversations(options.data), BATCH * (options.steps + WARM_UP)))
+    return [{"messages": row["messages"]} for row in rows]
+
+
+def pair() -> tuple[Any, Any, Any]:
+    from potstill import keep_layers, load_model
+
+    teacher, tokenizer = load_model("demo", dtype="bfloat16")
+    return teacher, keep_layers(teacher, 15).float(), tokenizer
+
+
+def timed(options: Any, trainer: Any, tokens: int) -> dict[str, float]:
+    """Seconds a step, over the steps after the warm-up."""
+    import transformers
+
+    times: list[float] = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times.append(time.perf_counter())
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    steps = len(times) - WARM_UP
+    return {"seconds": (times[-1] - times[WARM_UP - 1]) / steps, "tokens": tokens / (steps + WARM_UP)}
+
+
+def arguments(options: Any) -> dict[str, Any]:
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "max_steps": options.steps + WARM_UP,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": 1e-4,
+        "bf16": True,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1000,
+        "disable_tqdm": True,
+        "train_sampling_strategy": "sequential",
+    }
+
+
+def potstill_step(options: Any, method: str, **more: Any) -> dict[str, float]:
+    from potstill import DistillationConfig, DistillationTrainer
+    from potstill.data import tokenize_conversations
+
+    teacher, student, tokenizer = pair()
+    dataset, counts = tokenize_conversations(conversations(options), tokenizer)
+    settings = DistillationConfig(method=method, **arguments(options), **more)
+    trainer = DistillationTrainer(student, teacher, settings, dataset, processing_class=tokenizer)
+    return timed(options, trainer, counts.tokens)
+
+
+def plain_step(options: Any) -> dict[str, float]:
+    """transformers' Trainer as it comes: padded, dense logits, cross-entropy on the answers."""
+    import transformers
+
+    from potstill.data import BatchLayout, tokenize_conversations
+
+    _, student, tokenizer = pair()
+    dataset, counts = tokenize_conversations(conversations(options), tokenizer)
+    trainer = transformers.Trainer(
+        student,
+        transformers.TrainingArguments(**arguments(options), remove_unused_columns=False),
+        train_dataset=dataset,
+        data_collator=BatchLayout(tokenizer.pad_token_id, packed=False),
+    )
+    return timed(options, trainer, counts.tokens)
+
+
+def trl_step(options: Any) -> dict[str, float]:
+    import datasets
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    from potstill.data import tokenize_conversations
+
+    teacher, student, tokenizer = pair()
+    rows = conversations(options)
+    _, counts = tokenize_conversations(rows, tokenizer)
+    settings = GKDConfig(**arguments(options), lmbda=0.0, beta=0.0, temperature=1.0, max_length=512)
+    trainer = GKDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=settings,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    return timed(options, trainer, counts.tokens)
+
+
+def teacher_forward(options: Any) -> dict[str, float]:
+    import torch
+
+    from potstill.data import BatchLayout, tokenize_conversations
+    from potstill.heads import hidden_states
+
+    teacher, _, tokenizer = pair()
+    dataset, counts = tokenize_conversations(conversations(options), tokenizer)
+    layout = BatchLayout(tokenizer.pad_token_id)
+    times = []
+    for start in range(0, len(dataset), BATCH):
+        batch = layout([dataset[i] for i in range(start, start + BATCH)])
+        begun = time.perf_counter()
+        with torch.no_grad():
+            hidden_states(teacher, {name: tensor for name, tensor in batch.items() if name != "labels"})
+        times.append(time.perf_counter() - begun)
+    return {"seconds": statistics.mean(times[WARM_UP:]), "tokens": counts.tokens / len(times)}
+
+
+CONTENDERS = {
+    "potstill logits": lambda options: potstill_step(options, "logits"),
+    "potstill logits, padded": lambda options: potstill_step(options, "logits", packed=False),
+    "TRL 1.16 GKDTrainer": trl_step,
+    "potstill text": lambda options: potstill_step(options, "text"),
+    "Trainer, fine-tuning": plain_step,
+    "teacher forward alone": teacher_forward,
+}
+
+if __name__ == "__main__":
+    main()
