@@ -73,17 +73,7 @@ def _answer_into(file: Path, prompts: list[Any], *, seed: int) -> None:
         return
     _say(f"the teacher answers {len(prompts)} prompts into {file}")
     model, tokenizer = load_model("demo", dtype="bfloat16")
-    answer_into(
-        file,
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=DEMO_ANSWER_TOKENS,
-        temperature=1.0,
-        top_p=1.0,
-        seed=seed,
-        batch_size=40,
-    )
+    answer_into(file, model, tokenizer, prompts, max_new_tokens=DEMO_ANSWER_TOKENS, seed=seed, batch_size=40)
 
 
 def make_student(teacher: str, output_dir: str, *, keep: Any = "half", trust_remote_code: bool = False) -> Path:
