@@ -75,7 +75,7 @@ def answer_into(
     batches = generate_batches(model, tokenizer, prompts, batch_size=batch_size, first_batch=first, **sampling)
     with (
         tqdm(total=len(prompts), initial=len(kept), unit="answer", desc="  answering") as progress,
-        file.open("a") as out,
+        file.open("a", encoding="utf-8") as out,
     ):
         for batch in batches:
             out.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in batch))
@@ -92,8 +92,8 @@ def _whole_rows(file: Path) -> list[str]:
     """The lines of ``file`` up to the first that was not written to its end."""
     if not file.is_file():
         return []
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    return list(itertools.takewhile(lambda line: line.endswith("}\n"), lines))
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")  # splitlines would also split inside an answer
+    return [line + "\n" for line in itertools.takewhile(lambda line: line.endswith("}"), lines[:-1])]
 
 
 def _messages(prompt: Prompt) -> list[dict[str, Any]]:

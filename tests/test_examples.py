@@ -1,0 +1,29 @@
+"""The teaching scripts, each run as its first lines say, on the demo's models."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
+def test_the_demo_brings_the_student_closer_to_its_teacher(script: Path, tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, str(script), "--demo"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=900
+    )
+    before, after = (float(kl) for kl in re.findall(r"^(?:before|after): KL ([\d.]+) nats", run.stdout, re.MULTILINE))
+    assert after < 0.7 * before
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
+def test_a_script_is_short_and_opens_with_the_command_that_runs_it(script: Path) -> None:
+    text = script.read_text(encoding="utf-8")
+    assert text.count("\n") < 60
+    assert f"python examples/{script.name}" in text.split('"""')[1]
