@@ -13,27 +13,9 @@ import sys
 from potstill import DistillationConfig, DistillationTrainer, answer_prompts, keep_layers, load_model
 
 DEMO = "--demo" in sys.argv
-PROMPTS = [
-    f"{ask} {topic}."
-    for topic in (
-        "rain",
-        "bread",
-        "a river",
-        "the moon",
-        "music",
-        "a school",
-        "winter",
-        "a friend",
-        "the sea",
-        "a garden",
-    )
-    for ask in (
-        "Explain in two sentences what to know about",
-        "Write a short note about",
-        "Give one good reason to like",
-    )
-]
-HELD_OUT = ["Explain in two sentences what to know about snow.", "Write a short note about a dog."]
+TOPICS = ("rain", "bread", "a river", "the moon", "music", "a school", "winter", "a friend", "the sea", "a garden")
+PROMPTS = [f"{ask} {topic}." for topic in TOPICS for ask in ("Explain what to know about", "Write a note about", "Why like")]
+HELD_OUT = ["Explain what to know about snow.", "Write a note about a dog."]
 
 # 1. Open both. The demo's student is the teacher's own first, last and every second layer between.
 teacher, tokenizer = load_model("demo" if DEMO else "meta-llama/Llama-3.2-3B-Instruct", dtype="bfloat16")

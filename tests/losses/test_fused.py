@@ -410,14 +410,13 @@ def test_without_gradients_only_the_logits_are_made() -> None:
 def test_no_tensor_of_all_logits_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case()
     seen: list[tuple[int, ...]] = []
-    project = Head.project
+    bend = Head.bend
 
-    def spy(head: Head, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        logits = project(head, hidden, dtype)
-        seen.append(tuple(logits.shape))
-        return logits
+    def spy(head: Head, product: Tensor) -> Tensor:
+        seen.append(tuple(product.shape))
+        return bend(head, product)
 
-    monkeypatch.setattr(Head, "project", spy)
+    monkeypatch.setattr(Head, "bend", spy)
     fused_linear_divergence(*case.models, chunk_tokens=3)
     assert seen == [(3, VOCABULARY)] * 4 + [(1, VOCABULARY)] * 2
 
