@@ -114,7 +114,7 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
     """Measure a student and its teacher on held-out conversations: ``{"teacher": M, "student": M}`` (potstill.evaluation)."""
     opening: dict[str, Any] = {"device": recipe.device, "trust_remote_code": recipe.trust_remote_code}
     conversations = list(read_conversations(recipe.data))
-    pair = _Pair(recipe.teacher, recipe.student, conversations, recipe.max_length, recipe.chat_template)
+    pair = _Pair(recipe, conversations)
     dtype = _dtype(recipe.precision)
     teacher, _ = load_model(recipe.teacher, dtype=dtype, **opening)
     student, _ = load_model(recipe.student, dtype=dtype, **opening)
@@ -126,7 +126,7 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
     opening: dict[str, Any] = {"device": recipe.device, "trust_remote_code": recipe.trust_remote_code}
     _check_pair(recipe)
     train, held_out = _split(recipe)
-    tokenizer = _tokenizer(recipe.student, recipe.chat_template)
+    tokenizer = _tokenizer(recipe.student, recipe)
     dataset, counts = tokenize_conversations(train, tokenizer, max_length=recipe.max_length)
     _check_counts(counts, held_out)
     _say(f"data: {counts}; {len(held_out)} conversations held out")
@@ -235,27 +235,25 @@ def _split(recipe: DistillRecipe) -> tuple[list[dict[str, Any]], list[dict[str, 
     return conversations[count:], conversations[:count]
 
 
-def _tokenizer(source: str, chat_template: str | None) -> Any:
-    tokenizer = load_tokenizer(source)
+def _tokenizer(source: str, recipe: DistillRecipe | EvaluateRecipe) -> Any:
+    tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
     if not tokenizer.chat_template:
-        set_chat_template(tokenizer, chat_template)
+        set_chat_template(tokenizer, recipe.chat_template)
     return tokenizer
 
 
 class _Pair:
     """Held-out conversations in the tokens of a teacher and of a student, and how much of their vocabularies is one."""
 
-    def __init__(
-        self, teacher: str, student: str, conversations: list[Any], max_length: int, chat_template: str | None = None
-    ) -> None:
-        self.tokenizer = _tokenizer(student, chat_template)
-        self.teacher_tokenizer = _tokenizer(teacher, chat_template)
+    def __init__(self, recipe: DistillRecipe | EvaluateRecipe, conversations: list[Any]) -> None:
+        self.tokenizer = _tokenizer(recipe.student, recipe)
+        self.teacher_tokenizer = _tokenizer(recipe.teacher, recipe)
         try:
             self.rows: int | None = shared_rows(self.teacher_tokenizer, self.tokenizer)
         except VocabularyMismatch:
             self.rows = None  # their logits cannot be compared, their bits per byte can
-        self.dataset, _ = tokenize_conversations(conversations, self.tokenizer, max_length=max_length)
-        self.teacher_dataset, _ = tokenize_conversations(conversations, self.teacher_tokenizer, max_length=max_length)
+        self.dataset, _ = tokenize_conversations(conversations, self.tokenizer, max_length=recipe.max_length)
+        self.teacher_dataset, _ = tokenize_conversations(conversations, self.teacher_tokenizer, max_length=recipe.max_length)
 
     def score_student(self, student: Any, teacher: Any) -> TokenScores:
         """The student's scores, against the teacher where their vocabularies are one."""
@@ -281,7 +279,7 @@ def _evaluate_run(run: RunFolder, recipe: DistillRecipe) -> dict[str, Any]:
         "trust_remote_code": recipe.trust_remote_code,
     }
     train, held_out = _split(recipe)
-    pair = _Pair(recipe.teacher, recipe.student, held_out, recipe.max_length, recipe.chat_template)
+    pair = _Pair(recipe, held_out)
     asked = [without_answer(row["messages"]) for row in held_out[:SAMPLES] if "messages" in row]
     teacher, _ = load_model(recipe.teacher, **opening)
     measures, scores, answers = {"teacher": pair.measure_teacher(teacher)}, {}, {}
