@@ -54,7 +54,8 @@ class DistillationConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         # Without an accelerator the CPU it is: TrainingArguments would refuse bf16 until told so.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
         super().__post_init__()
         if self.method not in METHODS:
             raise ConfigError(f"method {self.method!r} is not known; use one of {', '.join(METHODS)}")
