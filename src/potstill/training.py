@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArgume
 
 from potstill.alignment import shared_rows
 from potstill.data import BatchLayout, tokenize_conversations
+from potstill.data.conversations import as_conversation
 from potstill.errors import ConfigError, NonFiniteLoss
 from potstill.heads import hidden_states, output_head, supervised
 from potstill.losses import DIVERGENCES, fused_linear_cross_entropy, fused_linear_divergence
@@ -248,6 +249,7 @@ def _tokenized(dataset: Any, tokenizer: Any, max_length: int) -> Any:
     columns = getattr(dataset, "column_names", None)
     if dataset is None or (columns and "input_ids" in columns):
         return dataset
-    tokenized, counts = tokenize_conversations(dataset, tokenizer, max_length=max_length)
+    rows = (as_conversation(row, f"row {number}") for number, row in enumerate(dataset, 1))
+    tokenized, counts = tokenize_conversations(rows, tokenizer, max_length=max_length)
     print(f"data: {counts}", flush=True)
     return tokenized

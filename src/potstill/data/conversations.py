@@ -31,7 +31,7 @@ def read_conversations(source: str | os.PathLike[str], *, split: str = "train", 
     or for a row in none of the three forms, named by its file and line.
     """
     for place, row in _rows(source, split, streaming):
-        yield _conversation(row, place)
+        yield as_conversation(row, place)
 
 
 def read_prompts(source: str | os.PathLike[str]) -> Iterator[Conversation]:
@@ -106,7 +106,8 @@ def _open_dataset(source: str | os.PathLike[str], split: str, streaming: bool) -
     return opened  # type: ignore[no-any-return]
 
 
-def _conversation(row: dict[str, Any], place: str) -> Conversation:
+def as_conversation(row: dict[str, Any], place: str) -> Conversation:
+    """A row in any of the three forms as a conversation. Raises: DataError that names its ``place``."""
     kept = {"cut_off": True} if row.get("cut_off") else {}
     if row.get("messages") is not None:
         messages = _checked_messages(row["messages"], place)
