@@ -19,7 +19,7 @@ import transformers
 
 from potstill.alignment import shared_rows
 from potstill.config import DistillRecipe, EvaluateRecipe
-from potstill.data import IGNORED, TokenCounts, read_conversations, read_prompts, tokenize_conversations, without_answer
+from potstill.data import IGNORED, read_conversations, read_prompts, tokenize_conversations, without_answer
 from potstill.data.chat_templates import set_chat_template
 from potstill.errors import ConfigError, DataError, RunFolderError, VocabularyMismatch
 from potstill.evaluation import TokenScores, gap_closed, score_tokens, summarize
@@ -128,7 +128,8 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
     train, held_out = _split(recipe)
     tokenizer = _tokenizer(recipe.student, recipe)
     dataset, counts = tokenize_conversations(train, tokenizer, max_length=recipe.max_length)
-    _check_counts(counts, held_out)
+    if not held_out:
+        raise DataError("no conversation is left to hold out for evaluation; give --eval-data or more data")
     _say(f"data: {counts}; {len(held_out)} conversations held out")
     student, _ = load_model(recipe.student, dtype="float32", **opening)
     teacher, teacher_tokenizer = None, None
@@ -218,11 +219,6 @@ def _check_pair(recipe: DistillRecipe) -> None:
         return
     tokenizers = [load_tokenizer(name, trust_remote_code=recipe.trust_remote_code) for name in (recipe.teacher, recipe.student)]
     shared_rows(*tokenizers)
-
-
-def _check_counts(counts: TokenCounts, held_out: list[Any]) -> None:
-    if not held_out:
-        raise DataError("no conversation is left to hold out for evaluation; give --eval-data or more data")
 
 
 def _split(recipe: DistillRecipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
