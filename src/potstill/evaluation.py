@@ -18,11 +18,10 @@ from tqdm import tqdm
 
 from potstill.data import BatchLayout
 from potstill.heads import hidden_states, output_head, supervised
-from potstill.losses import Head, forward_kl
+from potstill.losses import Head, Projection, forward_kl
 from potstill.teachers import LogitsTarget, Teacher
 
 MEASURES = ("kl_nats_per_token", "nll_nats_per_token", "bits_per_byte", "top1_agreement")
-CHUNK_TOKENS = 256
 RESAMPLES = 2000
 
 
@@ -54,7 +53,7 @@ def score_tokens(
 ) -> TokenScores:
     """Score every supervised token of tokenized conversations (`potstill.data.tokenize_conversations`).
 
-    ``rows`` cuts the model's vocabulary to what it shares with ``teacher``. Never holds more than 256 tokens' logits.
+    ``rows`` cuts the model's vocabulary to what it shares with ``teacher``. Never holds more than a chunk's logits.
     """
     head = output_head(model, rows=rows)
     layout = BatchLayout(pad_token_id, packed=False)
@@ -108,12 +107,11 @@ def gap_closed(teacher: dict[str, Any], before: dict[str, Any], after: dict[str,
 def _score_rows(hidden: Tensor, head: Head, labels: Tensor, target: LogitsTarget | None) -> tuple[Tensor, Tensor, Tensor]:
     """NLL, KL and agreement of N tokens, ``[N]`` each, a chunk of logits at a time."""
     nll, kl, agrees = (torch.zeros(len(labels), device=hidden.device) for _ in range(3))
-    for start in range(0, len(labels), CHUNK_TOKENS):
-        rows = slice(start, start + CHUNK_TOKENS)
-        logits = head.project(hidden[rows], hidden.dtype)
+    teacher = None if target is None else Projection(target.hidden, target.head, observed=labels)
+    for rows, logits in Projection(hidden, head, observed=labels).blocks():
         nll[rows] = torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none")
-        if target is not None:
-            teacher_logits = target.head.project(target.hidden[rows], target.hidden.dtype)
+        if teacher is not None:
+            teacher_logits = teacher.logits(rows)
             kl[rows] = forward_kl(teacher_logits, logits)
             agrees[rows] = (teacher_logits.argmax(-1) == logits.argmax(-1)).float()
     return nll, kl, agrees

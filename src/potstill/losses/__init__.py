@@ -7,14 +7,16 @@ from potstill.losses.divergences import reverse_kl as reverse_kl
 from potstill.losses.divergences import skew_forward_kl as skew_forward_kl
 from potstill.losses.divergences import skew_reverse_kl as skew_reverse_kl
 from potstill.losses.divergences import total_variation as total_variation
-from potstill.losses.fused import Head as Head
 from potstill.losses.fused import fused_linear_cross_entropy as fused_linear_cross_entropy
 from potstill.losses.fused import fused_linear_divergence as fused_linear_divergence
 from potstill.losses.fused import fused_linear_loss as fused_linear_loss
+from potstill.losses.projection import Head as Head
+from potstill.losses.projection import Projection as Projection
 
 __all__ = [
     "DIVERGENCES",
     "Head",
+    "Projection",
     "forward_kl",
     "fused_linear_cross_entropy",
     "fused_linear_divergence",

@@ -1,0 +1,152 @@
+"""From hidden states to logits: a model's head, asked a few tokens at a time.
+
+c tokens in a chunk, b tokens in a block, V vocabulary, H hidden size.
+
+Matrix products want many tokens at once, the arithmetic on logits wants few: a block of b tokens stays in the processor's
+cache, and there a softmax costs a fifth of what it costs in memory. So a chunk is projected in one product, and handed out in
+blocks of float32.
+
+**Anchors.** bfloat16 keeps eight bits of whatever it stores, and a logit of 20 so rounded is off by up to 0.06: a student near
+its teacher then gets a gradient that is wrong by 40 %. But softmax sees differences alone. Half-precision products are
+therefore stored as logit − anchor, where a token's anchor is the logit of its observed next token: small wherever the
+probability is large. The subtraction happens inside the product, before anything is rounded, and the error falls twentyfold.
+On CUDA, products of half-precision tensors come out in float32 and need none of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# One chunk's product. Wide enough that the weight's gradient is not read and written too often, small beside dense logits.
+CHUNK_BYTES = {"cpu": 96 * 2**20, "cuda": 256 * 2**20}
+# One block's float32 logits, and there are a handful of such tensors at a time in a core's cache. A GPU takes a chunk at once.
+BLOCK_BYTES = {"cpu": 2**20}
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's last layer, from hidden states to logits: ``cap(scale · (hidden @ weight.T + bias))``.
+
+    ``weight [V, H]``, ``bias [V]`` or None. ``softcap`` c bends logits to c·tanh(logits / c) (Gemma 2). ``rows`` cuts
+    the vocabulary to its first rows: the ones that both models' tokenizers share.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    rows: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.weight) if self.rows is None else min(self.rows, len(self.weight))
+
+    def bend(self, product: Tensor) -> Tensor:
+        """``hidden @ weight.T`` → logits, in float32 or wider."""
+        logits = product
+        if self.bias is not None:
+            logits = logits + self.bias[: len(self)].detach()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """∂logits/∂(hidden @ weight.T + bias), elementwise, at these logits; None where it is 1 everywhere."""
+        if self.softcap is not None:
+            return self.scale * (1 - (logits / self.softcap) ** 2)
+        return None if self.scale == 1.0 else logits.new_full((1, 1), self.scale)
+
+
+class Projection:
+    """One head over ``hidden [N, H]``, without gradients: logits on demand, in order, with one chunk's room.
+
+    ``observed [N]`` are the tokens that the text has; with them half-precision products are anchored.
+    """
+
+    def __init__(
+        self, hidden: Tensor, head: Head, *, observed: Tensor | None = None, chunk_tokens: int | None = None
+    ) -> None:
+        self.head, self.dtype = head, _product_dtype(hidden)
+        self.hidden = hidden.detach().to(self.dtype)
+        self.weight = head.weight[: len(head)].detach().to(self.dtype)
+        self.wide_products = hidden.device.type == "cuda" and self.dtype in (torch.bfloat16, torch.float16)
+        stored = torch.float32 if self.wide_products else self.dtype
+        self.chunk = chunk_size(hidden, len(head), stored, chunk_tokens)
+        anchored = observed is not None and stored in (torch.bfloat16, torch.float16)
+        self.anchors = self._logits_of(observed) if anchored and observed is not None else None
+        self.room = self.hidden.new_empty(min(self.chunk, len(hidden)), len(head), dtype=stored)
+        self.start = self.stop = 0
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """All N tokens in order: where a block stands among them, and its float32 logits ``[b, V]``."""
+        size = _block_size(self.hidden.device.type, len(self.head), self.chunk)
+        for start in range(0, len(self.hidden), self.chunk):
+            stop = min(start + self.chunk, len(self.hidden))
+            for first in range(start, stop, size):
+                rows = slice(first, min(first + size, stop))
+                yield rows, self.logits(rows)
+
+    def logits(self, rows: slice) -> Tensor:
+        """The logits of some tokens, ``[b, V]`` in float32 or wider. Ask in order: a chunk is gone when the next is begun."""
+        if rows.start >= self.stop:
+            self._project(rows.start)
+        product = self.product(rows)
+        if self.anchors is None:
+            return self.head.bend(product.to(wide_dtype(self.dtype)))
+        return self.head.bend(torch.add(product, self.anchors[rows].float()))
+
+    def product(self, rows: slice) -> Tensor:
+        """The room ``[b, V]`` in which the product of these tokens stands, to be written over when it has been used."""
+        return self.room[rows.start - self.start : rows.stop - self.start]
+
+    def _project(self, start: int) -> None:
+        self.start, self.stop = start, min(start + self.chunk, len(self.hidden))
+        rows = slice(self.start, self.stop)
+        room, hidden, weight = self.product(rows), self.hidden[rows], self.weight.T
+        if self.anchors is not None:
+            room.copy_(-self.anchors[rows])
+            torch.addmm(room, hidden, weight, out=room)
+        elif self.wide_products:
+            room.copy_(torch.mm(hidden, weight, out_dtype=torch.float32))
+        else:
+            torch.mm(hidden, weight, out=room)
+
+    def _logits_of(self, tokens: Tensor) -> Tensor:
+        """One logit a token, ``[N, 1]``, rounded to what a product's dtype can hold: any number near it serves."""
+        rows = self.weight[tokens.clamp(max=len(self.head) - 1)]
+        return (self.hidden.float() * rows.float()).sum(-1, keepdim=True).to(self.dtype)
+
+
+def chunk_size(hidden: Tensor, vocabulary: int, dtype: torch.dtype, chunk_tokens: int | None) -> int:
+    """Tokens in a chunk: ``chunk_tokens``, or what fits the device's budget. Raises: ValueError if it is below 1."""
+    if chunk_tokens is not None:
+        if chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens = {chunk_tokens}: must be at least 1, or None to fit the chunk to memory")
+        return chunk_tokens
+    budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+    return max(1, budget // (dtype.itemsize * max(1, vocabulary)))
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 where that is what came in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _block_size(device: str, vocabulary: int, chunk: int) -> int:
+    if device not in BLOCK_BYTES:
+        return chunk
+    # At least a row for each thread: a reduction over one row is not shared between them.
+    return min(chunk, max(torch.get_num_threads(), BLOCK_BYTES[device] // (4 * max(1, vocabulary))))
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of matrix products: autocast's where it is on, otherwise the hidden states' own."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
