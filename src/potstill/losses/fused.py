@@ -16,7 +16,7 @@ multiplies by the incoming gradient.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from potstill.losses.closed_forms import CLOSED_FORMS, LossAndGradient, by_autograd, cross_entropy
 from potstill.losses.divergences import positive_temperature
-from potstill.losses.projection import Head, Projection, wide_dtype
+from potstill.losses.projection import Head, Projection, block_rows, wide_dtype
 
 Score = Callable[[Tensor, slice], LossAndGradient]
 """From the student's logits ``[b, V]`` at some rows of the batch to their loss ``[b]`` and its gradient ``[b, V]``."""
@@ -179,9 +179,8 @@ class _FusedLinear(torch.autograd.Function):
                 "a fused loss cannot be differentiated twice (create_graph=True): its gradients are made in the "
                 "forward pass; use the dense functions of potstill.losses"
             )
-        # Scaled in float32, then rounded: float16 would turn a loss scale of 65 536 into infinity.
         scaled = [
-            None if gradient is None else (gradient * grad_total).to(dtype)
+            None if gradient is None else _scaled(gradient, grad_total, dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *scaled, None, None, None, None
@@ -190,9 +189,7 @@ class _FusedLinear(torch.autograd.Function):
 class _Gradients:
     """What the chunks add up to, in float32 or wider: ∂/∂hidden ``[N, H]``, ∂/∂weight ``[V, H]``, ∂/∂bias ``[V]``."""
 
-    def __init__(
-        self, projection: Projection, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
-    ) -> None:
+    def __init__(self, projection: Projection, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> None:
         self.projection, self.rows = projection, len(projection.head)
         wide = wide_dtype(hidden.dtype)
         self.hidden = torch.zeros_like(hidden, dtype=wide) if needs[0] else None
@@ -217,7 +214,23 @@ class _Gradients:
         if self.room is None:
             torch.addmm(total, gradient.T, inputs, out=total)
         else:  # summed over a chunk in half precision's own accumulators, over chunks in float32
-            total += torch.mm(gradient.T, inputs, out=self.room)
+            torch.mm(gradient.T, inputs, out=self.room)
+            for part, addend in _pieces(total, self.room):
+                part += addend
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``gradient · factor`` in ``dtype``, rounded last: float16 would turn a loss scale of 65 536 into infinity."""
+    scaled = torch.empty_like(gradient, dtype=dtype)
+    for part, source in _pieces(scaled, gradient):
+        part.copy_(source * factor)
+    return scaled
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same few rows of each tensor, then the next: what arithmetic makes on the way then stays in the cache."""
+    width = max(1, tensors[0].numel() // max(1, len(tensors[0])))
+    return zip(*(tensor.split(block_rows(tensor.device.type, width)) for tensor in tensors), strict=True)
 
 
 def as_head(head: Tensor | Head) -> Head:

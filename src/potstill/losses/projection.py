@@ -68,9 +68,7 @@ class Projection:
     ``observed [N]`` are the tokens that the text has; with them half-precision products are anchored.
     """
 
-    def __init__(
-        self, hidden: Tensor, head: Head, *, observed: Tensor | None = None, chunk_tokens: int | None = None
-    ) -> None:
+    def __init__(self, hidden: Tensor, head: Head, *, observed: Tensor | None = None, chunk_tokens: int | None = None) -> None:
         self.head, self.dtype = head, _product_dtype(hidden)
         self.hidden = hidden.detach().to(self.dtype)
         self.weight = head.weight[: len(head)].detach().to(self.dtype)
@@ -84,7 +82,7 @@ class Projection:
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """All N tokens in order: where a block stands among them, and its float32 logits ``[b, V]``."""
-        size = _block_size(self.hidden.device.type, len(self.head), self.chunk)
+        size = min(self.chunk, block_rows(self.hidden.device.type, len(self.head)))
         for start in range(0, len(self.hidden), self.chunk):
             stop = min(start + self.chunk, len(self.hidden))
             for first in range(start, stop, size):
@@ -137,11 +135,12 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _block_size(device: str, vocabulary: int, chunk: int) -> int:
+def block_rows(device: str, width: int) -> int:
+    """How many rows of ``width`` float32 numbers are worked on at once; on a GPU all there are."""
     if device not in BLOCK_BYTES:
-        return chunk
+        return 2**31
     # At least a row for each thread: a reduction over one row is not shared between them.
-    return min(chunk, max(torch.get_num_threads(), BLOCK_BYTES[device] // (4 * max(1, vocabulary))))
+    return max(torch.get_num_threads(), BLOCK_BYTES[device] // (4 * max(1, width)))
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
