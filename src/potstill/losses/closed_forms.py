@@ -141,7 +141,8 @@ def _log(probabilities: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a, b)
+    product: Tensor = torch.linalg.vecdot(a, b)
+    return product
 
 
 def _infinite(loss: Tensor) -> Tensor:

@@ -230,7 +230,8 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same few rows of each tensor, then the next: what arithmetic makes on the way then stays in the cache."""
     width = max(1, tensors[0].numel() // max(1, len(tensors[0])))
-    return zip(*(tensor.split(block_rows(tensor.device.type, width)) for tensor in tensors), strict=True)
+    rows = block_rows(tensors[0].device.type, width)
+    return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 
 def as_head(head: Tensor | Head) -> Head:
@@ -239,13 +240,16 @@ def as_head(head: Tensor | Head) -> Head:
     Its gradient goes back the way it came, averaged over processes, as FSDP averages every other.
     """
     head = head if isinstance(head, Head) else Head(head)
-    if not hasattr(head.weight, "full_tensor"):
-        return head
+    return dataclasses.replace(head, weight=_gathered(head.weight), bias=None if head.bias is None else _gathered(head.bias))
+
+
+def _gathered(tensor: Any) -> Tensor:
+    if not hasattr(tensor, "full_tensor"):
+        return tensor  # type: ignore[no-any-return]
     from torch.distributed.tensor import Partial
 
-    average = [Partial("avg")] * head.weight.device_mesh.ndim
-    gathered = [None if t is None else t.full_tensor(grad_placements=average) for t in (head.weight, head.bias)]
-    return dataclasses.replace(head, weight=gathered[0], bias=gathered[1])
+    whole: Tensor = tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
+    return whole
 
 
 def _check_pair(student_hidden: Tensor, student: Head, teacher_hidden: Tensor, teacher: Head) -> None:
