@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignment.toys import letters, sentencepiece
+from alignment.toys import by_range, letters, sentencepiece
 from conftest import toy_tokenizer
 from potstill.alignment import VocabularyCells, token_bytes
 from potstill.errors import VocabularyMismatch
@@ -86,14 +86,6 @@ def test_the_target_is_the_teachers_mass_on_each_next_piece_by_enumeration(pair:
         torch.testing.assert_close(target, wanted / wanted.sum(), rtol=0, atol=1e-12)
         torch.testing.assert_close(target.sum(), torch.ones((), dtype=torch.float64), rtol=0, atol=1e-12)
         torch.testing.assert_close(by_range(cells, q, emitted), target, rtol=0, atol=1e-12)
-
-
-def by_range(cells: VocabularyCells, q: torch.Tensor, emitted: tuple[int, ...]) -> torch.Tensor:
-    """The fast path: a sum over one range of the order."""
-    start, stop = cells.prefix_range(emitted)
-    mass = q.new_zeros(cells.count)
-    mass.index_add_(0, cells.next_cells(start, stop, len(emitted)), q[cells.order[start:stop]])
-    return mass / mass.sum()
 
 
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ def two_cuts(draw: st.DrawFn) -> tuple[list[bytes], list[bytes]]:
     cuts = []
     for _ in range(2):
         at = sorted({0, len(text), *draw(st.lists(st.integers(0, len(text)), max_size=20))})
-        cuts.append([text[a:b] for a, b in zip(at, at[1:], strict=False)])
+        cuts.append([text[a:b] for a, b in pairwise(at)])
     return cuts[0], cuts[1]
 
 

@@ -83,7 +83,6 @@ def refusal(**settings: Any) -> str:
     if settings.get("lower"):
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase()])
     tokenizer.decoder = settings.get("decoder") or decoders.ByteLevel()
-    assert models.WordPiece and decoders.BPEDecoder
     with pytest.raises(OpaqueTokenizer) as caught:
         token_bytes(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
     return str(caught.value)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+
+from potstill.alignment import VocabularyCells
 
 LLAMA_2 = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] }} [/INST]"
@@ -59,3 +62,11 @@ def unigram() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+
+
+def by_range(cells: VocabularyCells, q: Tensor, emitted: tuple[int, ...]) -> Tensor:
+    """The fast path: a sum over one range of the order."""
+    start, stop = cells.prefix_range(emitted)
+    mass = q.new_zeros(cells.count)
+    mass.index_add_(0, cells.next_cells(start, stop, len(emitted)), q[cells.order[start:stop]])
+    return mass / mass.sum()
