@@ -57,7 +57,7 @@ def test_the_loss_is_the_divergence_of_dense_logits_averaged_over_supervised_tok
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     chosen = batch["labels"][:, 1:] != -100
     with torch.no_grad():
-        dense = [model(**inputs, use_cache=False).logits[:, :-1][chosen][:, : one.rows] for model in (teacher, student)]
+        dense = [model(**inputs, use_cache=False).logits[:, :-1][chosen][:, : one.objective.rows] for model in (teacher, student)]
         expected = DIVERGENCES[divergence](*dense, temperature=1.7).mean()
         actual = one.compute_loss(student.train(), batch, num_items_in_batch=chosen.sum())
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
@@ -124,7 +124,7 @@ def test_evaluation_loss_is_a_mean_over_tokens_whatever_the_batches(tmp_path: Pa
 
 def test_heads_of_one_family_with_padded_rows_are_cut_to_the_shared_tokens(tmp_path: Path) -> None:
     one = trainer(tmp_path, tiny_model(layers=2, rows=270), teacher=tiny_model(rows=320))
-    assert one.rows == len(toy_tokenizer()) == 266
+    assert one.objective.rows == len(toy_tokenizer()) == 266
     one.train()
     assert losses(one)[-1] < losses(one)[0]
 

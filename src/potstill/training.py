@@ -20,17 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
-from potstill.alignment import shared_rows
-from potstill.data import BatchLayout, tokenize_conversations
 from potstill.data.conversations import as_conversation
 from potstill.errors import ConfigError, NonFiniteLoss
-from potstill.heads import hidden_states, output_head, supervised
-from potstill.losses import DIVERGENCES, fused_linear_cross_entropy, fused_linear_divergence
+from potstill.losses import DIVERGENCES
+from potstill.objectives import METHODS, Objective, make_objective
 from potstill.run_folder import write_whole
-from potstill.teachers import LocalTeacher, Teacher
-
-METHODS = ("text", "logits")
-BATCH_TENSORS = ("input_ids", "attention_mask", "position_ids")
 
 
 @dataclass
@@ -40,12 +34,17 @@ class DistillationConfig(TrainingArguments):
     Raises: ConfigError for a value that does not make sense.
     """
 
-    method: str = field(default="logits", metadata={"help": "text: cross-entropy on the teacher's text. logits: a divergence."})
+    method: str = field(
+        default="logits",
+        metadata={"help": "text: cross-entropy on the teacher's text. logits: a divergence. cross: one across tokenizers."},
+    )
     divergence: str = field(default="forward_kl", metadata={"help": f"One of {', '.join(DIVERGENCES)}."})
     temperature: float = field(default=1.0, metadata={"help": "Divides both models' logits. No temperature² factor."})
     teacher_weight: float = field(default=0.5, metadata={"help": "The teacher's share w of jensen_shannon's mixture."})
     skew: float = field(default=0.1, metadata={"help": "The admixture a of the two skew divergences."})
     hard_label_weight: float = field(default=0.0, metadata={"help": "Share of cross-entropy on the text, between 0 and 1."})
+    teacher_temperature: float = field(default=1.0, metadata={"help": "cross: the temperature at which the text was sampled."})
+    within_weight: float = field(default=1.0, metadata={"help": "cross: share of cross-entropy inside the observed cell."})
     max_length: int = field(default=2048, metadata={"help": "Tokens a conversation is cut at (counted and reported)."})
     packed: bool = field(default=True, metadata={"help": "Lay a batch out in one line without padding."})
 
@@ -62,13 +61,15 @@ class DistillationConfig(TrainingArguments):
             raise ConfigError(f"method {self.method!r} is not known; use one of {', '.join(METHODS)}")
         if self.divergence not in DIVERGENCES:
             raise ConfigError(f"divergence {self.divergence!r} is not known; use one of {', '.join(DIVERGENCES)}")
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature {self.temperature}: must be above 0; 1.0 compares the distributions as they are")
+        for name in ("temperature", "teacher_temperature"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} {getattr(self, name)}: must be above 0; 1.0 takes the distributions as they are")
         for name, inside in (("teacher_weight", 0 < self.teacher_weight < 1), ("skew", 0 < self.skew < 1)):
             if not inside:
                 raise ConfigError(f"{name} {getattr(self, name)}: must lie between 0 and 1, ends excluded")
-        if not 0 <= self.hard_label_weight <= 1:
-            raise ConfigError(f"hard_label_weight {self.hard_label_weight}: a share, so between 0 and 1")
+        for name in ("hard_label_weight", "within_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} {getattr(self, name)}: a share, so between 0 and 1")
 
     @property
     def divergence_shape(self) -> dict[str, Any]:
@@ -106,15 +107,15 @@ class DistillationTrainer(Trainer):
         args = args or DistillationConfig()
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
-        self.teacher, self.rows = _as_teacher(teacher, teacher_tokenizer, model, processing_class, args.method)
+        self.objective = make_objective(args, model, processing_class, teacher, teacher_tokenizer)
         args._n_gpu = min(args.n_gpu, 1)  # several cards are DDP's or FSDP's business, never DataParallel's threads
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_tokenized(train_dataset, processing_class, args.max_length),
-            eval_dataset=_tokenized(eval_dataset, processing_class, args.max_length),
+            train_dataset=_encoded(train_dataset, self.objective, args.max_length),
+            eval_dataset=_encoded(eval_dataset, self.objective, args.max_length),
             processing_class=processing_class,
-            data_collator=kwargs.pop("data_collator", None) or _layout(model, processing_class, args.packed),
+            data_collator=kwargs.pop("data_collator", None) or self.objective.layout,
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the supervised tokens of the whole step for us
@@ -140,23 +141,7 @@ class DistillationTrainer(Trainer):
 
     def summed_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Σ over the supervised tokens of ``inputs``, in nats: the loss before any division."""
-        batch = {name: inputs[name] for name in BATCH_TENSORS if name in inputs}
-        hidden, labels = supervised(hidden_states(model, batch), inputs["labels"])
-        head = output_head(model, rows=self.rows)
-        if self.teacher is None:
-            return fused_linear_cross_entropy(hidden, head, labels)
-        target = self.teacher.targets({**batch, "labels": inputs["labels"]})
-        return fused_linear_divergence(
-            hidden,
-            head,
-            target.hidden,
-            target.head,
-            divergence=self.args.divergence,
-            temperature=self.args.temperature,
-            labels=labels,
-            hard_label_weight=self.args.hard_label_weight,
-            **self.args.divergence_shape,
-        )
+        return self.objective.summed_loss(model, inputs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch. Raises: NonFiniteLoss before the optimizer could step on it."""
@@ -222,34 +207,12 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps(row) + "\n")
 
 
-def _as_teacher(
-    teacher: Any, teacher_tokenizer: Any, student: Any, student_tokenizer: Any, method: str
-) -> tuple[Teacher | None, int | None]:
-    """The teacher as the loss wants it, and the rows of the vocabulary it shares with the student (None: all)."""
-    if method == "text":
-        return None, None
-    if teacher is None:
-        raise ConfigError(f"method {method} needs a teacher; give one, or use method text on text it has written")
-    if hasattr(teacher, "targets"):
-        return teacher, getattr(teacher, "rows", None)
-    if teacher_tokenizer is None:
-        teacher_tokenizer = AutoTokenizer.from_pretrained(teacher.config.name_or_path)
-    heads = [len(model.get_output_embeddings().weight) for model in (teacher, student)]
-    rows = min(shared_rows(teacher_tokenizer, student_tokenizer), *heads)
-    return LocalTeacher(teacher, rows=rows), rows
-
-
-def _layout(model: Any, tokenizer: Any, packed: bool) -> BatchLayout:
-    variable_length = "flash" in str(getattr(model.config, "_attn_implementation", ""))
-    return BatchLayout(tokenizer.pad_token_id or 0, packed, one_line=packed and variable_length)
-
-
-def _tokenized(dataset: Any, tokenizer: Any, max_length: int) -> Any:
-    """``dataset`` if it is tokenized (or absent), otherwise its conversations tokenized."""
+def _encoded(dataset: Any, objective: Objective, max_length: int) -> Any:
+    """``dataset`` if it is tokenized (or absent), otherwise its conversations encoded."""
     columns = getattr(dataset, "column_names", None)
     if dataset is None or (columns and "input_ids" in columns):
         return dataset
     rows = (as_conversation(row, f"row {number}") for number, row in enumerate(dataset, 1))
-    tokenized, counts = tokenize_conversations(rows, tokenizer, max_length=max_length)
+    encoded, counts = objective.encode(rows, max_length=max_length)
     print(f"data: {counts}", flush=True)
-    return tokenized
+    return encoded

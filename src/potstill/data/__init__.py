@@ -11,6 +11,7 @@ from potstill.data.conversations import read_prompts as read_prompts
 from potstill.data.conversations import without_answer as without_answer
 from potstill.data.pairs import PairCounts as PairCounts
 from potstill.data.pairs import PairEncoder as PairEncoder
+from potstill.data.pairs import PairLayout as PairLayout
 from potstill.data.pairs import tokenize_pairs as tokenize_pairs
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "BatchLayout",
     "PairCounts",
     "PairEncoder",
+    "PairLayout",
     "TokenCounts",
     "encode_conversation",
     "read_conversations",

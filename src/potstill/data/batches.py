@@ -135,16 +135,20 @@ class BatchLayout:
     packed: bool = True
     one_line: bool = False
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """``input_ids``, ``labels`` and ``position_ids``, each ``[lines, T]``; ``attention_mask`` too if not packed."""
+    def __call__(self, rows: list[dict[str, Any]], *, more: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """``input_ids``, ``labels`` and ``position_ids``, each ``[lines, T]``; ``attention_mask`` too if not packed.
+
+        Columns named in ``more``, one number a token, are laid out like labels, −1 in the padding.
+        """
         longest = max(len(row["input_ids"]) for row in rows)
         length = sum(len(row["input_ids"]) for row in rows) if self.one_line else longest
         lines = _fill_lines(rows, length) if self.packed else [[row] for row in rows]
+        padding = {"input_ids": self.pad_token_id, "labels": IGNORED, **dict.fromkeys(more, -1)}
         batch = {
-            "input_ids": _padded([[i for row in line for i in row["input_ids"]] for line in lines], length, self.pad_token_id),
-            "labels": _padded([[i for row in line for i in row["labels"]] for line in lines], length, IGNORED),
-            "position_ids": torch.tensor([_positions(line, length) for line in lines]),
+            name: _padded([[i for row in line for i in row[name]] for line in lines], length, value)
+            for name, value in padding.items()
         }
+        batch["position_ids"] = torch.tensor([_positions(line, length) for line in lines])
         if not self.packed:
             batch["attention_mask"] = torch.tensor([[int(i < len(line[0]["input_ids"])) for i in range(length)] for line in lines])
         return batch

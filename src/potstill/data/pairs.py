@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from potstill.alignment import VocabularyCells, token_bytes
 from potstill.alignment.positions import NO_TARGET, Positions, align
-from potstill.data.batches import IGNORED, TokenCounts, encode_conversation
+from potstill.data.batches import IGNORED, BatchLayout, TokenCounts, encode_conversation
 from potstill.data.conversations import Conversation
 from potstill.errors import DataError
 
@@ -174,6 +176,32 @@ def tokenize_pairs(
             f"different bytes in {counts.not_alignable}; raise --max-length or check the chat templates"
         )
     return datasets.Dataset(pyarrow.Table.from_batches(batches)), counts
+
+
+@dataclass
+class PairLayout:
+    """Lays out a batch twice, the student's tokens and the teacher's, each in lines of its own.
+
+    So that a target is found again whichever way both are packed, the teacher's tokens are numbered through the batch
+    (``teacher_number``) and the student's say which number they want (``teacher_index``, −1 for none).
+    """
+
+    student: BatchLayout
+    teacher: BatchLayout
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The student's batch, with ``teacher_index``, ``start``, ``stop`` and ``depth``; the teacher's as ``teacher_…``."""
+        lengths = [len(row["teacher_input_ids"]) for row in rows]
+        firsts = list(itertools.accumulate(lengths, initial=0))
+        wanting, asked = [], []
+        for row, first, length in zip(rows, firsts, lengths, strict=False):
+            index = [NO_TARGET if i == NO_TARGET else first + i for i in row["teacher_index"]]
+            wanting.append({**row, "teacher_index": index})
+            numbers = list(range(first, first + length))
+            asked.append({"input_ids": row["teacher_input_ids"], "labels": row["teacher_labels"], "number": numbers})
+        teacher = self.teacher(asked, more=("number",))
+        student = self.student(wanting, more=("teacher_index", "start", "stop", "depth"))
+        return {**student, **{f"teacher_{name}": tensor for name, tensor in teacher.items()}}
 
 
 def _answer(conversation: Conversation) -> str:

@@ -1,5 +1,7 @@
 """The losses, each one number a supervised token, in nats."""
 
+from potstill.losses.cross_tokenizer import Places as Places
+from potstill.losses.cross_tokenizer import fused_linear_cells as fused_linear_cells
 from potstill.losses.divergences import DIVERGENCES as DIVERGENCES
 from potstill.losses.divergences import forward_kl as forward_kl
 from potstill.losses.divergences import jensen_shannon as jensen_shannon
@@ -10,17 +12,21 @@ from potstill.losses.divergences import total_variation as total_variation
 from potstill.losses.fused import fused_linear_cross_entropy as fused_linear_cross_entropy
 from potstill.losses.fused import fused_linear_divergence as fused_linear_divergence
 from potstill.losses.fused import fused_linear_loss as fused_linear_loss
+from potstill.losses.partitions import fused_linear_topk as fused_linear_topk
 from potstill.losses.projection import Head as Head
 from potstill.losses.projection import Projection as Projection
 
 __all__ = [
     "DIVERGENCES",
     "Head",
+    "Places",
     "Projection",
     "forward_kl",
+    "fused_linear_cells",
     "fused_linear_cross_entropy",
     "fused_linear_divergence",
     "fused_linear_loss",
+    "fused_linear_topk",
     "jensen_shannon",
     "reverse_kl",
     "skew_forward_kl",

@@ -8,8 +8,8 @@ teacher's mass t_c on each cell is known, the token u that the text has is seen,
 With every token its own cell it is logit distillation, with one cell for all it is text distillation, and between the two lie
 a server that keeps k log-probabilities (`fused_linear_topk`) and a teacher with another tokenizer (cross_tokenizer.py).
 
-Nothing new has to be derived. D is any divergence of closed_forms.py over C instead of V symbols, with log t and log p_c for logits.
-It gives G_c, the gradient with respect to cell c's logit, and within a cell the softmax hands it on in proportion:
+Nothing new has to be derived. D is any divergence of closed_forms.py over C symbols instead of V, log t and log p_c its logits. It
+gives G_c, the gradient with respect to cell c's logit, and within a cell the softmax hands it on in proportion:
 
     ∂/∂s_w = p(w|c)·G_c + λ·[c = c(u)]·(p(w|c) − [w = u])
 
@@ -59,8 +59,8 @@ def partition_loss(
 ) -> LossAndGradient:
     """Loss ``[b]`` in nats and its gradient ``[b, V]``.
 
-    ``masses [b, C]`` is the teacher's distribution over cells, ``observed [b]`` the tokens that the text has. Where ``known [b]`` is
-    False nothing is known of the teacher: plain cross-entropy. ``within_weight`` is λ.
+    ``masses [b, C]`` is the teacher's distribution over cells, ``observed [b]`` the tokens that the text has. Where ``known [b]``
+    is False nothing is known of the teacher: plain cross-entropy. ``within_weight`` is λ.
     """
     p = student_logits.softmax(-1)
     tiny = torch.finfo(p.dtype).tiny
@@ -116,9 +116,9 @@ def fused_linear_topk(
 ) -> Tensor:
     """The loss towards a teacher of whom k log-probabilities a token are kept, summed over tokens: a scalar in nats.
 
-    ``ids [N, k]`` are distinct tokens, ``log_probabilities [N, k]`` the teacher's, ``labels [N]`` the tokens that the text has. What
-    the k leave over is one cell's mass, and inside it the text decides: the mean gradient is that of the whole distribution when
-    the text was sampled from it, which cutting off or renormalizing the k would not give. k = V is the whole distribution.
+    ``ids [N, k]`` are distinct tokens, ``log_probabilities [N, k]`` the teacher's, ``labels [N]`` the tokens that the text has.
+    What the k leave over is one cell's mass, and inside it the text decides: when the text was sampled from the teacher, the mean
+    gradient is that of its whole distribution, which cutting off or renormalizing the k would not give. k = V is all of it.
 
     Raises: ValueError if shapes do not fit, as `potstill.losses.fused_linear_divergence` does, or if probabilities exceed 1 in sum.
     """
@@ -132,6 +132,8 @@ def fused_linear_topk(
     rest = 1 - kept.sum(-1, keepdim=True)
     if bool((rest < -1e-3).any()):
         raise ValueError("log_probabilities: their exponentials exceed 1 in sum; give the teacher's own, not renormalized logits")
+    if ids.shape[-1] == len(head):  # nothing is left over but rounding
+        rest = torch.zeros_like(rest)
     masses = torch.cat([kept, rest.clamp_min(0)], -1)
     compare = closed_form(divergence, **shape)
 

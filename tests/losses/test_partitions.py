@@ -1,0 +1,202 @@
+"""One loss for every partition: its two ends are text and logit distillation, and autograd agrees in between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from potstill.losses import (
+    DIVERGENCES,
+    Places,
+    fused_linear_cells,
+    fused_linear_cross_entropy,
+    fused_linear_divergence,
+    fused_linear_topk,
+)
+from potstill.losses.closed_forms import CLOSED_FORMS
+from potstill.losses.cross_tokenizer import CellPartition
+from potstill.losses.partitions import TopKPartition, partition_loss
+
+V, B = 11, 6
+every_divergence = pytest.mark.parametrize("name", sorted(DIVERGENCES))
+
+
+def random_case(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    teacher, student = 2 * torch.randn(2, B, V, generator=generator, dtype=torch.float64)
+    return teacher, student, torch.randint(V, (B,), generator=generator)
+
+
+def by_definition(name: str, masses: Tensor, logits: Tensor, cells: Tensor, observed: Tensor, weight: float) -> Tensor:
+    """The loss as its definition reads: sums over the tokens of each cell, one row and one cell at a time."""
+    p = logits.softmax(-1)
+    pooled = torch.stack([torch.stack([p[i, cells[i] == c].sum() for c in range(masses.shape[1])]) for i in range(len(p))])
+    own = torch.stack([pooled[i, cells[i, observed[i]]] for i in range(len(p))])
+    within = own.log() - p.gather(1, observed[:, None]).squeeze(1).log()
+    return DIVERGENCES[name](masses.log(), pooled.log()) + weight * within
+
+
+@every_divergence
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_value_and_gradient_are_those_of_the_definition(name: str, weight: float) -> None:
+    teacher, student, observed = random_case()
+    cells = torch.randint(4, (V,)).scatter(0, torch.arange(4), torch.arange(4))
+    partition = CellPartition(cells, 4)
+    masses = partition.pool(teacher.softmax(-1))
+    loss, gradient = partition_loss(CLOSED_FORMS[name], masses, student.clone(), partition, observed, within_weight=weight)
+    leaf = student.clone().requires_grad_()
+    expected = by_definition(name, masses[:, :4], leaf, cells.expand(B, V), observed, weight)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), leaf)[0], rtol=1e-8, atol=1e-10)
+
+
+@every_divergence
+def test_with_every_token_its_own_cell_it_is_logit_distillation(name: str) -> None:
+    teacher, student, observed = random_case()
+    loss, gradient = partition_loss(CLOSED_FORMS[name], teacher.softmax(-1), student.clone(), _Singletons(), observed)
+    expected_loss, expected_gradient = CLOSED_FORMS[name](teacher.clone(), student.clone())
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_with_one_cell_for_all_it_is_text_distillation() -> None:
+    _, student, observed = random_case()
+    partition = CellPartition(torch.zeros(V, dtype=torch.long), 1)
+    masses = partition.pool(student.softmax(-1))
+    loss, gradient = partition_loss(CLOSED_FORMS["forward_kl"], masses, student.clone(), partition, observed)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(student, observed, reduction="none"))
+    torch.testing.assert_close(gradient, student.softmax(-1) - torch.nn.functional.one_hot(observed, V))
+
+
+def test_where_nothing_is_known_it_is_text_distillation_whatever_the_masses() -> None:
+    teacher, student, observed = random_case()
+    partition = CellPartition(torch.arange(V) // 2, 6)
+    known = torch.arange(B) % 2 == 0
+    masses = partition.pool(teacher.softmax(-1)).masked_fill(~known[:, None], float("nan"))
+    loss, gradient = partition_loss(
+        CLOSED_FORMS["forward_kl"], masses, student.clone(), partition, observed, known=known, within_weight=0.5
+    )
+    text = torch.nn.functional.cross_entropy(student, observed, reduction="none")
+    torch.testing.assert_close(loss[~known], text[~known])
+    torch.testing.assert_close(gradient[~known], (student.softmax(-1) - torch.nn.functional.one_hot(observed, V))[~known])
+
+
+@every_divergence
+def test_top_k_with_all_tokens_kept_is_the_whole_distribution(name: str) -> None:
+    student_hidden, student_head, teacher_hidden, teacher_head, labels = heads()
+    log_q = (teacher_hidden @ teacher_head.T).log_softmax(-1)
+    ids = torch.stack([torch.randperm(V) for _ in range(B)])
+    results = [
+        with_gradients(fused_linear_topk, student_hidden, student_head, ids, log_q.gather(1, ids), labels, divergence=name),
+        with_gradients(fused_linear_divergence, student_hidden, student_head, teacher_hidden, teacher_head, divergence=name),
+    ]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+def test_top_k_is_unbiased_and_cutting_off_or_renormalizing_is_not() -> None:
+    """Averaged over the teacher's next token, the gradient is that of the whole distribution."""
+    teacher, student, _ = random_case()
+    whole = student.softmax(-1) - teacher.softmax(-1)
+    q = teacher.softmax(-1)
+    kept = q.topk(3, -1)
+    partition = TopKPartition(kept.indices, V)
+    masses = torch.cat([kept.values, 1 - kept.values.sum(-1, keepdim=True)], -1)
+    mean = torch.zeros_like(whole)
+    for token in range(V):
+        observed = torch.full((B,), token)
+        _, gradient = partition_loss(CLOSED_FORMS["forward_kl"], masses, student.clone(), partition, observed)
+        mean += q[:, token : token + 1] * gradient
+    torch.testing.assert_close(mean, whole, rtol=1e-9, atol=1e-12)
+    renormalized = torch.zeros_like(q).scatter(1, kept.indices, kept.values / kept.values.sum(-1, keepdim=True))
+    assert (student.softmax(-1) - renormalized - whole).abs().max() > 0.01
+
+
+def test_coarser_cells_never_exceed_the_whole_divergence() -> None:
+    teacher, student, observed = random_case()
+    whole, _ = CLOSED_FORMS["forward_kl"](teacher.clone(), student.clone())
+    for count in (1, 3, 6):
+        partition = CellPartition(torch.arange(V) % count, count)
+        masses = partition.pool(teacher.softmax(-1))
+        loss, _ = partition_loss(CLOSED_FORMS["forward_kl"], masses, student.clone(), partition, observed, within_weight=0.0)
+        assert (loss <= whole + 1e-12).all()
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 4])
+def test_cells_of_one_tokenizer_are_forward_kl_through_the_heads(chunk_tokens: int | None) -> None:
+    student_hidden, student_head, teacher_hidden, teacher_head, labels = heads()
+    cells = _ToyCells(torch.arange(V), torch.arange(V), V)
+    places = Places(torch.arange(B), *(torch.zeros(B, dtype=torch.long) for _ in range(3)))
+    results = [
+        with_gradients(
+            fused_linear_cells, student_hidden, student_head, teacher_hidden, teacher_head,
+            cells=cells, places=places, labels=labels, chunk_tokens=chunk_tokens,
+        ),
+        with_gradients(fused_linear_divergence, student_hidden, student_head, teacher_hidden, teacher_head),
+    ]  # fmt: skip
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+def test_positions_without_a_target_are_cross_entropy_and_interiors_take_their_range() -> None:
+    student_hidden, student_head, teacher_hidden, teacher_head, labels = heads()
+    cells = _ToyCells(torch.arange(V), torch.arange(V), V)
+    nowhere = Places(torch.full((B,), -1), *(torch.zeros(B, dtype=torch.long) for _ in range(3)))
+    got = with_gradients(
+        fused_linear_cells, student_hidden, student_head, teacher_hidden, teacher_head, cells=cells, places=nowhere, labels=labels
+    )
+    for one, other in zip(got, with_gradients(fused_linear_cross_entropy, student_hidden, student_head, labels), strict=True):
+        torch.testing.assert_close(one, other)
+    # One interior: teacher tokens 2, 3, 4 go on, each to the cell of its own number.
+    inside = Places(torch.tensor([0]), torch.tensor([2]), torch.tensor([5]), torch.tensor([1]))
+    loss = fused_linear_cells(
+        student_hidden[:1], student_head, teacher_hidden[:1], teacher_head, cells=cells, places=inside, labels=torch.tensor([3])
+    )
+    q = (teacher_hidden[:1] @ teacher_head.T).softmax(-1)[:, 2:5]
+    log_p = (student_hidden[:1] @ student_head.T).log_softmax(-1)[:, 2:5]
+    q = q / q.sum()
+    torch.testing.assert_close(loss, (q * (q.log() - log_p)).sum())
+
+
+def test_log_probabilities_beyond_one_are_refused() -> None:
+    hidden, head, _, _, labels = heads()
+    with pytest.raises(ValueError, match="exceed 1 in sum"):
+        fused_linear_topk(hidden, head, torch.arange(2).expand(B, 2), torch.zeros(B, 2), labels)
+
+
+class _Singletons:
+    count = V
+
+    def pool(self, values: Tensor) -> Tensor:
+        return values.clone()
+
+    def spread(self, values: Tensor) -> Tensor:
+        return values
+
+    def cell_of(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+
+class _ToyCells:
+    """Teacher tokens in the order of their numbers; whatever the depth, the next piece has the token's own number."""
+
+    def __init__(self, teacher_cells: Tensor, student_cells: Tensor, count: int) -> None:
+        self.teacher_cells, self.student_cells, self.count = teacher_cells, student_cells, count
+        self.order = torch.arange(len(teacher_cells))
+
+    def next_cells(self, start: int, stop: int, depth: int) -> Tensor:
+        return self.teacher_cells[self.order[start:stop]]
+
+
+def heads() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    draw = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((B, 5), (V, 5), (B, 7), (V, 7))]
+    return *draw, torch.randint(V, (B,), generator=generator)  # type: ignore[return-value]
+
+
+def with_gradients(loss, hidden: Tensor, head: Tensor, *args, **settings) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    total = loss(hidden, head, *args, **settings)
+    total.backward()
+    return total.detach(), hidden.grad, head.grad  # type: ignore[return-value]
