@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from alignment.toys import by_range
 from potstill.alignment import VocabularyCells, align, token_bytes
@@ -52,7 +53,7 @@ TEXT = st.lists(st.sampled_from(HARD) | st.text(st.characters(exclude_categories
 
 @functools.cache
 def opened(family: str) -> Any:
-    tokenizer = load_tokenizer("demo" if family == "smollm2" else str(FOLDER / family))
+    tokenizer = load_tokenizer("demo") if family == "smollm2" else AutoTokenizer.from_pretrained(FOLDER / family)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
     return tokenizer
 
