@@ -173,20 +173,23 @@ def _demo(recipe: config.DemoRecipe) -> None:
 def _student(recipe: config.StudentRecipe) -> None:
     from potstill import pipeline
 
-    keep = recipe.keep_layers
     folder = pipeline.make_student(
-        recipe.teacher, recipe.output_dir, keep=_layers(keep), trust_remote_code=recipe.trust_remote_code
+        recipe.teacher,
+        recipe.output_dir,
+        keep=_layers(recipe.keep_layers),
+        tokenizer=recipe.tokenizer,
+        trust_remote_code=recipe.trust_remote_code,
     )
     print(f"student: {folder}")
 
 
-def _layers(text: str) -> Any:
-    if text == "half":
+def _layers(text: str | None) -> Any:
+    if text in (None, "half", "all"):
         return text
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--keep-layers {text}: give a number (8), a list (0,1,5,9), or half") from None
+        raise ConfigError(f"--keep-layers {text}: give a number (8), a list (0,1,5,9), half or all") from None
     return numbers if "," in text else numbers[0]
 
 

@@ -18,14 +18,18 @@ class DemoRecipe:
 
 @dataclass(frozen=True)
 class StudentRecipe:
-    """Cut a student from a teacher: some of its layers, and everything else of it."""
+    """Cut a student from a teacher: some of its layers and everything else of it, or with the tokenizer of another model."""
 
     teacher: str
     """Hub id, model folder, GGUF file, or demo."""
     output_dir: str
     """Folder for the student, which must not hold anything yet."""
-    keep_layers: str = "half"
-    """How many layers to keep, evenly spaced with both ends (8), which ones (0,1,5,9), or half."""
+    keep_layers: str | None = None
+    """How many layers to keep, evenly spaced with both ends (8), which ones (0,1,5,9), half, or all. Without it: half, or all with
+    --tokenizer."""
+    tokenizer: str | None = None
+    """Whose tokenizer the student gets instead of its teacher's: hub id, folder, GGUF file or demo. Each new token starts from the
+    teacher's tokens for the same bytes. If it has no chat template, the student gets the plain one."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Read it first."""
 

@@ -1,0 +1,199 @@
+"""How much of two vocabularies corresponds, and how much of the user's own text.
+
+Two tokenizers are *the same* where equal ids are equal tokens (one may list more of them), and *different* otherwise; then only bytes
+can be compared. A vocabulary says little about a text: what counts is at how many of the student's positions in it the teacher has
+something to say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from potstill.alignment import VocabularyCells, shared_rows, token_bytes
+from potstill.data import IGNORED, tokenize_conversations, tokenize_pairs
+from potstill.data.conversations import Conversation
+from potstill.errors import OpaqueTokenizer, VocabularyMismatch
+
+PROBE = "The year 2026, they said:\n\tif x != 'été': print(42)  # 雨 and 🌧️\r\n\n  Rain isn't dry."
+"""A little of everything that tokenizers split differently."""
+MOST_MEASURED = 500
+"""Conversations, spread evenly over the data: shares are then known to a tenth of a percent."""
+
+
+@dataclass(frozen=True)
+class Vocabularies:
+    """How the tokens of two tokenizers correspond."""
+
+    same: bool
+    """Whether equal ids are equal tokens."""
+    kind: str
+    """equal, or one longer (by added tokens); permuted (the same tokens under other ids), or different."""
+    first_difference: str | None
+    """The first id whose tokens differ."""
+    shared_rows: int | None
+    """Leading ids that are the same tokens; None if the tokenizers differ."""
+    shared_bytes: int
+    """Student tokens whose bytes are a teacher token, too."""
+    share_of_student: float
+    """The same, as a share of the student's tokens that stand for bytes."""
+    same_id: int
+    """Student tokens with the same bytes under the same id."""
+
+
+@dataclass(frozen=True)
+class MeasuredText:
+    """The user's conversations in the tokens of both. Sums over those that were measured."""
+
+    conversations: int
+    """Measured, and usable."""
+    of: int
+    """In the data."""
+    shortened: int
+    """Cut at the length limit."""
+    dropped: int
+    """With no answer within the length limit."""
+    not_alignable: int
+    """Whose answers are other bytes under the two chat templates."""
+    tokens: int
+    """The student's, prompts included."""
+    teacher_tokens: int
+    """Those that the teacher reads; as many where the tokenizers are the same."""
+    supervised_tokens: int
+    """The student's positions to learn."""
+    teacher_supervised_tokens: int
+    longest: int
+    """The student's tokens of the longest conversation."""
+    answer_bytes: int
+    shared_tokens: int
+    """Of the supervised: tokens whose bytes are one teacher token."""
+    roots: int
+    """Of the supervised: with a target, where both tokenizations have a boundary (all, where the tokenizers are the same)."""
+    interiors: int
+    """Of the supervised: with a target, inside a teacher token."""
+    disagreeing_roots: int
+    """At a boundary of both, but with a token that the teacher's does not begin with."""
+    one_to_one: int
+    """Of the supervised: a single token over exactly the bytes of a single teacher token."""
+    same_split: int
+    """Conversations that both tokenizers split into the same ids."""
+    untaught: list[tuple[str, int]] = field(default_factory=list)
+    """The tokens most often without a target, and how often."""
+    untaught_blank: float = 0.0
+    """Of the tokens without a target, the share that are blanks and line breaks alone."""
+
+    @property
+    def with_target(self) -> float:
+        """The share of the student's positions at which the teacher's distribution says something."""
+        return (self.roots + self.interiors) / max(1, self.supervised_tokens)
+
+    @property
+    def disagreeing(self) -> float:
+        """The share of roots at which the cells disagree."""
+        return self.disagreeing_roots / max(1, self.roots + self.disagreeing_roots)
+
+
+def compare_vocabularies(teacher_tokenizer: Any, student_tokenizer: Any) -> Vocabularies:
+    """Token by token, and by their bytes.
+
+    Raises: where the tokenizers differ, OpaqueTokenizer if the bytes of either cannot be recovered, VocabularyMismatch if they
+    share none.
+    """
+    try:
+        rows, difference = shared_rows(teacher_tokenizer, student_tokenizer), None
+    except VocabularyMismatch as mismatch:
+        rows, difference = None, _first_difference(str(mismatch))
+    try:
+        teacher, student = token_bytes(teacher_tokenizer), token_bytes(student_tokenizer)
+    except OpaqueTokenizer:
+        if rows is None:
+            raise
+        return Vocabularies(True, "equal", None, rows, rows, 1.0, rows)
+    known = set(filter(None, teacher))
+    spelled = [string for string in student if string]
+    shared = sum(string in known for string in spelled)
+    if not shared:
+        raise VocabularyMismatch("teacher and student have no token in common, not one byte; distil text instead (--method text)")
+    if rows is not None:
+        kind = "equal" if len(teacher_tokenizer) == len(student_tokenizer) else "one longer"
+    else:
+        kind = "permuted" if sorted(spelled) == sorted(filter(None, teacher)) else "different"
+    same_id = sum(bool(t) and t == s for t, s in zip(teacher, student, strict=False))
+    return Vocabularies(rows is not None, kind, difference, rows, shared, shared / len(spelled), same_id)
+
+
+def measure_text(
+    conversations: Sequence[Conversation], teacher_tokenizer: Any, student_tokenizer: Any, *, same: bool, max_length: int
+) -> MeasuredText:
+    """Tokenize some of the conversations as a run would, and count what can be taught.
+
+    Raises: ChatTemplateError for a template that loses an answer; DataError if nothing is left to learn or to align.
+    """
+    chosen = conversations[:: -(-len(conversations) // MOST_MEASURED)]
+    if same:
+        dataset, counts = tokenize_conversations(chosen, student_tokenizer, max_length=max_length)
+        everything = counts.supervised_tokens
+        taught = {"roots": everything, "shared_tokens": everything, "one_to_one": everything}
+        taught |= {"interiors": 0, "disagreeing_roots": 0, "not_alignable": 0, "teacher_supervised_tokens": everything}
+        taught |= {"teacher_tokens": counts.tokens, "same_split": sum(_split_alike(row, teacher_tokenizer, student_tokenizer) for row in chosen)}
+    else:
+        cells = VocabularyCells(teacher_tokenizer, student_tokenizer)
+        dataset, counts = tokenize_pairs(chosen, teacher_tokenizer, student_tokenizer, cells, max_length=max_length)
+        taught = _taught_across(dataset, token_bytes(teacher_tokenizer), token_bytes(student_tokenizer))
+        taught |= {name: getattr(counts, name) for name in ("roots", "interiors", "disagreeing_roots", "not_alignable")}
+    return MeasuredText(
+        conversations=counts.conversations,
+        of=len(conversations),
+        shortened=counts.shortened,
+        dropped=counts.dropped,
+        tokens=counts.tokens,
+        supervised_tokens=counts.supervised_tokens,
+        longest=max(map(len, dataset["input_ids"])),
+        answer_bytes=sum(dataset["answer_bytes"]),
+        **taught,
+    )
+
+
+def splits_alike(teacher_tokenizer: Any, student_tokenizer: Any) -> bool:
+    """Whether two tokenizers of the same tokens also split a text alike (merges and rules between words may differ)."""
+    ids = [tokenizer.encode(PROBE, add_special_tokens=False) for tokenizer in (teacher_tokenizer, student_tokenizer)]
+    return bool(ids[0] == ids[1])
+
+
+def _taught_across(dataset: Any, teacher_tokens: list[bytes | None], student_tokens: list[bytes | None]) -> dict[str, Any]:
+    known = set(filter(None, teacher_tokens))
+    shared = one_to_one = 0
+    untaught: Counter[bytes] = Counter()
+    for row in dataset:
+        for u, label, k, depth in zip(row["input_ids"], row["labels"], row["teacher_index"], row["depth"], strict=True):
+            if label == IGNORED:
+                continue
+            string = student_tokens[u]
+            shared += string is None or string in known
+            if k < 0:
+                untaught[string or b""] += 1
+            elif depth == 0:
+                one_to_one += string == teacher_tokens[row["teacher_input_ids"][k]]
+    blank = sum(count for string, count in untaught.items() if string.isspace())
+    return {
+        "teacher_tokens": sum(map(len, dataset["teacher_input_ids"])),
+        "teacher_supervised_tokens": sum(label != IGNORED for labels in dataset["teacher_labels"] for label in labels),
+        "same_split": 0,
+        "shared_tokens": shared,
+        "one_to_one": one_to_one,
+        "untaught": [(string.decode(errors="replace"), count) for string, count in untaught.most_common(5)],
+        "untaught_blank": blank / max(1, untaught.total()),
+    }
+
+
+def _split_alike(conversation: Conversation, *tokenizers: Any) -> bool:
+    texts = [conversation["text"]] if "text" in conversation else [turn["content"] for turn in conversation["messages"]]
+    ids = [[tokenizer.encode(text, add_special_tokens=False) for text in texts] for tokenizer in tokenizers]
+    return bool(ids[0] == ids[1])
+
+
+def _first_difference(message: str) -> str:
+    """From `shared_rows`'s error: "id 7 is 'a' in the teacher's and 'b' in the student's"."""
+    return message[message.index("id ") : message.index(", so ")]
