@@ -8,6 +8,7 @@
     ├── DataError              a missing file, a malformed row, nothing usable left
     │   └── ChatTemplateError  no chat template, or one that loses the assistant's text
     ├── VocabularyMismatch     teacher and student do not share their tokens
+    ├── OpaqueTokenizer        a tokenizer that does not say which bytes its tokens stand for
     ├── RunFolderError         an output folder that is not empty, not a run, or cannot be written
     └── NonFiniteLoss          training met a NaN or an infinity
 
@@ -45,6 +46,10 @@ class ChatTemplateError(DataError):
 
 class VocabularyMismatch(PotstillError):
     """Teacher and student do not share their tokens."""
+
+
+class OpaqueTokenizer(PotstillError):
+    """A tokenizer that does not say which bytes its tokens stand for."""
 
 
 class RunFolderError(PotstillError):

@@ -1,5 +1,25 @@
 """Which parts of two vocabularies, and of two tokenizations of one text, correspond."""
 
+from potstill.alignment.cells import VocabularyCells as VocabularyCells
+from potstill.alignment.positions import Positions as Positions
+from potstill.alignment.positions import align as align
+from potstill.alignment.spans import groups as groups
+from potstill.alignment.stop_tokens import stop_tokens as stop_tokens
+from potstill.alignment.token_bytes import special_ids as special_ids
+from potstill.alignment.token_bytes import token_bytes as token_bytes
+from potstill.alignment.vocabulary import VocabularyComparison as VocabularyComparison
+from potstill.alignment.vocabulary import compare_vocabularies as compare_vocabularies
 from potstill.alignment.vocabulary import shared_rows as shared_rows
 
-__all__ = ["shared_rows"]
+__all__ = [
+    "Positions",
+    "VocabularyCells",
+    "VocabularyComparison",
+    "align",
+    "compare_vocabularies",
+    "groups",
+    "shared_rows",
+    "special_ids",
+    "stop_tokens",
+    "token_bytes",
+]

@@ -9,15 +9,21 @@ from potstill.data.chat_templates import PLAIN_CHAT_TEMPLATE as PLAIN_CHAT_TEMPL
 from potstill.data.conversations import read_conversations as read_conversations
 from potstill.data.conversations import read_prompts as read_prompts
 from potstill.data.conversations import without_answer as without_answer
+from potstill.data.pairs import PairCounts as PairCounts
+from potstill.data.pairs import PairEncoder as PairEncoder
+from potstill.data.pairs import tokenize_pairs as tokenize_pairs
 
 __all__ = [
     "IGNORED",
     "PLAIN_CHAT_TEMPLATE",
     "BatchLayout",
+    "PairCounts",
+    "PairEncoder",
     "TokenCounts",
     "encode_conversation",
     "read_conversations",
     "read_prompts",
     "tokenize_conversations",
+    "tokenize_pairs",
     "without_answer",
 ]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from potstill.alignment import special_ids
 from potstill.data.chat_templates import Span, answer_spans
 from potstill.data.conversations import Conversation
 from potstill.errors import DataError
@@ -71,10 +72,10 @@ def encode_conversation(conversation: Conversation, tokenizer: Any, *, max_lengt
     if "text" in conversation and tokenizer.eos_token_id not in (None, ids[-1] if ids else None):
         ids, offsets = [*ids, tokenizer.eos_token_id], [*offsets, (len(text), len(text) + 1)]
     ids, offsets = ids[:max_length], offsets[:max_length]
-    labels = [IGNORED] * len(ids)
+    labels, special = [IGNORED] * len(ids), special_ids(tokenizer)
     for number, span in enumerate(spans):
         ended = not (conversation.get("cut_off") and number == len(spans) - 1)
-        for i in _tokens_of(span, offsets, text, ids, tokenizer, with_end=ended):
+        for i in _tokens_of(span, offsets, text, ids, special, with_end=ended):
             labels[i] = ids[i]
     labels[:1] = [IGNORED]  # nothing precedes the first token, so nothing predicts it
     reached = offsets[-1][1] if offsets else 0
@@ -170,14 +171,14 @@ def _positions(line: list[dict[str, Any]], length: int) -> list[int]:
     return [position for size in (*sizes, length - sum(sizes)) for position in range(size)]
 
 
-def _tokens_of(span: Span, offsets: list[Span], text: str, ids: list[int], tokenizer: Any, *, with_end: bool) -> Iterator[int]:
+def _tokens_of(span: Span, offsets: list[Span], text: str, ids: list[int], special: set[int], *, with_end: bool) -> Iterator[int]:
     """The tokens that lie in ``span`` or reach into it, and those up to the special token that ends the turn after it."""
     start, end = span
     yield from (i for i, (first, last) in enumerate(offsets) if last > start and first < end)
     tail: list[int] = []
     for i in range(next((i for i, (first, _) in enumerate(offsets) if first >= end), len(ids)), len(ids)):
         tail.append(i)
-        if ids[i] in tokenizer.all_special_ids:
+        if ids[i] in special:
             yield from tail if with_end else ()
             return
         if text[slice(*offsets[i])].strip():  # Llama 2 writes " </s>": only blanks may stand before the end

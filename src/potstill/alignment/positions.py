@@ -1,0 +1,161 @@
+"""Which of the teacher's predictions answers each token that the student is to learn.
+
+The student learns a token u at each of its positions. Seen from the teacher's tokenization of the same bytes, it stands
+
+    at a root       both have a boundary there: the teacher's next token v is still open
+    in the interior the student has emitted the first d tokens of seg(v) since v began, and v goes on
+    elsewhere       it begins inside a v that it did not follow from its start: nothing is known, plain cross-entropy
+
+and elsewhere, too, is whatever lies outside the bytes that both render, or has a cell that is not that of v's (next piece).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from potstill.alignment.cells import VocabularyCells
+from potstill.alignment.spans import boundaries, covering
+
+NO_TARGET = -1
+
+
+@dataclass
+class Positions:
+    """For each token of the student's sequence where its target comes from, and how many came from where."""
+
+    teacher_index: list[int]
+    """The place in the teacher's sequence of the token that it predicts here; −1: no target."""
+    start: list[int]
+    """The target sums over ``cells.order[start:stop]`` …"""
+    stop: list[int]
+    """… up to here."""
+    depth: list[int]
+    """Pieces of the teacher's token already emitted; 0 at a root."""
+    disagreeing_roots: int = 0
+    """How many tokens at a root have no target only because their cell is not that of the teacher's token."""
+    disagreeing_interiors: int = 0
+    """How many tokens inside a teacher token have none because their cell is not that of its next piece."""
+
+    @property
+    def interiors(self) -> int:
+        """How many tokens have a target inside a teacher token."""
+        return sum(map(bool, self.depth))
+
+    @property
+    def roots(self) -> int:
+        """How many tokens have a target at a boundary of both tokenizations."""
+        return sum(k != NO_TARGET for k in self.teacher_index) - self.interiors
+
+
+@dataclass
+class _Turn:
+    """A run of tokens to learn: text, then perhaps the special token that ends it."""
+
+    first: int
+    ids: list[int]
+    pieces: list[bytes]
+    end: int | None
+    offsets: list[int] = field(default_factory=list)
+    """The boundaries of ``pieces``, counted from where the text begins that both renderings have."""
+
+
+def align(
+    teacher_ids: Sequence[int],
+    teacher_mask: Sequence[bool],
+    student_ids: Sequence[int],
+    student_mask: Sequence[bool],
+    *,
+    cells: VocabularyCells,
+    teacher_tokens: list[bytes | None],
+    student_tokens: list[bytes | None],
+) -> Positions | None:
+    """Where the student's tokens find their targets in one conversation; None if it cannot be aligned.
+
+    Both sequences are of the same conversation, each rendered with its own chat template, and the masks say what is to be learned:
+    in each of the assistant's turns its text and the token that ends it. The texts may differ in blanks around them and in what
+    one template writes before them; any other difference of bytes, or of turns, makes the conversation not alignable.
+    ``teacher_tokens`` and ``student_tokens`` are what `token_bytes` gives.
+    """
+    teacher_turns = _turns(teacher_ids, teacher_mask, teacher_tokens)
+    student_turns = _turns(student_ids, student_mask, student_tokens)
+    if teacher_turns is None or student_turns is None or len(teacher_turns) != len(student_turns):
+        return None
+    length = len(student_ids)
+    found = Positions([NO_TARGET] * length, [0] * length, [0] * length, [0] * length)
+    for teacher, student in zip(teacher_turns, student_turns, strict=True):
+        common = _lay_on_common_text(teacher, student)
+        if common is None:
+            return None
+        _align_text(teacher, student, common, cells, found)
+        _bridge_ends(teacher, student, common, cells, found)
+    return found
+
+
+def _turns(ids: Sequence[int], mask: Sequence[bool], tokens: list[bytes | None]) -> list[_Turn] | None:
+    """The runs of the mask; None if a special token stands inside one: its bytes are not the text's."""
+    turns = []
+    for chosen, places in groupby(range(len(ids)), key=lambda i: bool(mask[i])):
+        if chosen:
+            run = list(places)
+            pieces = [tokens[ids[i]] if ids[i] < len(tokens) else None for i in run]
+            end = run[-1] if pieces[-1] is None else None
+            text = [piece for piece in (pieces if end is None else pieces[:-1]) if piece is not None]
+            if len(text) != len(run) - (end is not None):
+                return None
+            turns.append(_Turn(run[0], [ids[i] for i in run], text, end))
+    return turns
+
+
+def _lay_on_common_text(teacher: _Turn, student: _Turn) -> int | None:
+    """Count the offsets of both from where their common text begins, and return its bytes; None if the texts differ.
+
+    One template may trim what the other leaves, put a blank before the answer, or open it with an empty thought. So the texts, or
+    else the texts without the blanks around them, must be the same to the end, and one may begin earlier.
+    """
+    texts = [b"".join(turn.pieces) for turn in (teacher, student)]
+    for strip in (bytes, bytes.strip):
+        a, b = map(strip, texts)
+        if a == b or (a and b and (a.endswith(b) or b.endswith(a))):
+            common = min(len(a), len(b))
+            for turn, text in zip((teacher, student), texts, strict=True):
+                begin = text.find(strip(text)) + len(strip(text)) - common
+                turn.offsets = [offset - begin for offset in boundaries(turn.pieces)]
+            return common
+    return None
+
+
+def _align_text(teacher: _Turn, student: _Turn, common: int, cells: VocabularyCells, found: Positions) -> None:
+    root = 0
+    for i, k in enumerate(covering(teacher.offsets, student.offsets[:-1])):
+        begins, ends = student.offsets[i], max(student.offsets[i + 1], teacher.offsets[k + 1])
+        if k < 0 or teacher.offsets[k] < 0 or ends > common:
+            continue
+        if teacher.offsets[k] == begins:
+            root = i
+        if student.offsets[root] != teacher.offsets[k]:
+            continue
+        pieces, emitted = cells.segmentation[teacher.ids[k]], tuple(student.ids[root:i])
+        if len(emitted) >= len(pieces) or emitted != pieces[: len(emitted)]:
+            continue
+        if cells.student_cell(student.ids[i]) == cells.student_cell(pieces[len(emitted)]):
+            _record(found, student.first + i, teacher.first + k, emitted, cells)
+        elif emitted:
+            found.disagreeing_interiors += 1
+        else:
+            found.disagreeing_roots += 1
+
+
+def _bridge_ends(teacher: _Turn, student: _Turn, common: int, cells: VocabularyCells, found: Positions) -> None:
+    """The turn's last token is a root, too, if both texts end on the same byte and both end tokens are in the stop cell."""
+    if teacher.end is None or student.end is None or teacher.offsets[-1] != common or student.offsets[-1] != common:
+        return
+    if cells.segmentation[teacher.ids[-1]] == (student.ids[-1],):
+        _record(found, student.end, teacher.end, (), cells)
+
+
+def _record(found: Positions, place: int, teacher_place: int, emitted: tuple[int, ...], cells: VocabularyCells) -> None:
+    found.teacher_index[place] = teacher_place
+    found.start[place], found.stop[place] = cells.prefix_range(emitted)
+    found.depth[place] = len(emitted)

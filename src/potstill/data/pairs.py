@@ -1,0 +1,187 @@
+"""From conversations to rows for a teacher and a student who have different tokenizers.
+
+Each model reads the conversation in its own chat template and tokens. Beside the student's columns (those of `batches.py`) a row
+has the teacher's, and for each of the student's tokens where its target is to be had (`alignment/positions.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from potstill.alignment import VocabularyCells, token_bytes
+from potstill.alignment.positions import NO_TARGET, Positions, align
+from potstill.data.batches import IGNORED, TokenCounts, encode_conversation
+from potstill.data.conversations import Conversation
+from potstill.errors import DataError
+
+
+@dataclass
+class PairCounts(TokenCounts):
+    """What became of the conversations, and of the student's tokens to learn."""
+
+    roots: int = 0
+    """Tokens with a target, at a boundary of both tokenizations."""
+    interiors: int = 0
+    """Tokens with a target, inside a teacher token that the student has followed from its start."""
+    disagreeing_roots: int = 0
+    """Tokens at a boundary of both that have no target because their cell is not that of the teacher's token."""
+    disagreeing_interiors: int = 0
+    """Tokens inside a teacher token that have none because their cell is not that of its next piece."""
+    not_alignable: int = 0
+    """Conversations left out because the two renderings of the answers differ in their bytes."""
+    first_not_alignable: str = ""
+    """How the answer begins in the first of them."""
+
+    def add(self, row: dict[str, Any]) -> bool:
+        """Count one encoded conversation and its targets; False if it is to be dropped."""
+        kept = super().add(row)
+        if kept:
+            self.interiors += sum(map(bool, row["depth"]))
+            self.roots += sum(k != NO_TARGET and not d for k, d in zip(row["teacher_index"], row["depth"], strict=True))
+            self.disagreeing_roots += row["disagreeing_roots"]
+            self.disagreeing_interiors += row["disagreeing_interiors"]
+        return kept
+
+    @property
+    def elsewhere(self) -> int:
+        """Tokens to learn that have no target: plain cross-entropy."""
+        return self.supervised_tokens - self.roots - self.interiors
+
+    @property
+    def with_target(self) -> float:
+        """The share of the student's tokens to learn that have a target."""
+        return (self.roots + self.interiors) / max(1, self.supervised_tokens)
+
+    def __str__(self) -> str:
+        line = f"{super().__str__()}; the teacher has a target for {self.with_target:.1%} of these"
+        if self.not_alignable:
+            line += f"; {self.not_alignable} left out (the tokenizers read different bytes, first in {self.first_not_alignable!r})"
+        return line
+
+
+class PairEncoder:
+    """Encodes conversations for one pair of tokenizers whose cells are known."""
+
+    def __init__(self, teacher_tokenizer: Any, student_tokenizer: Any, cells: VocabularyCells) -> None:
+        self.teacher_tokenizer, self.student_tokenizer, self.cells = teacher_tokenizer, student_tokenizer, cells
+        self.teacher_tokens, self.student_tokens = token_bytes(teacher_tokenizer), token_bytes(student_tokenizer)
+
+    def __call__(self, conversation: Conversation, *, max_length: int | None = None) -> dict[str, Any] | None:
+        """One row, cut at ``max_length`` tokens on either side; None if the renderings do not have the same bytes.
+
+        To what `encode_conversation` gives for the student it adds ``teacher_input_ids`` and ``teacher_labels``; as long as
+        ``input_ids``, the columns ``teacher_index``, ``start``, ``stop`` and ``depth`` of `Positions`; and what the counts want.
+        The ids that the teacher sampled for its last answer, if the row keeps them (``teacher_ids``), stand in for that
+        answer tokenized again. Raises: ChatTemplateError.
+        """
+        student = encode_conversation(conversation, self.student_tokenizer)
+        teacher = encode_conversation(conversation, self.teacher_tokenizer)
+        if conversation.get("teacher_ids"):
+            teacher = self._as_sampled(teacher, conversation["teacher_ids"])
+        found = self._align(teacher, student)
+        if found is None:
+            return None
+        if max_length is not None and len(student["input_ids"]) > max_length:
+            student = encode_conversation(conversation, self.student_tokenizer, max_length=max_length)
+        if max_length is not None and len(teacher["input_ids"]) > max_length:
+            teacher = {name: teacher[name][:max_length] for name in ("input_ids", "labels")}
+        return {
+            **student,
+            **_cut(found, len(student["input_ids"]), len(teacher["input_ids"])),
+            "teacher_input_ids": teacher["input_ids"],
+            "teacher_labels": teacher["labels"],
+            "disagreeing_roots": found.disagreeing_roots,
+            "disagreeing_interiors": found.disagreeing_interiors,
+        }
+
+    def _align(self, teacher: dict[str, Any], student: dict[str, Any]) -> Positions | None:
+        return align(
+            teacher["input_ids"],
+            [label != IGNORED for label in teacher["labels"]],
+            student["input_ids"],
+            [label != IGNORED for label in student["labels"]],
+            cells=self.cells,
+            teacher_tokens=self.teacher_tokens,
+            student_tokens=self.student_tokens,
+        )
+
+    def _as_sampled(self, row: dict[str, Any], sampled: list[int]) -> dict[str, Any]:
+        """The row with the sampled ids in place of its last answer's, if their bytes are that answer's; otherwise as it is."""
+        ids, labels = row["input_ids"], row["labels"]
+        last = next((i for i in reversed(range(len(labels))) if labels[i] != IGNORED), -1)
+        ends = last >= 0 and self.teacher_tokens[ids[last]] is None
+        text, end = (sampled[:-1], sampled[-1:]) if self.teacher_tokens[sampled[-1]] is None else (sampled, [])
+        pieces = [self.teacher_tokens[i] for i in text]
+        if None in pieces:
+            return row
+        stop = last + 1 - ends
+        start, wanted, have = stop, b"".join(filter(None, pieces)), b""
+        while start and labels[start - 1] != IGNORED and len(have) < len(wanted):
+            start -= 1
+            have = (self.teacher_tokens[ids[start]] or b"") + have
+        if have != wanted:
+            return row
+        answer = [*text, *((end or ids[stop : last + 1]) if ends else [])]
+        return {
+            **row,
+            "input_ids": [*ids[:start], *answer, *ids[last + 1 :]],
+            "labels": [*labels[:start], *answer, *labels[last + 1 :]],
+        }
+
+
+def tokenize_pairs(
+    conversations: Iterable[Conversation],
+    teacher_tokenizer: Any,
+    student_tokenizer: Any,
+    cells: VocabularyCells,
+    *,
+    max_length: int = 2048,
+) -> tuple[Any, PairCounts]:
+    """A `datasets.Dataset` of `PairEncoder`'s rows, and what became of the conversations and of their tokens.
+
+    Left out and counted: conversations whose answers the two tokenizers do not read as the same bytes, or with no answer within
+    ``max_length`` tokens. Raises: ChatTemplateError, or DataError if nothing is left to learn.
+    """
+    import datasets
+    import pyarrow
+
+    encode = PairEncoder(teacher_tokenizer, student_tokenizer, cells)
+    counts = PairCounts()
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for conversation in conversations:
+            row = encode(conversation, max_length=max_length)
+            if row is None:
+                counts.not_alignable += 1
+                counts.first_not_alignable = counts.first_not_alignable or _answer(conversation)[:60]
+            elif counts.add(row):
+                yield row
+
+    tokens = ["input_ids", "labels", "teacher_input_ids", "teacher_labels", "teacher_index", "start", "stop", "depth"]
+    columns = dict.fromkeys(tokens, pyarrow.list_(pyarrow.int32()))
+    schema = pyarrow.schema({**columns, "answer_bytes": pyarrow.int64(), "shortened": pyarrow.bool_()})
+    batches, remaining = [], rows()
+    while batch := list(itertools.islice(remaining, 1000)):
+        batches.append(pyarrow.RecordBatch.from_pylist(batch, schema=schema))
+    if not batches:
+        raise DataError(
+            f"nothing to learn: {counts.dropped} conversations have no answer within {max_length} tokens, and the tokenizers read "
+            f"different bytes in {counts.not_alignable}; raise --max-length or check the chat templates"
+        )
+    return datasets.Dataset(pyarrow.Table.from_batches(batches)), counts
+
+
+def _answer(conversation: Conversation) -> str:
+    if "text" in conversation:
+        return str(conversation["text"])
+    return next(str(turn["content"]) for turn in reversed(conversation["messages"]) if turn["role"] == "assistant")
+
+
+def _cut(found: Positions, student_length: int, teacher_length: int) -> dict[str, Any]:
+    """The columns, without what lies beyond either cut."""
+    columns = [found.teacher_index, found.start, found.stop, found.depth]
+    places = [place if place[0] < teacher_length else (NO_TARGET, 0, 0, 0) for place in zip(*columns, strict=True)][:student_length]
+    return dict(zip(("teacher_index", "start", "stop", "depth"), map(list, zip(*places, strict=True)), strict=True))
