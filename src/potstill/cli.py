@@ -20,6 +20,7 @@ from potstill.errors import ConfigError, PotstillError
 
 RECIPES: dict[str, tuple[type, tuple[str, ...]]] = {
     "demo": (config.DemoRecipe, ()),
+    "doctor": (config.DoctorRecipe, ("teacher", "student")),
     "student": (config.StudentRecipe, ("teacher",)),
     "distill": (config.DistillRecipe, ("teacher", "student")),
     "evaluate": (config.EvaluateRecipe, ("student",)),
@@ -193,6 +194,16 @@ def _layers(text: str | None) -> Any:
     return numbers if "," in text else numbers[0]
 
 
+def _doctor(recipe: config.DoctorRecipe) -> None:
+    from potstill.doctor import examine
+    from potstill.doctor_text import as_text
+
+    settings = dataclasses.asdict(recipe)
+    as_json = settings.pop("json")
+    diagnosis = examine(**settings)
+    print(json.dumps(dataclasses.asdict(diagnosis), indent=1, ensure_ascii=False) if as_json else as_text(diagnosis))
+
+
 def _distill(recipe: config.DistillRecipe) -> None:
     from potstill import pipeline
 
@@ -223,6 +234,7 @@ def _report(recipe: config.ReportRecipe) -> None:
 
 COMMANDS: dict[str, Callable[[Any], None]] = {
     "demo": _demo,
+    "doctor": _doctor,
     "student": _student,
     "distill": _distill,
     "evaluate": _evaluate,

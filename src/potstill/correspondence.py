@@ -1,8 +1,7 @@
-"""How much of two vocabularies corresponds, and how much of the user's own text.
+"""At how many of the student's positions in the user's own text a teacher has something to say.
 
-Two tokenizers are *the same* where equal ids are equal tokens (one may list more of them), and *different* otherwise; then only bytes
-can be compared. A vocabulary says little about a text: what counts is at how many of the student's positions in it the teacher has
-something to say.
+Two vocabularies may share four fifths of their tokens and a text still be cut differently at every second place, or share few and
+be cut alike. So the text is tokenized as a run would do it, and counted.
 """
 
 from __future__ import annotations
@@ -12,35 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from potstill.alignment import VocabularyCells, shared_rows, token_bytes
+from potstill.alignment import VocabularyCells, token_bytes
 from potstill.data import IGNORED, tokenize_conversations, tokenize_pairs
 from potstill.data.conversations import Conversation
-from potstill.errors import OpaqueTokenizer, VocabularyMismatch
 
 PROBE = "The year 2026, they said:\n\tif x != 'été': print(42)  # 雨 and 🌧️\r\n\n  Rain isn't dry."
 """A little of everything that tokenizers split differently."""
 MOST_MEASURED = 500
 """Conversations, spread evenly over the data: shares are then known to a tenth of a percent."""
-
-
-@dataclass(frozen=True)
-class Vocabularies:
-    """How the tokens of two tokenizers correspond."""
-
-    same: bool
-    """Whether equal ids are equal tokens."""
-    kind: str
-    """equal, or one longer (by added tokens); permuted (the same tokens under other ids), or different."""
-    first_difference: str | None
-    """The first id whose tokens differ."""
-    shared_rows: int | None
-    """Leading ids that are the same tokens; None if the tokenizers differ."""
-    shared_bytes: int
-    """Student tokens whose bytes are a teacher token, too."""
-    share_of_student: float
-    """The same, as a share of the student's tokens that stand for bytes."""
-    same_id: int
-    """Student tokens with the same bytes under the same id."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +33,6 @@ class MeasuredText:
     """Cut at the length limit."""
     dropped: int
     """With no answer within the length limit."""
-    not_alignable: int
-    """Whose answers are other bytes under the two chat templates."""
     tokens: int
     """The student's, prompts included."""
     teacher_tokens: int
@@ -67,18 +43,20 @@ class MeasuredText:
     longest: int
     """The student's tokens of the longest conversation."""
     answer_bytes: int
-    shared_tokens: int
-    """Of the supervised: tokens whose bytes are one teacher token."""
     roots: int
     """Of the supervised: with a target, where both tokenizations have a boundary (all, where the tokenizers are the same)."""
-    interiors: int
-    """Of the supervised: with a target, inside a teacher token."""
-    disagreeing_roots: int
-    """At a boundary of both, but with a token that the teacher's does not begin with."""
     one_to_one: int
     """Of the supervised: a single token over exactly the bytes of a single teacher token."""
     same_split: int
     """Conversations that both tokenizers split into the same ids."""
+    interiors: int = 0
+    """Of the supervised: with a target, inside a teacher token."""
+    disagreeing_roots: int = 0
+    """At a boundary of both, but with a token that the teacher's does not begin with."""
+    not_alignable: int = 0
+    """Conversations whose answers are other bytes under the two chat templates."""
+    shared_tokens: int | None = None
+    """Of the supervised: tokens whose bytes are one teacher token; None where the tokenizers are the same."""
     untaught: list[tuple[str, int]] = field(default_factory=list)
     """The tokens most often without a target, and how often."""
     untaught_blank: float = 0.0
@@ -95,35 +73,6 @@ class MeasuredText:
         return self.disagreeing_roots / max(1, self.roots + self.disagreeing_roots)
 
 
-def compare_vocabularies(teacher_tokenizer: Any, student_tokenizer: Any) -> Vocabularies:
-    """Token by token, and by their bytes.
-
-    Raises: where the tokenizers differ, OpaqueTokenizer if the bytes of either cannot be recovered, VocabularyMismatch if they
-    share none.
-    """
-    try:
-        rows, difference = shared_rows(teacher_tokenizer, student_tokenizer), None
-    except VocabularyMismatch as mismatch:
-        rows, difference = None, _first_difference(str(mismatch))
-    try:
-        teacher, student = token_bytes(teacher_tokenizer), token_bytes(student_tokenizer)
-    except OpaqueTokenizer:
-        if rows is None:
-            raise
-        return Vocabularies(True, "equal", None, rows, rows, 1.0, rows)
-    known = set(filter(None, teacher))
-    spelled = [string for string in student if string]
-    shared = sum(string in known for string in spelled)
-    if not shared:
-        raise VocabularyMismatch("teacher and student have no token in common, not one byte; distil text instead (--method text)")
-    if rows is not None:
-        kind = "equal" if len(teacher_tokenizer) == len(student_tokenizer) else "one longer"
-    else:
-        kind = "permuted" if sorted(spelled) == sorted(filter(None, teacher)) else "different"
-    same_id = sum(bool(t) and t == s for t, s in zip(teacher, student, strict=False))
-    return Vocabularies(rows is not None, kind, difference, rows, shared, shared / len(spelled), same_id)
-
-
 def measure_text(
     conversations: Sequence[Conversation], teacher_tokenizer: Any, student_tokenizer: Any, *, same: bool, max_length: int
 ) -> MeasuredText:
@@ -134,10 +83,9 @@ def measure_text(
     chosen = conversations[:: -(-len(conversations) // MOST_MEASURED)]
     if same:
         dataset, counts = tokenize_conversations(chosen, student_tokenizer, max_length=max_length)
-        everything = counts.supervised_tokens
-        taught = {"roots": everything, "shared_tokens": everything, "one_to_one": everything}
-        taught |= {"interiors": 0, "disagreeing_roots": 0, "not_alignable": 0, "teacher_supervised_tokens": everything}
-        taught |= {"teacher_tokens": counts.tokens, "same_split": sum(_split_alike(row, teacher_tokenizer, student_tokenizer) for row in chosen)}
+        alike = sum(_split_alike(row, teacher_tokenizer, student_tokenizer) for row in chosen)
+        taught: dict[str, Any] = {"roots": counts.supervised_tokens, "one_to_one": counts.supervised_tokens, "same_split": alike}
+        taught |= {"teacher_tokens": counts.tokens, "teacher_supervised_tokens": counts.supervised_tokens}
     else:
         cells = VocabularyCells(teacher_tokenizer, student_tokenizer)
         dataset, counts = tokenize_pairs(chosen, teacher_tokenizer, student_tokenizer, cells, max_length=max_length)
@@ -192,8 +140,3 @@ def _split_alike(conversation: Conversation, *tokenizers: Any) -> bool:
     texts = [conversation["text"]] if "text" in conversation else [turn["content"] for turn in conversation["messages"]]
     ids = [[tokenizer.encode(text, add_special_tokens=False) for text in texts] for tokenizer in tokenizers]
     return bool(ids[0] == ids[1])
-
-
-def _first_difference(message: str) -> str:
-    """From `shared_rows`'s error: "id 7 is 'a' in the teacher's and 'b' in the student's"."""
-    return message[message.index("id ") : message.index(", so ")]

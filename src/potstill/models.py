@@ -76,6 +76,17 @@ def load_config(source: str | os.PathLike[str], *, trust_remote_code: bool = Fal
         return AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
 
 
+def load_generation_config(source: str | os.PathLike[str]) -> Any:
+    """How the model generates by itself, from its own file or else its configuration. Raises: as `load_model`."""
+    location = locate(source, weights=False)
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(location)
+    except OSError:
+        return GenerationConfig.from_model_config(load_config(source))
+
+
 def pick_device(device: str | torch.device = "auto") -> torch.device:
     """``auto`` is cuda, else mps, else cpu. Raises: ConfigError for one that is not there."""
     import torch
@@ -278,6 +289,10 @@ def _explained(source: str | os.PathLike[str], error: BaseException) -> ModelErr
         return UnsafeWeights(f"{source}: needs code of its own to be run; read it, then pass --trust-remote-code")
     if ("safetensors" in lowered and "pytorch_model.bin" in lowered) or "no file named model.safetensors" in lowered:
         return UnsafeWeights(f"{source}: no safetensors there, and pickled weights are not opened; convert the model first")
+    if "unrecognized model in" in lowered and Path(source).is_dir():
+        return ModelNotFound(f"{source}: no config.json there that says what model it is; give a model folder or a hub id")
+    if "backend tokenizer" in lowered or "can't load tokenizer" in lowered:
+        return ModelNotFound(f"{source}: no tokenizer there (tokenizer.json or tokenizer.model); copy its files there")
     if any(word in lowered for word in ("connect", "offline", "couldn't find", "not a valid model identifier", "resolve")):
         return ModelNotFound(
             f"{source}: not on this disk, and the hub does not give it (no network, or no such model); check the name, "

@@ -21,6 +21,7 @@ from potstill.alignment import shared_rows
 from potstill.config import DistillRecipe, EvaluateRecipe
 from potstill.data import IGNORED, read_conversations, read_prompts, tokenize_conversations, without_answer
 from potstill.data.chat_templates import set_chat_template
+from potstill.doctor import quick_check
 from potstill.errors import ConfigError, DataError, RunFolderError, VocabularyMismatch
 from potstill.evaluation import TokenScores, gap_closed, score_tokens, summarize
 from potstill.generation import answer_into, answer_prompts, count_rows
@@ -94,7 +95,7 @@ def make_student(
     new_tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code) if tokenizer else None
     model, students_tokenizer = load_model(teacher, device="cpu", trust_remote_code=trust_remote_code)
     student = model if len(layers) == count else keep_layers(model, layers)
-    provenance = {"made from": teacher, "layers kept": ", ".join(map(str, layers))}
+    provenance: dict[str, Any] = {"made from": teacher, "layers kept": ", ".join(map(str, layers))}
     if new_tokenizer is not None:
         student, sources = _with_tokenizer(student, students_tokenizer, new_tokenizer)
         provenance |= {"tokenizer": tokenizer, "its rows": sources}
@@ -237,10 +238,11 @@ def _arguments(run: RunFolder, recipe: DistillRecipe, **overrides: Any) -> Disti
 
 def _check_pair(recipe: DistillRecipe) -> None:
     """Refuse, from tokenizers alone, what no training could mend."""
-    if recipe.method == "text":
-        return
-    tokenizers = [load_tokenizer(name, trust_remote_code=recipe.trust_remote_code) for name in (recipe.teacher, recipe.student)]
-    shared_rows(*tokenizers)
+    names = (recipe.teacher, recipe.student)
+    teacher, student = (load_tokenizer(name, trust_remote_code=recipe.trust_remote_code) for name in names)
+    remark = quick_check(teacher, student, recipe.method)
+    if remark:
+        _say(remark)
 
 
 def _split(recipe: DistillRecipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

