@@ -27,7 +27,9 @@ def rows_of(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_token_of_both_vocabularies_keeps_its_row_and_any_other_gets_the_mean_of_its_pieces(new_tokenizer: Any, tied: bool) -> None:
+def test_a_token_of_both_vocabularies_keeps_its_row_and_any_other_gets_the_mean_of_its_pieces(
+    new_tokenizer: Any, tied: bool
+) -> None:
     old = toy_tokenizer()
     model = tiny_model(tied=tied)
     student = change_tokenizer(model, old, new_tokenizer)
@@ -92,7 +94,9 @@ def test_the_student_of_every_family_is_an_ordinary_folder_that_ends_its_turns(
         assert opened.generate(ids, max_new_tokens=3, do_sample=False).shape[1] <= ids.shape[1] + 3
 
 
-def test_an_architecture_whose_folders_transformers_reads_with_its_own_tokenizer_is_refused(new_tokenizer: Any, tmp_path: Path) -> None:
+def test_an_architecture_whose_folders_transformers_reads_with_its_own_tokenizer_is_refused(
+    new_tokenizer: Any, tmp_path: Path
+) -> None:
     student = change_tokenizer(tiny_model("qwen2", layers=2), toy_tokenizer(), new_tokenizer)
     save_student(student, new_tokenizer, tmp_path, provenance={})
     with pytest.raises(ModelError, match="Qwen2Tokenizer, which misreads the new tokenizer"):

@@ -47,12 +47,12 @@ class MeasuredText:
     """Of the supervised: with a target, where both tokenizations have a boundary (all, where the tokenizers are the same)."""
     one_to_one: int
     """Of the supervised: a single token over exactly the bytes of a single teacher token."""
-    same_split: int
-    """Conversations that both tokenizers split into the same ids."""
     interiors: int = 0
     """Of the supervised: with a target, inside a teacher token."""
     disagreeing_roots: int = 0
     """At a boundary of both, but with a token that the teacher's does not begin with."""
+    split_differently: int = 0
+    """Conversations that tokenizers of the same tokens nevertheless split into different ids."""
     not_alignable: int = 0
     """Conversations whose answers are other bytes under the two chat templates."""
     shared_tokens: int | None = None
@@ -80,12 +80,13 @@ def measure_text(
 
     Raises: ChatTemplateError for a template that loses an answer; DataError if nothing is left to learn or to align.
     """
-    chosen = conversations[:: -(-len(conversations) // MOST_MEASURED)]
+    chosen = conversations[:: max(1, -(-len(conversations) // MOST_MEASURED))]
     if same:
         dataset, counts = tokenize_conversations(chosen, student_tokenizer, max_length=max_length)
-        alike = sum(_split_alike(row, teacher_tokenizer, student_tokenizer) for row in chosen)
-        taught: dict[str, Any] = {"roots": counts.supervised_tokens, "one_to_one": counts.supervised_tokens, "same_split": alike}
-        taught |= {"teacher_tokens": counts.tokens, "teacher_supervised_tokens": counts.supervised_tokens}
+        everything = counts.supervised_tokens
+        taught: dict[str, Any] = {"roots": everything, "one_to_one": everything}
+        taught |= {"teacher_tokens": counts.tokens, "teacher_supervised_tokens": everything}
+        taught["split_differently"] = sum(not _split_alike(row, teacher_tokenizer, student_tokenizer) for row in chosen)
     else:
         cells = VocabularyCells(teacher_tokenizer, student_tokenizer)
         dataset, counts = tokenize_pairs(chosen, teacher_tokenizer, student_tokenizer, cells, max_length=max_length)
@@ -128,7 +129,6 @@ def _taught_across(dataset: Any, teacher_tokens: list[bytes | None], student_tok
     return {
         "teacher_tokens": sum(map(len, dataset["teacher_input_ids"])),
         "teacher_supervised_tokens": sum(label != IGNORED for labels in dataset["teacher_labels"] for label in labels),
-        "same_split": 0,
         "shared_tokens": shared,
         "one_to_one": one_to_one,
         "untaught": [(string.decode(errors="replace"), count) for string, count in untaught.most_common(5)],

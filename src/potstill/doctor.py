@@ -159,9 +159,9 @@ def examine(
         costs=costs,
         card=card,
         notes=[
-            *_notes_on_pair(sides, tokenizers, method),
-            *_notes_on_text(text),
-            *_notes_on_run(sides, costs[method], card, max_length),
+            *_notes_on_pair(sides, method),
+            *_notes_on_text(text, tokenizers, method),
+            *_notes_on_run(sides, costs[method], card, text.longest if text else max_length),
         ],
     )
 
@@ -267,7 +267,7 @@ def _command(teacher: str, student: str, data: str | None, method: str, settings
     return shlex.join(words)
 
 
-def _notes_on_pair(sides: Sequence[Side], tokenizers: Sequence[Any], method: str) -> Iterator[str]:
+def _notes_on_pair(sides: Sequence[Side], method: str) -> Iterator[str]:
     teacher, student = sides
     for who, side in (("teacher", teacher), ("student", student)):
         if side.ends_turn and side.ends_turn not in side.stops:
@@ -283,18 +283,22 @@ def _notes_on_pair(sides: Sequence[Side], tokenizers: Sequence[Any], method: str
         yield "the student is not smaller than the teacher"
     if method == "logits" and teacher.opening != student.opening:
         yield "the chat templates differ, and the teacher will read the student's: --with-weights shows what that costs it"
-    if method == "logits" and not splits_alike(*tokenizers):
-        yield "the tokens are the same, but text is split differently: the teacher will read splits it is not used to"
 
 
-def _notes_on_text(text: MeasuredText | None) -> Iterator[str]:
+def _notes_on_text(text: MeasuredText | None, tokenizers: Sequence[Any], method: str) -> Iterator[str]:
+    split = (
+        "split differently by the two tokenizers, though their tokens are the same: the teacher will read what it is not used to"
+    )
     if text is None:
+        if method == "logits" and not splits_alike(*tokenizers):
+            yield f"some text is {split}"
         return
     measured = text.conversations + text.dropped + text.not_alignable
     for count, what in (
         (text.shortened, "are cut at --max-length, their ends never seen"),
         (text.dropped, "have no answer within --max-length and are left out"),
-        (text.not_alignable, "are left out: the answer is other bytes under the two chat templates"),
+        (text.split_differently, f"are {split}"),
+        (text.not_alignable, "are left out: for the two tokenizers or chat templates the answer is not the same bytes"),
     ):
         if count:
             yield f"{count} of {measured} conversations {what}"
@@ -302,16 +306,16 @@ def _notes_on_text(text: MeasuredText | None) -> Iterator[str]:
         worst = ", ".join(f"{token!r} {count}×" for token, count in text.untaught[:3])
         yield (
             f"the two tokenizers cut this text less alike than prose and code usually are; without a target most often: {worst}"
-            + (f" ({text.untaught_blank:.0%} of all are runs of blanks and line breaks)" if text.untaught_blank > 0.2 else "")
+            + (f" ({text.untaught_blank:.0%} of all are runs of blanks and line breaks)" if text.untaught_blank > 0.1 else "")
         )
 
 
-def _notes_on_run(sides: Sequence[Side], cost: Cost, card: str | None, length: int) -> Iterator[str]:
+def _notes_on_run(sides: Sequence[Side], cost: Cost, card: str | None, longest: int) -> Iterator[str]:
     for who, side in zip(("teacher", "student"), sides, strict=True):
-        if side.context_tokens is not None and length > side.context_tokens:
-            yield f"--max-length {length} is more than the {side.context_tokens} tokens that the {who} can read"
-    if card is not None and cost.memory_bytes > CARDS[card.lower()].memory_bytes:
-        yield (
-            f"{cost.memory_bytes / 1e9:.0f} GB do not fit on one {card}: lower --batch-size and raise "
-            "--gradient-accumulation-steps by as much, or train on several cards with FSDP"
-        )
+        if side.context_tokens is not None and longest > side.context_tokens:
+            yield f"conversations of up to {longest} tokens are longer than the {side.context_tokens} that the {who} can read"
+    room = float("inf") if card is None else CARDS[card.lower()].memory_bytes
+    if cost.memory_bytes - cost.activation_memory_bytes > room:
+        yield f"both models with the optimizer's state do not fit on one {card}: use several with FSDP, or train adapters (LoRA)"
+    elif cost.memory_bytes > room:
+        yield f"the run does not fit on one {card}: lower --batch-size, and raise --gradient-accumulation-steps by as much"

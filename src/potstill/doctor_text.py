@@ -100,6 +100,8 @@ def _field(label: str, text: str) -> list[str]:
 
 
 def _row(label: str, teacher: str, student: str) -> str:
+    if student and len(teacher) > COLUMN - 2:
+        teacher = f"{teacher[: COLUMN - 3]}…"
     return f"{label:<{LABEL}}{teacher:<{COLUMN}}{student}".rstrip()
 
 
@@ -108,10 +110,8 @@ def _share(label: str, count: int, total: int, remark: str) -> str:
 
 
 def _opening(side: Side) -> str:
-    if side.chat_template is None:
-        return "–"
-    flat = side.opening.replace("\n", "⏎")
-    return flat if len(flat) < COLUMN - 1 else f"{flat[: COLUMN - 3]}…"
+    flat = "–" if side.chat_template is None else side.opening.replace("\n", "⏎")
+    return flat if len(flat) < COLUMN - 2 else f"{flat[: COLUMN - 3]}…"
 
 
 def _count(parameters: int) -> str:
