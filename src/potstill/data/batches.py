@@ -171,7 +171,9 @@ def _positions(line: list[dict[str, Any]], length: int) -> list[int]:
     return [position for size in (*sizes, length - sum(sizes)) for position in range(size)]
 
 
-def _tokens_of(span: Span, offsets: list[Span], text: str, ids: list[int], special: set[int], *, with_end: bool) -> Iterator[int]:
+def _tokens_of(
+    span: Span, offsets: list[Span], text: str, ids: list[int], special: frozenset[int], *, with_end: bool
+) -> Iterator[int]:
     """The tokens that lie in ``span`` or reach into it, and those up to the special token that ends the turn after it."""
     start, end = span
     yield from (i for i, (first, last) in enumerate(offsets) if last > start and first < end)

@@ -111,25 +111,27 @@ class PairEncoder:
     def _as_sampled(self, row: dict[str, Any], sampled: list[int]) -> dict[str, Any]:
         """The row with the sampled ids in place of its last answer's, if their bytes are that answer's; otherwise as it is."""
         ids, labels = row["input_ids"], row["labels"]
-        last = next((i for i in reversed(range(len(labels))) if labels[i] != IGNORED), -1)
-        ends = last >= 0 and self.teacher_tokens[ids[last]] is None
-        text, end = (sampled[:-1], sampled[-1:]) if self.teacher_tokens[sampled[-1]] is None else (sampled, [])
-        pieces = [self.teacher_tokens[i] for i in text]
-        if None in pieces:
+        stop = next((i + 1 for i in reversed(range(len(labels))) if labels[i] != IGNORED), 0)
+        start = next((i + 1 for i in reversed(range(stop)) if labels[i] == IGNORED), 0)
+        (written, end), (text, sampled_end) = self._without_end(ids[start:stop]), self._without_end(sampled)
+        if self._text(text) is None or self._text(text) != self._text(written):
             return row
-        stop = last + 1 - ends
-        start, wanted, have = stop, b"".join(filter(None, pieces)), b""
-        while start and labels[start - 1] != IGNORED and len(have) < len(wanted):
-            start -= 1
-            have = (self.teacher_tokens[ids[start]] or b"") + have
-        if have != wanted:
-            return row
-        answer = [*text, *((end or ids[stop : last + 1]) if ends else [])]
+        answer = [*text, *(sampled_end or end)] if end else text
         return {
             **row,
-            "input_ids": [*ids[:start], *answer, *ids[last + 1 :]],
-            "labels": [*labels[:start], *answer, *labels[last + 1 :]],
+            "input_ids": [*ids[:start], *answer, *ids[stop:]],
+            "labels": [*labels[:start], *answer, *labels[stop:]],
         }
+
+    def _without_end(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """The ids, and the special token at their end, if there is one."""
+        ended = bool(ids) and self.teacher_tokens[ids[-1]] is None
+        return (ids[:-1], ids[-1:]) if ended else (ids, [])
+
+    def _text(self, ids: list[int]) -> bytes | None:
+        """The bytes of the ids; None if one of them has none."""
+        pieces = [self.teacher_tokens[i] for i in ids]
+        return None if None in pieces else b"".join(filter(None, pieces))
 
 
 def tokenize_pairs(

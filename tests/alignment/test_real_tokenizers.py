@@ -1,0 +1,168 @@
+"""The same properties with the tokenizers people use: Llama-3, Llama-2, Qwen3, Gemma-3 and SmolLM2 (`make tokenizers`)."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from alignment.toys import by_range
+from potstill.alignment import VocabularyCells, align, token_bytes
+from potstill.data import PLAIN_CHAT_TEMPLATE, tokenize_pairs
+from potstill.models import load_tokenizer
+
+FOLDER = Path(__file__).parents[2] / ".cache" / "tokenizers"
+FAMILIES = ("llama3", "llama2", "qwen3", "gemma3", "smollm2")
+PAIRS = (("llama3", "llama2"), ("llama3", "smollm2"), ("qwen3", "llama2"), ("gemma3", "smollm2"), ("smollm2", "llama2"))
+missing = not (FOLDER / ".ready").is_file() and not os.environ.get("CI")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing, reason="no tokenizers on this disk: run `make tokenizers`")]
+
+HARD = (
+    *(
+        "\n",
+        "\n\n\n",
+        "\t",
+        "\r\n",
+        "  ",
+        "        ",
+        " ",
+        "中文字",
+        "日本語",
+        "한국어",
+        "नमस्ते",
+        "👍🏽",
+        "👩‍👩‍👧",
+        "🇪🇸",
+        "\u00a0",
+        "\u200b",
+    ),
+    *("<0x0A>", "</s>x", "the", " rain", "é", "ﬁ", "x=1", "2024", "'s", "\\n", "→", "q\u0323\u0307"),
+)
+TEXT = st.lists(st.sampled_from(HARD) | st.text(st.characters(exclude_categories=("Cs",)), max_size=5), max_size=15).map("".join)
+
+
+@functools.cache
+def opened(family: str) -> Any:
+    tokenizer = load_tokenizer("demo") if family == "smollm2" else AutoTokenizer.from_pretrained(FOLDER / family)
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
+    return tokenizer
+
+
+@functools.cache
+def tokens_of(family: str) -> list[bytes | None]:
+    return token_bytes(opened(family))
+
+
+@functools.cache
+def cells_of(*pair: str) -> VocabularyCells:
+    return VocabularyCells(*map(opened, pair))
+
+
+def ids_of(family: str, text: str) -> list[int]:
+    return list(opened(family).encode(text, add_special_tokens=False, split_special_tokens=True))
+
+
+def as_read(family: str, text: str) -> bytes:
+    """The text after what the tokenizer is known to do to it before any token is found."""
+    import unicodedata
+
+    text = unicodedata.normalize("NFC", text) if family == "qwen3" else text
+    return (text.replace("▁", " ") if family in ("llama2", "gemma3") else text).encode()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=200, deadline=None)
+@given(text=TEXT)
+def test_the_bytes_of_a_texts_ids_joined_are_the_texts_bytes(family: str, text: str) -> None:
+    joined = b"".join(tokens_of(family)[i] or b"?" for i in ids_of(family, text))
+    expected = as_read(family, text)
+    assert joined == expected or (family == "llama2" and joined == b" " + expected)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@settings(max_examples=100, deadline=None)
+@given(text=TEXT)
+def test_any_text_aligns_or_is_read_as_other_bytes(pair: tuple[str, str], text: str) -> None:
+    ids = [ids_of(family, text) for family in pair]
+    masks = [[True] * len(one) for one in ids]
+    t, s = map(tokens_of, pair)
+    found = align(ids[0], masks[0], ids[1], masks[1], cells=cells_of(*pair), teacher_tokens=t, student_tokens=s)
+    if found is None:
+        assert as_read(pair[0], text) != as_read(pair[1], text)
+        return
+    ahead = [
+        [b"".join(tokens[i] or b"" for i in one[k:]) for k in range(len(one))] for tokens, one in zip((t, s), ids, strict=True)
+    ]
+    for i, k in enumerate(found.teacher_index):
+        if k >= 0:
+            assert ahead[0][k] == ahead[1][i - found.depth[i]]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_the_fast_path_is_the_dense_reference(pair: tuple[str, str]) -> None:
+    cells = cells_of(*pair)
+    q = torch.rand(len(cells.teacher_cells), dtype=torch.float64)
+    prefixes = {pieces[:d] for pieces in cells.segmentation[::997] for d in range(len(pieces))}
+    for emitted in sorted(prefixes)[:40]:
+        torch.testing.assert_close(by_range(cells, q, emitted), cells.target(q, emitted), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_every_teacher_token_is_segmented_into_its_own_bytes(pair: tuple[str, str]) -> None:
+    student = tokens_of(pair[1])
+    for string, pieces in zip(tokens_of(pair[0]), cells_of(*pair).segmentation, strict=True):
+        if string is not None:
+            assert b"".join(student[u] or b"?" for u in pieces) == string
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_the_same_tokenizer_every_cell_is_the_tokens_of_one_byte_string(family: str) -> None:
+    cells = cells_of(family, family)
+    assert cells.count == len({string for string in tokens_of(family) if string is not None}) + 1
+    known = cells.student_cells >= 0
+    assert torch.equal(cells.teacher_cells[known], cells.student_cells[known])
+
+
+def test_llama_3_has_a_target_for_nearly_all_of_llama_2s_prose_and_code() -> None:
+    modules = (functools, inspect, textwrap, functools, os)
+    sources = [inspect.getsource(module) for module in modules]
+    docs = [" ".join((value.__doc__ or "").split()) for value in vars(textwrap).values() if callable(value) and value.__doc__]
+    for texts in (sources, docs):
+        rows = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]} for text in texts]
+        teacher, student = map(opened, ("llama3", "llama2"))
+        _, counts = tokenize_pairs(rows, teacher, student, cells_of("llama3", "llama2"), max_length=10**6)
+        aligned = counts.roots + counts.interiors + counts.disagreeing_roots + counts.disagreeing_interiors
+        assert aligned >= 0.99 * counts.supervised_tokens
+        assert counts.with_target >= 0.98
+        assert counts.disagreeing_roots <= 0.01 * (counts.roots + counts.disagreeing_roots)
+
+
+def test_aligning_two_thousand_tokens_takes_a_few_milliseconds() -> None:
+    text = inspect.getsource(inspect)[:9000]
+    ids = [ids_of(family, text)[:] for family in ("llama3", "llama2")]
+    assert len(ids[1]) > 2048
+    masks = [[True] * len(one) for one in ids]
+    seconds = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        align(
+            ids[0],
+            masks[0],
+            ids[1],
+            masks[1],
+            cells=cells_of("llama3", "llama2"),
+            teacher_tokens=tokens_of("llama3"),
+            student_tokens=tokens_of("llama2"),
+        )
+        seconds.append(time.perf_counter() - begun)
+    assert min(seconds) < 0.01 * len(ids[1]) / 2048
