@@ -128,23 +128,21 @@ def examine(
     tokenizers = [load_tokenizer(source, trust_remote_code=trust_remote_code) for source in (teacher, student)]
     vocabularies = compare_vocabularies(*tokenizers)
     same = vocabularies.first_difference is None
-    quick_check(tokenizers[0], tokenizers[1], "logits" if same else "cross")
+    if not same:
+        quick_check(tokenizers[0], tokenizers[1], "cross")
     named = zip((teacher, student), tokenizers, strict=True)
     sides = [_side(source, tokenizer, chat_template, trust_remote_code) for source, tokenizer in named]
     text = measure_text(conversations, *tokenizers, same=same, max_length=max_length) if data else None
     method, reason = _verdict(sides, vocabularies, text)
-    settings: dict[str, Any] = {
-        "batch_size": batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-        "max_length": max_length,
-    }
-    settings |= {"max_steps": max_steps, "precision": precision, "chat_template": chat_template}
+    settings: dict[str, Any] = {"max_steps": max_steps, "batch_size": batch_size, "max_length": max_length}
+    settings |= {"gradient_accumulation_steps": gradient_accumulation_steps, "precision": precision, "chat_template": chat_template}
     plan = _plan(text, settings, tokenizers)
     costs = {name: estimate(name, sides[0].size, sides[1].size, plan, card=card) for name in dict.fromkeys(("text", method))}
     bits = None
     if with_weights:
         model, _ = load_model(teacher, device=device, trust_remote_code=trust_remote_code)
         bits = _teacher_bits_per_byte(model, tokenizers, conversations, max_length)
+    about_run = _notes_on_run(sides, costs[method], card, text.longest if text else max_length)
     return Diagnosis(
         method=method,
         reason=reason,
@@ -158,11 +156,7 @@ def examine(
         plan=plan,
         costs=costs,
         card=card,
-        notes=[
-            *_notes_on_pair(sides, method),
-            *_notes_on_text(text, tokenizers, method),
-            *_notes_on_run(sides, costs[method], card, text.longest if text else max_length),
-        ],
+        notes=[*_notes_on_pair(sides, method), *_notes_on_text(text, tokenizers, method), *about_run],
     )
 
 

@@ -100,9 +100,13 @@ def _field(label: str, text: str) -> list[str]:
 
 
 def _row(label: str, teacher: str, student: str) -> str:
-    if student and len(teacher) > COLUMN - 2:
-        teacher = f"{teacher[: COLUMN - 3]}…"
+    if student:
+        teacher, student = _fitted(teacher, COLUMN - 2), _fitted(student, WIDTH - LABEL - COLUMN)
     return f"{label:<{LABEL}}{teacher:<{COLUMN}}{student}".rstrip()
+
+
+def _fitted(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def _share(label: str, count: int, total: int, remark: str) -> str:
@@ -110,8 +114,7 @@ def _share(label: str, count: int, total: int, remark: str) -> str:
 
 
 def _opening(side: Side) -> str:
-    flat = "–" if side.chat_template is None else side.opening.replace("\n", "⏎")
-    return flat if len(flat) < COLUMN - 2 else f"{flat[: COLUMN - 3]}…"
+    return "–" if side.chat_template is None else _fitted(side.opening.replace("\n", "⏎"), COLUMN - 2)
 
 
 def _count(parameters: int) -> str:
