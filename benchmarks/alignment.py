@@ -80,11 +80,12 @@ def measure(pair: str) -> None:
                 teacher_tokens += sum(label >= 0 for label in row["teacher_labels"])
         taken = 1000 * (time.perf_counter() - begun) * 2048 / counts.supervised_tokens
         with_prediction = counts.roots + counts.interiors + counts.disagreeing_roots + counts.disagreeing_interiors
+        disagree = counts.disagreeing_roots / (counts.roots + counts.disagreeing_roots)
         print(
             f"{pair:16} {kind:8} {seconds:6.1f} s {cells.count:8} {counts.supervised_tokens:8}"
             f" {counts.supervised_tokens / teacher_tokens:6.2f}"
             f" {with_prediction / counts.supervised_tokens:10.2%} {counts.with_target:8.2%}"
-            f" {counts.disagreeing_roots / (counts.roots + counts.disagreeing_roots):9.2%} {counts.not_alignable:8} {taken:6.1f} ms",
+            f" {disagree:9.2%} {counts.not_alignable:8} {taken:6.1f} ms",
             flush=True,
         )
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
+import collections
+import datetime
 import functools
 import inspect
+import logging
 import os
+import random
+import statistics
+import subprocess
 import textwrap
+import threading
 import time
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -74,16 +84,20 @@ def ids_of(family: str, text: str) -> list[int]:
 
 def as_read(family: str, text: str) -> bytes:
     """The text after what the tokenizer is known to do to it before any token is found."""
-    import unicodedata
-
     text = unicodedata.normalize("NFC", text) if family == "qwen3" else text
     return (text.replace("▁", " ") if family in ("llama2", "gemma3") else text).encode()
+
+
+def can_spell(family: str, text: str) -> bool:
+    """SmolLM2's vocabulary lacks some bytes (control characters, planes 4 and up) and leaves them out of a text in silence."""
+    return all(bytes([byte]) in tokens_of(family) for byte in set(text.encode())) or family != "smollm2"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=200, deadline=None)
 @given(text=TEXT)
 def test_the_bytes_of_a_texts_ids_joined_are_the_texts_bytes(family: str, text: str) -> None:
+    assume(can_spell(family, text))
     joined = b"".join(tokens_of(family)[i] or b"?" for i in ids_of(family, text))
     expected = as_read(family, text)
     assert joined == expected or (family == "llama2" and joined == b" " + expected)
@@ -93,6 +107,7 @@ def test_the_bytes_of_a_texts_ids_joined_are_the_texts_bytes(family: str, text: 
 @settings(max_examples=100, deadline=None)
 @given(text=TEXT)
 def test_any_text_aligns_or_is_read_as_other_bytes(pair: tuple[str, str], text: str) -> None:
+    assume(all(can_spell(family, text) for family in pair))
     ids = [ids_of(family, text) for family in pair]
     masks = [[True] * len(one) for one in ids]
     t, s = map(tokens_of, pair)
@@ -119,9 +134,9 @@ def test_the_fast_path_is_the_dense_reference(pair: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_every_teacher_token_is_segmented_into_its_own_bytes(pair: tuple[str, str]) -> None:
-    student = tokens_of(pair[1])
+    student, have = tokens_of(pair[1]), set(tokens_of(pair[1]))
     for string, pieces in zip(tokens_of(pair[0]), cells_of(*pair).segmentation, strict=True):
-        if string is not None:
+        if string is not None and (pieces or all(bytes([byte]) in have for byte in string)):
             assert b"".join(student[u] or b"?" for u in pieces) == string
 
 
@@ -133,18 +148,26 @@ def test_with_the_same_tokenizer_every_cell_is_the_tokens_of_one_byte_string(fam
     assert torch.equal(cells.teacher_cells[known], cells.student_cells[known])
 
 
-def test_llama_3_has_a_target_for_nearly_all_of_llama_2s_prose_and_code() -> None:
-    modules = (functools, inspect, textwrap, functools, os)
-    sources = [inspect.getsource(module) for module in modules]
-    docs = [" ".join((value.__doc__ or "").split()) for value in vars(textwrap).values() if callable(value) and value.__doc__]
-    for texts in (sources, docs):
-        rows = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]} for text in texts]
-        teacher, student = map(opened, ("llama3", "llama2"))
-        _, counts = tokenize_pairs(rows, teacher, student, cells_of("llama3", "llama2"), max_length=10**6)
-        aligned = counts.roots + counts.interiors + counts.disagreeing_roots + counts.disagreeing_interiors
-        assert aligned >= 0.99 * counts.supervised_tokens
-        assert counts.with_target >= 0.98
-        assert counts.disagreeing_roots <= 0.01 * (counts.roots + counts.disagreeing_roots)
+def prose() -> list[str]:
+    modules = (argparse, ast, collections, datetime, inspect, logging, random, statistics, subprocess, textwrap, threading)
+    docs = [inspect.getdoc(value) or "" for module in modules for value in (module, *vars(module).values()) if callable(value)]
+    lines = [" ".join(paragraph.split()) for doc in docs for paragraph in doc.split("\n\n")]
+    return sorted({line for line in lines if len(line) > 250 and ">>>" not in line})
+
+
+def code() -> list[str]:
+    return [inspect.getsource(module) for module in (argparse, ast, datetime, functools, inspect, textwrap)]
+
+
+@pytest.mark.parametrize("texts", [prose, code])
+def test_llama_3_has_a_prediction_for_nearly_all_of_a_text_in_llama_2s_tokens(texts: Any) -> None:
+    rows = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]} for text in texts()]
+    teacher, student = map(opened, ("llama3", "llama2"))
+    _, counts = tokenize_pairs(rows, teacher, student, cells_of("llama3", "llama2"), max_length=10**6)
+    found = counts.roots + counts.interiors + counts.disagreeing_roots + counts.disagreeing_interiors
+    assert found >= 0.99 * counts.supervised_tokens
+    assert counts.with_target >= 0.98
+    assert counts.disagreeing_roots <= 0.01 * (counts.roots + counts.disagreeing_roots)
 
 
 def test_aligning_two_thousand_tokens_takes_a_few_milliseconds() -> None:
@@ -165,4 +188,5 @@ def test_aligning_two_thousand_tokens_takes_a_few_milliseconds() -> None:
             student_tokens=tokens_of("llama2"),
         )
         seconds.append(time.perf_counter() - begun)
+    print(f"{1000 * min(seconds):.1f} ms for {len(ids[1])} tokens")
     assert min(seconds) < 0.01 * len(ids[1]) / 2048
