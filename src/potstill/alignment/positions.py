@@ -11,9 +11,10 @@ and elsewhere, too, is whatever lies outside the bytes that both render, or has 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from potstill.alignment.cells import VocabularyCells
 from potstill.alignment.spans import boundaries, covering
@@ -33,6 +34,10 @@ class Positions:
     """… up to here."""
     depth: list[int]
     """Pieces of the teacher's token already emitted; 0 at a root."""
+    chunk: list[int]
+    """Tokens of both with the same number cover the same bytes, and no fewer of them would; −1: in no chunk."""
+    teacher_chunk: list[int]
+    """The same for each token of the teacher's sequence."""
     disagreeing_roots: int = 0
     """How many tokens at a root have no target only because their cell is not that of the teacher's token."""
     disagreeing_interiors: int = 0
@@ -83,12 +88,14 @@ def align(
     if teacher_turns is None or student_turns is None or len(teacher_turns) != len(student_turns):
         return None
     length = len(student_ids)
-    found = Positions([NO_TARGET] * length, [0] * length, [0] * length, [0] * length)
+    nothing = [NO_TARGET] * length
+    found = Positions(nothing.copy(), [0] * length, [0] * length, [0] * length, nothing, [NO_TARGET] * len(teacher_ids))
     for teacher, student in zip(teacher_turns, student_turns, strict=True):
         common = _lay_on_common_text(teacher, student)
         if common is None:
             return None
         _align_text(teacher, student, common, cells, found)
+        _number_chunks(teacher, student, common, found)
         _bridge_ends(teacher, student, common, cells, found)
     return found
 
@@ -136,15 +143,25 @@ def _align_text(teacher: _Turn, student: _Turn, common: int, cells: VocabularyCe
             root = i
         if student.offsets[root] != teacher.offsets[k]:
             continue
-        pieces, emitted = cells.segmentation[teacher.ids[k]], tuple(student.ids[root:i])
-        if len(emitted) >= len(pieces) or emitted != pieces[: len(emitted)]:
+        emitted = tuple(student.ids[root:i])
+        if not cells.follows(teacher.ids[k], emitted):
             continue
-        if cells.student_cell(student.ids[i]) == cells.student_cell(pieces[len(emitted)]):
+        if cells.agrees(teacher.ids[k], emitted, student.ids[i]):
             _record(found, student.first + i, teacher.first + k, emitted, cells)
         elif emitted:
             found.disagreeing_interiors += 1
         else:
             found.disagreeing_roots += 1
+
+
+def _number_chunks(teacher: _Turn, student: _Turn, common: int, found: Positions) -> None:
+    """A chunk closes wherever both tokenizations have a boundary, and numbers go on from turn to turn."""
+    closes = sorted(set(teacher.offsets).intersection(student.offsets).intersection(range(common + 1)))
+    first = 1 + max(found.chunk, default=NO_TARGET)
+    for turn, column in ((teacher, found.teacher_chunk), (student, found.chunk)):
+        for i, (begin, end) in enumerate(pairwise(turn.offsets)):
+            if closes and closes[0] <= begin and end <= closes[-1]:
+                column[turn.first + i] = first + bisect_right(closes, begin) - 1
 
 
 def _bridge_ends(teacher: _Turn, student: _Turn, common: int, cells: VocabularyCells, found: Positions) -> None:
@@ -153,9 +170,10 @@ def _bridge_ends(teacher: _Turn, student: _Turn, common: int, cells: VocabularyC
         return
     if cells.segmentation[teacher.ids[-1]] == (student.ids[-1],):
         _record(found, student.end, teacher.end, (), cells)
+        found.chunk[student.end] = found.teacher_chunk[teacher.end] = 1 + max(found.chunk)
 
 
 def _record(found: Positions, place: int, teacher_place: int, emitted: tuple[int, ...], cells: VocabularyCells) -> None:
     found.teacher_index[place] = teacher_place
     found.start[place], found.stop[place] = cells.prefix_range(emitted)
-    found.depth[place] = len(emitted)
+    found.depth[place] = cells.depth(emitted)
