@@ -179,6 +179,9 @@ class _Singletons:
 
 
 class _ToyCells:
+    keeps_endings = False
+    most = None
+
     """Teacher tokens in the order of their numbers; whatever the depth, the next piece has the token's own number."""
 
     def __init__(self, teacher_cells: Tensor, student_cells: Tensor, count: int) -> None:

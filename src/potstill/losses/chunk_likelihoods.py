@@ -50,7 +50,9 @@ def fused_linear_chunks(
     count = 1 + max(int(numbers.max()) if len(numbers) else -1 for numbers in (chunk, teacher_chunk))
     with torch.no_grad():
         ours = _per_chunk(log_likelihoods(student_hidden, head, labels, chunk_tokens), chunk, count)
-        theirs = _per_chunk(log_likelihoods(teacher_hidden, as_head(teacher_head), teacher_labels, chunk_tokens), teacher_chunk, count)
+        theirs = _per_chunk(
+            log_likelihoods(teacher_hidden, as_head(teacher_head), teacher_labels, chunk_tokens), teacher_chunk, count
+        )
         present = torch.zeros(count + 1, dtype=torch.bool, device=ours.device)
         present[chunk] = True
         present[-1] = False
