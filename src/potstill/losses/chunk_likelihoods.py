@@ -75,7 +75,7 @@ def log_likelihoods(hidden: Tensor, head: Head, labels: Tensor, chunk_tokens: in
 def binary_divergence(log_teacher: Tensor, log_student: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """KL((a, 1 − a) ‖ (b, 1 − b)) with log a = ``log_teacher`` / τ and log b = ``log_student`` / τ, and ∂/∂``log_student``.
 
-    The slope is (b − a) / (1 − b) / τ. 1 − b is taken from log b by expm1: at τ = 100 it is 0.01 · −log P, and rounds away in 1 − b.
+    The slope is (b − a) / (1 − b) / τ. 1 − b is taken from log b by expm1: at τ = 100 it is about −log P / 100, lost by rounding b.
     """
     tiny = torch.finfo(log_student.dtype).tiny
     log_a, log_b = (log / temperature for log in (log_teacher, log_student))
