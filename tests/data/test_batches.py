@@ -42,6 +42,11 @@ def test_the_end_of_a_cut_off_answer_is_not_learned(tokenizer: Any) -> None:
     assert learned({**TWO_ANSWERS, "cut_off": True}, tokenizer) == ["the rain<|im_end|>", "in"]
 
 
+def test_an_end_token_that_has_no_role_in_the_tokenizer_is_learned_as_llama_3s_must_be() -> None:
+    llama_3 = toy_tokenizer(added=("<|eot|>",), chat_template=CHATML.replace("<|im_end|>", "<|eot|>"))
+    assert learned(TWO_ANSWERS, llama_3) == ["the rain<|eot|>", "in<|eot|>"]
+
+
 def test_an_empty_answer_still_teaches_to_end(tokenizer: Any) -> None:
     messages = [{"role": "user", "content": "on"}, {"role": "assistant", "content": ""}]
     assert learned({"messages": messages}, tokenizer) == ["<|im_end|>"]

@@ -127,12 +127,12 @@ class PairEncoder:
 
     def _without_end(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """The ids, and the special token at their end, if there is one."""
-        ended = bool(ids) and self.teacher_tokens[ids[-1]] is None
+        ended = bool(ids) and self._text(ids[-1:]) is None
         return (ids[:-1], ids[-1:]) if ended else (ids, [])
 
     def _text(self, ids: list[int]) -> bytes | None:
         """The bytes of the ids; None if one of them has none."""
-        pieces = [self.teacher_tokens[i] for i in ids]
+        pieces = [self.teacher_tokens[i] if i < len(self.teacher_tokens) else None for i in ids]
         return None if None in pieces else b"".join(filter(None, pieces))
 
 
