@@ -15,10 +15,11 @@ from potstill.training import DistillationConfig, DistillationTrainer
 
 def trainer(folder: Path, student: Any = None, **settings: Any) -> DistillationTrainer:
     tokenizer = settings.pop("tokenizer", None) or toy_tokenizer()
+    common = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
     return DistillationTrainer(
         student or tiny_model(layers=2, seed=1),
         tiny_model(layers=4),
-        DistillationConfig(str(folder), report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1, **settings),
+        DistillationConfig(str(folder), **common, **settings),
         train_dataset=conversations(24),
         processing_class=tokenizer,
         teacher_tokenizer=toy_tokenizer(),

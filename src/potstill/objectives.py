@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from potstill.alignment import VocabularyCells, cached_cells, shared_rows
 from potstill.data import BatchLayout, PairLayout, TokenCounts, tokenize_conversations, tokenize_pairs
+from potstill.data.pairs import PLACES
 from potstill.errors import ConfigError
 from potstill.heads import hidden_states, output_head, supervised
 from potstill.losses import Places, fused_linear_cells, fused_linear_cross_entropy, fused_linear_divergence
@@ -150,11 +151,11 @@ def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def _places(batch: dict[str, Tensor], numbers: Tensor) -> Places:
     """Where each of the student's N tokens finds its target among the teacher's M, whose ``numbers`` these are."""
     chosen = batch["labels"][:, 1:] != -100
-    wanted, start, stop, depth = (batch[name][:, 1:][chosen] for name in ("teacher_index", "start", "stop", "depth"))
+    wanted, *place = (batch[name][:, 1:][chosen] for name in PLACES)
     highest = int(batch["teacher_number"].max()) + 1
     row_of = torch.full((highest + 1,), -1, device=numbers.device)  # the last stands for −1, "no target"
     row_of[numbers] = torch.arange(len(numbers), device=numbers.device)
-    return Places(row_of[wanted], start, stop, depth)
+    return Places(row_of[wanted], *place)
 
 
 def _layout(model: Any, tokenizer: Any, packed: bool) -> BatchLayout:

@@ -6,7 +6,9 @@ The student learns a token u at each of its positions. Seen from the teacher's t
     in the interior the student has emitted the first d tokens of seg(v) since v began, and v goes on
     elsewhere       it begins inside a v that it did not follow from its start: nothing is known, plain cross-entropy
 
-and elsewhere, too, is whatever lies outside the bytes that both render, or has a cell that is not that of v's (next piece).
+and elsewhere, too, is whatever lies outside the bytes that both render. Where u is not in the cell of v's (next) piece, because it
+spans the end of v or v was spelled otherwise, what was seen is the cell of v: the expectation over the teacher's next token is
+taken all the same, and what stands against it is that token's own cell, not u's.
 """
 
 from __future__ import annotations
@@ -33,10 +35,12 @@ class Positions:
     """… up to here."""
     depth: list[int]
     """Pieces of the teacher's token already emitted; 0 at a root."""
+    cell: list[int]
+    """The cell that was seen to happen: that of the teacher's token (its next piece), be the student's token in it or not."""
     disagreeing_roots: int = 0
-    """How many tokens at a root have no target only because their cell is not that of the teacher's token."""
+    """How many tokens at a root are not in that cell: they span the end of the teacher's token, or spell it otherwise."""
     disagreeing_interiors: int = 0
-    """How many tokens inside a teacher token have none because their cell is not that of its next piece."""
+    """How many tokens inside a teacher token are not."""
 
     @property
     def interiors(self) -> int:
@@ -83,7 +87,7 @@ def align(
     if teacher_turns is None or student_turns is None or len(teacher_turns) != len(student_turns):
         return None
     length = len(student_ids)
-    found = Positions([NO_TARGET] * length, [0] * length, [0] * length, [0] * length)
+    found = Positions([NO_TARGET] * length, [0] * length, [0] * length, [0] * length, [0] * length)
     for teacher, student in zip(teacher_turns, student_turns, strict=True):
         common = _lay_on_common_text(teacher, student)
         if common is None:
@@ -139,12 +143,10 @@ def _align_text(teacher: _Turn, student: _Turn, common: int, cells: VocabularyCe
         pieces, emitted = cells.segmentation[teacher.ids[k]], tuple(student.ids[root:i])
         if len(emitted) >= len(pieces) or emitted != pieces[: len(emitted)]:
             continue
-        if cells.student_cell(student.ids[i]) == cells.student_cell(pieces[len(emitted)]):
-            _record(found, student.first + i, teacher.first + k, emitted, cells)
-        elif emitted:
-            found.disagreeing_interiors += 1
-        else:
-            found.disagreeing_roots += 1
+        _record(found, student.first + i, teacher.first + k, emitted, pieces[len(emitted)], cells)
+        if cells.student_cell(student.ids[i]) != found.cell[student.first + i]:
+            found.disagreeing_interiors += bool(emitted)
+            found.disagreeing_roots += not emitted
 
 
 def _bridge_ends(teacher: _Turn, student: _Turn, common: int, cells: VocabularyCells, found: Positions) -> None:
@@ -152,10 +154,13 @@ def _bridge_ends(teacher: _Turn, student: _Turn, common: int, cells: VocabularyC
     if teacher.end is None or student.end is None or teacher.offsets[-1] != common or student.offsets[-1] != common:
         return
     if cells.segmentation[teacher.ids[-1]] == (student.ids[-1],):
-        _record(found, student.end, teacher.end, (), cells)
+        _record(found, student.end, teacher.end, (), student.ids[-1], cells)
 
 
-def _record(found: Positions, place: int, teacher_place: int, emitted: tuple[int, ...], cells: VocabularyCells) -> None:
+def _record(
+    found: Positions, place: int, teacher_place: int, emitted: tuple[int, ...], next_piece: int, cells: VocabularyCells
+) -> None:
     found.teacher_index[place] = teacher_place
     found.start[place], found.stop[place] = cells.prefix_range(emitted)
     found.depth[place] = len(emitted)
+    found.cell[place] = cells.student_cell(next_piece)

@@ -19,6 +19,9 @@ from potstill.data.batches import IGNORED, BatchLayout, TokenCounts, encode_conv
 from potstill.data.conversations import Conversation
 from potstill.errors import DataError
 
+PLACES = ("teacher_index", "start", "stop", "depth", "cell")
+"""The columns that say where a student's token finds its target, one number a token."""
+
 
 @dataclass
 class PairCounts(TokenCounts):
@@ -29,9 +32,9 @@ class PairCounts(TokenCounts):
     interiors: int = 0
     """Tokens with a target, inside a teacher token that the student has followed from its start."""
     disagreeing_roots: int = 0
-    """Tokens at a boundary of both that have no target because their cell is not that of the teacher's token."""
+    """Of the roots, tokens that are not in the cell of the teacher's token: the two spell the text differently there."""
     disagreeing_interiors: int = 0
-    """Tokens inside a teacher token that have none because their cell is not that of its next piece."""
+    """Of the interiors, tokens that are not in the cell of the next piece."""
     not_alignable: int = 0
     """Conversations left out because the two renderings of the answers differ in their bytes."""
     first_not_alignable: str = ""
@@ -75,7 +78,7 @@ class PairEncoder:
         """One row, cut at ``max_length`` tokens on either side; None if the renderings do not have the same bytes.
 
         To what `encode_conversation` gives for the student it adds ``teacher_input_ids`` and ``teacher_labels``; as long as
-        ``input_ids``, the columns ``teacher_index``, ``start``, ``stop`` and ``depth`` of `Positions`; and what the counts want.
+        ``input_ids``, the columns `PLACES` of `Positions`; and what the counts want.
         The ids that the teacher sampled for its last answer, if the row keeps them (``teacher_ids``), stand in for that
         answer tokenized again. Raises: ChatTemplateError.
         """
@@ -164,7 +167,7 @@ def tokenize_pairs(
             elif counts.add(row):
                 yield row
 
-    tokens = ["input_ids", "labels", "teacher_input_ids", "teacher_labels", "teacher_index", "start", "stop", "depth"]
+    tokens = ["input_ids", "labels", "teacher_input_ids", "teacher_labels", *PLACES]
     columns = dict.fromkeys(tokens, pyarrow.list_(pyarrow.int32()))
     schema = pyarrow.schema({**columns, "answer_bytes": pyarrow.int64(), "shortened": pyarrow.bool_()})
     batches, remaining = [], rows()
@@ -190,7 +193,7 @@ class PairLayout:
     teacher: BatchLayout
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The student's batch, with ``teacher_index``, ``start``, ``stop`` and ``depth``; the teacher's as ``teacher_…``."""
+        """The student's batch, with the columns `PLACES`; the teacher's as ``teacher_…``."""
         lengths = [len(row["teacher_input_ids"]) for row in rows]
         firsts = list(itertools.accumulate(lengths, initial=0))
         wanting, asked = [], []
@@ -200,7 +203,7 @@ class PairLayout:
             numbers = list(range(first, first + length))
             asked.append({"input_ids": row["teacher_input_ids"], "labels": row["teacher_labels"], "number": numbers})
         teacher = self.teacher(asked, more=("number",))
-        student = self.student(wanting, more=("teacher_index", "start", "stop", "depth"))
+        student = self.student(wanting, more=PLACES)
         return {**student, **{f"teacher_{name}": tensor for name, tensor in teacher.items()}}
 
 
@@ -212,6 +215,8 @@ def _answer(conversation: Conversation) -> str:
 
 def _cut(found: Positions, student_length: int, teacher_length: int) -> dict[str, Any]:
     """The columns, without what lies beyond either cut."""
-    columns = [found.teacher_index, found.start, found.stop, found.depth]
-    places = [place if place[0] < teacher_length else (NO_TARGET, 0, 0, 0) for place in zip(*columns, strict=True)][:student_length]
-    return dict(zip(("teacher_index", "start", "stop", "depth"), map(list, zip(*places, strict=True)), strict=True))
+    columns = [getattr(found, name) for name in PLACES]
+    places = [place if place[0] < teacher_length else (NO_TARGET, 0, 0, 0, 0) for place in zip(*columns, strict=True)][
+        :student_length
+    ]
+    return dict(zip(PLACES, map(list, zip(*places, strict=True)), strict=True))

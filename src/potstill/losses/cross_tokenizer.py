@@ -49,6 +49,8 @@ class Places:
     stop: Tensor
     depth: Tensor
     """… and how many pieces that is; 0 at a root."""
+    cell: Tensor
+    """The cell that was seen to happen: that of the teacher's token, or of its next piece."""
 
 
 class CellPartition:
@@ -66,10 +68,6 @@ class CellPartition:
     def spread(self, values: Tensor) -> Tensor:
         """``[b, C + 1]`` → ``[b, V]``."""
         return values.index_select(-1, self.cells)
-
-    def cell_of(self, tokens: Tensor) -> Tensor:
-        """``[b]`` → ``[b]``."""
-        return self.cells[tokens]
 
 
 def fused_linear_cells(
@@ -127,7 +125,10 @@ def fused_linear_cells(
         return pooled / pooled.sum(-1, keepdim=True).clamp_min(torch.finfo(pooled.dtype).tiny)
 
     def score(logits: Tensor, rows: slice) -> LossAndGradient:
-        return partition_loss(compare, masses(rows), logits, target, labels[rows], known=known[rows], within_weight=within_weight)
+        seen = places.cell[rows].clamp_min(0)
+        return partition_loss(
+            compare, masses(rows), logits, target, labels[rows], seen=seen, known=known[rows], within_weight=within_weight
+        )
 
     return fused_linear_loss(student_hidden, student, score, observed=labels, chunk_tokens=chunk_tokens)
 
