@@ -44,6 +44,19 @@ def test_a_token_of_both_vocabularies_keeps_its_row_and_any_other_gets_the_mean_
     assert (rows_of(student)[0] is rows_of(student)[1]) == tied
 
 
+def test_a_bias_of_the_head_goes_with_its_rows(new_tokenizer: Any) -> None:
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    model = GPTJForCausalLM(
+        GPTJConfig(vocab_size=272, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, bos_token_id=0, eos_token_id=1)
+    )
+    model.lm_head.bias.data.normal_()
+    student = change_tokenizer(model, toy_tokenizer(), new_tokenizer)
+    pieces = toy_tokenizer().convert_tokens_to_ids(["w", "e", "t"])
+    expected = model.lm_head.bias[pieces].mean()
+    torch.testing.assert_close(student.lm_head.bias[new_tokenizer.convert_tokens_to_ids("wet")], expected)
+
+
 def test_special_tokens_start_from_those_that_do_their_work(new_tokenizer: Any) -> None:
     old = toy_tokenizer()
     sources = token_sources(old, new_tokenizer)

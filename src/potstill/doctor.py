@@ -172,7 +172,7 @@ def _side(source: str, tokenizer: Any, chat_template: str | None, trust_remote_c
         opening, _, closing = rendered.partition(TALK[0]["content"])
         after = tokenizer.encode(closing.partition(TALK[1]["content"])[2], add_special_tokens=False)
         ends_turn = next((tokenizer.convert_ids_to_tokens(i) for i in after if i in stop_tokens(tokenizer)), None)
-    stops = load_generation_config(source).eos_token_id or tokenizer.eos_token_id
+    stops = load_generation_config(source, trust_remote_code=trust_remote_code).eos_token_id or tokenizer.eos_token_id
     return Side(
         source=source,
         tokens=len(tokenizer),
