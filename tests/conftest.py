@@ -40,7 +40,34 @@ def toy_tokenizer(*, chat_template: str | None = CHATML, added: tuple[str, ...] 
     return fast
 
 
-def tiny_model(family: str = "llama", *, layers: int = 4, rows: int = 272, hidden: int = 32, seed: int = 0) -> Any:
+def sentencepiece_tokenizer(*, chat_template: str | None = None) -> Any:
+    """A BPE tokenizer of Llama 2's kind: ``▁`` for a blank, a dummy prefix, bytes as ``<0xNN>``, and other words than the toy's."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<unk>", "<s>", "</s>"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    letters = ["▁", *map(chr, range(33, 127)), "é"]
+    merges = ["▁ t", "h e", "▁t he", "r a", "i n", "ra in", "▁ rain", "w e", "we t", "o n"]
+    words = [*specials, *bytes_, *letters, *("".join(merge.split()) for merge in merges)]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    pairs = [tuple(merge.split()) for merge in merges]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in specials])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+    fast.chat_template = chat_template
+    return fast
+
+
+def tiny_model(
+    family: str = "llama", *, layers: int = 4, rows: int = 272, hidden: int = 32, seed: int = 0, tied: bool | None = None
+) -> Any:
     """A random model of a family, with at most a few ten thousand weights."""
     import transformers
 
@@ -59,6 +86,8 @@ def tiny_model(family: str = "llama", *, layers: int = 4, rows: int = 272, hidde
             "mistral": "Mistral",
         }
         config = getattr(transformers, f"{name[family]}Config")(**common, **shape, **more)
+    if tied is not None:
+        config.tie_word_embeddings = tied
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.generation_config.eos_token_id = 265

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import conversations, toy_tokenizer
+from conftest import conversations, sentencepiece_tokenizer, toy_tokenizer
 from potstill import cli, pipeline
 from potstill.training import DistillationTrainer
 
@@ -135,6 +135,27 @@ def test_student_cuts_layers_and_refuses_a_folder_that_is_not_empty(place: Path,
     assert "cut: not empty" in capsys.readouterr().err
 
 
+def test_a_student_with_another_tokenizer_is_made_whole_or_not_at_all(
+    place: Path, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentencepiece_tokenizer().save_pretrained("words")  # a folder with no model in it
+    assert cli.main(["student", "teacher", "--output-dir", "changed", "--tokenizer", "words"]) == 0
+    assert "gets the plain one" in capsys.readouterr().out
+    config = json.loads((place / "changed" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 4  # all: only what was asked for is changed
+    assert (config["vocab_size"], config["eos_token_id"]) == (len(sentencepiece_tokenizer()), 2)
+    card = (place / "changed" / "README.md").read_text()
+    assert "| tokenizer | words |" in card
+    assert "the mean of several" in card
+    assert cli.main(["student", "teacher", "--output-dir", "both", "--tokenizer", "words", "--keep-layers", "2"]) == 0
+    assert json.loads((place / "both" / "config.json").read_text())["num_hidden_layers"] == 2
+    qwen = str(model_folder(family="qwen2"))
+    assert cli.main(["student", qwen, "--output-dir", "misread", "--tokenizer", "words"]) == 2
+    assert "misreads the new tokenizer" in capsys.readouterr().err
+    assert not (place / "misread").exists()
+    assert distill("--method", "text", "--max-steps", "2", student="changed") == 0
+
+
 def bad(place: Path, name: str) -> list[str]:
     """Arguments that cannot work, by what is wrong with them."""
     write_rows(place / "prompts.jsonl", [{"prompt": "x"}])
@@ -185,7 +206,7 @@ def bad(place: Path, name: str) -> list[str]:
         ("one conversation", "no conversation is left to hold out"),
         ("no template", "--chat-template plain"),
         ("no such layer", "numbered 0 to 3"),
-        ("layers not numbers", "give a number (8), a list (0,1,5,9), or half"),
+        ("layers not numbers", "give a number (8), a list (0,1,5,9), half or all"),
         ("unknown key", "did you mean learning_rate?"),
         ("unknown flag", "did you mean --learning-rate?"),
         ("unknown command", "did you mean distill?"),

@@ -20,6 +20,7 @@ from potstill.errors import ConfigError, PotstillError
 
 RECIPES: dict[str, tuple[type, tuple[str, ...]]] = {
     "demo": (config.DemoRecipe, ()),
+    "doctor": (config.DoctorRecipe, ("teacher", "student")),
     "student": (config.StudentRecipe, ("teacher",)),
     "distill": (config.DistillRecipe, ("teacher", "student")),
     "evaluate": (config.EvaluateRecipe, ("student",)),
@@ -173,21 +174,34 @@ def _demo(recipe: config.DemoRecipe) -> None:
 def _student(recipe: config.StudentRecipe) -> None:
     from potstill import pipeline
 
-    keep = recipe.keep_layers
     folder = pipeline.make_student(
-        recipe.teacher, recipe.output_dir, keep=_layers(keep), trust_remote_code=recipe.trust_remote_code
+        recipe.teacher,
+        recipe.output_dir,
+        keep=_layers(recipe.keep_layers),
+        tokenizer=recipe.tokenizer,
+        trust_remote_code=recipe.trust_remote_code,
     )
     print(f"student: {folder}")
 
 
-def _layers(text: str) -> Any:
-    if text == "half":
+def _layers(text: str | None) -> Any:
+    if text in (None, "half", "all"):
         return text
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--keep-layers {text}: give a number (8), a list (0,1,5,9), or half") from None
+        raise ConfigError(f"--keep-layers {text}: give a number (8), a list (0,1,5,9), half or all") from None
     return numbers if "," in text else numbers[0]
+
+
+def _doctor(recipe: config.DoctorRecipe) -> None:
+    from potstill.doctor import examine
+    from potstill.doctor_text import as_text
+
+    settings = dataclasses.asdict(recipe)
+    as_json = settings.pop("json")
+    diagnosis = examine(**settings)
+    print(json.dumps(diagnosis.as_dict(), indent=1, ensure_ascii=False) if as_json else as_text(diagnosis))
 
 
 def _distill(recipe: config.DistillRecipe) -> None:
@@ -220,6 +234,7 @@ def _report(recipe: config.ReportRecipe) -> None:
 
 COMMANDS: dict[str, Callable[[Any], None]] = {
     "demo": _demo,
+    "doctor": _doctor,
     "student": _student,
     "distill": _distill,
     "evaluate": _evaluate,

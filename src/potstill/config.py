@@ -18,16 +18,54 @@ class DemoRecipe:
 
 @dataclass(frozen=True)
 class StudentRecipe:
-    """Cut a student from a teacher: some of its layers, and everything else of it."""
+    """Cut a student from a teacher: some of its layers and everything else of it, or with the tokenizer of another model."""
 
     teacher: str
     """Hub id, model folder, GGUF file, or demo."""
     output_dir: str
     """Folder for the student, which must not hold anything yet."""
-    keep_layers: str = "half"
-    """How many layers to keep, evenly spaced with both ends (8), which ones (0,1,5,9), or half."""
+    keep_layers: str | None = None
+    """How many layers to keep, evenly spaced with both ends (8), which ones (0,1,5,9), half, or all. Without it: half, or all with
+    --tokenizer."""
+    tokenizer: str | None = None
+    """Whose tokenizer the student gets instead of its teacher's: hub id, folder, GGUF file or demo. Each new token starts from the
+    teacher's tokens for the same bytes. If it has no chat template, the student gets the plain one."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Read it first."""
+
+
+@dataclass(frozen=True)
+class DoctorRecipe:
+    """Can this teacher teach this student, how, and what will it cost? Told from configurations, tokenizers and your data."""
+
+    teacher: str
+    """Hub id, model folder, GGUF file, or demo. A configuration and a tokenizer are enough."""
+    student: str
+    """The same, for the model to be trained."""
+    data: str | None = None
+    """Conversations with the teacher's answers, to measure on: a .jsonl file, or anything the datasets library opens."""
+    max_steps: int | None = None
+    """Optimizer steps of the planned run. Without it, three times through the data; without data, a million tokens."""
+    batch_size: int = 8
+    """Conversations in a micro-batch of the planned run."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches in an optimizer step of the planned run."""
+    max_length: int = 1024
+    """Tokens at which a conversation is cut."""
+    precision: str = "bf16"
+    """bf16, fp16 or fp32: of the planned run."""
+    card: str | None = None
+    """An accelerator to tell the hours for: a10, a100, a100-40gb, b200, h100, h200, l4, l40s, mi300x, rtx3090 or rtx4090."""
+    chat_template: str | None = None
+    """For tokenizers without one: plain, or the path of a Jinja template."""
+    with_weights: bool = False
+    """Read the teacher's weights, too, and score the answers under its own chat template and under the student's."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps: of the teacher, with weights."""
+    trust_remote_code: bool = False
+    """Run code that comes with the models. Read it first."""
+    json: bool = False
+    """Print JSON instead of a page."""
 
 
 @dataclass(frozen=True)

@@ -55,24 +55,36 @@ def load_model(
 
 
 def load_tokenizer(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer alone, from whatever `load_model` opens. Raises: as `load_model`."""
-    location = locate(source)
-    from transformers import AutoTokenizer
+    """The tokenizer alone, from whatever `load_model` opens, or from a folder that holds no more. Raises: as `load_model`."""
+    location = locate(source, weights=False)
+    from transformers import AutoTokenizer, LlamaTokenizer
 
+    opener: Any = LlamaTokenizer if _bare_sentencepiece(location) else AutoTokenizer
     with _readable_errors(source):
-        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
+        tokenizer = opener.from_pretrained(location, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:  # Llama and GPT-2 have none; padding is masked everywhere, so any id serves.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_config(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
-    """The configuration alone, without reading weights. Raises: as `load_model`."""
-    location = locate(source)
+    """The configuration alone, without reading weights, which need not be there. Raises: as `load_model`."""
+    location = locate(source, weights=False)
     from transformers import AutoConfig
 
     with _readable_errors(source):
         return AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+
+
+def load_generation_config(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
+    """How the model generates by itself, from its own file or else its configuration. Raises: as `load_model`."""
+    location = locate(source, weights=False)
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(location)
+    except OSError:
+        return GenerationConfig.from_model_config(load_config(source, trust_remote_code=trust_remote_code))
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
@@ -91,10 +103,10 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     return chosen
 
 
-def locate(source: str | os.PathLike[str]) -> str:
+def locate(source: str | os.PathLike[str], *, weights: bool = True) -> str:
     """Where transformers can open ``source``: a folder on this disk, or a hub id. GGUF files are converted on the way.
 
-    Raises: ModelNotFound, UnsafeWeights.
+    Without ``weights`` a folder need not hold any. Raises: ModelNotFound, UnsafeWeights.
     """
     if str(source) == "demo":
         return _locate_demo()
@@ -104,17 +116,25 @@ def locate(source: str | os.PathLike[str]) -> str:
             raise ModelNotFound(f"{source}: no such GGUF file; check the path")
         return str(_converted(path))
     if path.is_dir():
-        _check_folder(path)
+        if weights:
+            _check_folder(path)
         return str(path)
     looks_like_a_path = path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1
     if path.exists() or looks_like_a_path:
         raise ModelNotFound(f"{source}: neither a model folder nor a .gguf file; give a folder with config.json or a hub id")
-    return _locate_on_hub(str(source))
+    return _locate_on_hub(str(source), weights)
 
 
 def cache_folder() -> Path:
     """Where converted models are kept: ``$POTSTILL_CACHE``, else ``~/.cache/potstill``."""
     return Path(os.environ.get("POTSTILL_CACHE") or Path.home() / ".cache" / "potstill")
+
+
+def _bare_sentencepiece(location: str) -> bool:
+    """Whether a folder holds a SentencePiece model and nothing that says whose it is: Llama's class reads such."""
+    folder = Path(location)
+    named = any((folder / name).is_file() for name in ("config.json", "tokenizer_config.json", "tokenizer.json"))
+    return not named and (folder / "tokenizer.model").is_file()
 
 
 def _check_folder(folder: Path) -> None:
@@ -147,11 +167,11 @@ def _locate_demo() -> str:
     )
 
 
-def _locate_on_hub(hub_id: str) -> str:
+def _locate_on_hub(hub_id: str, weights: bool) -> str:
     """The id where the hub answers; without it the snapshot on this disk, rather than a minute of retries."""
     if _hub_answers():
         return hub_id
-    cached = _cached_snapshot(hub_id)
+    cached = _cached_snapshot(hub_id, weights)
     if cached is None:
         raise ModelNotFound(
             f"{hub_id}: no such folder or file, not in the hub's cache, and the hub does not answer; check the name, or give a "
@@ -160,8 +180,8 @@ def _locate_on_hub(hub_id: str) -> str:
     return cached
 
 
-def _cached_snapshot(hub_id: str) -> str | None:
-    """The folder of a model that was downloaded before, weights and all."""
+def _cached_snapshot(hub_id: str, weights: bool = True) -> str | None:
+    """The folder of a model that was downloaded before, its weights too where they are needed."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -169,7 +189,7 @@ def _cached_snapshot(hub_id: str) -> str | None:
         folder = snapshot_download(hub_id, local_files_only=True)
     except (HFValidationError, LocalEntryNotFoundError):
         return None
-    return folder if any(Path(folder).glob("*.safetensors")) else None
+    return folder if not weights or any(Path(folder).glob("*.safetensors")) else None
 
 
 @functools.cache
@@ -269,6 +289,10 @@ def _explained(source: str | os.PathLike[str], error: BaseException) -> ModelErr
         return UnsafeWeights(f"{source}: needs code of its own to be run; read it, then pass --trust-remote-code")
     if ("safetensors" in lowered and "pytorch_model.bin" in lowered) or "no file named model.safetensors" in lowered:
         return UnsafeWeights(f"{source}: no safetensors there, and pickled weights are not opened; convert the model first")
+    if "unrecognized model in" in lowered and Path(source).is_dir():
+        return ModelNotFound(f"{source}: no config.json there that says what model it is; give a model folder or a hub id")
+    if "backend tokenizer" in lowered or "can't load tokenizer" in lowered:
+        return ModelNotFound(f"{source}: no tokenizer there (tokenizer.json or tokenizer.model); copy its files there")
     if any(word in lowered for word in ("connect", "offline", "couldn't find", "not a valid model identifier", "resolve")):
         return ModelNotFound(
             f"{source}: not on this disk, and the hub does not give it (no network, or no such model); check the name, "

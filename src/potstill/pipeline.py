@@ -21,6 +21,7 @@ from potstill.alignment import shared_rows
 from potstill.config import DistillRecipe, EvaluateRecipe
 from potstill.data import IGNORED, read_conversations, read_prompts, tokenize_conversations, without_answer
 from potstill.data.chat_templates import set_chat_template
+from potstill.doctor import quick_check
 from potstill.errors import ConfigError, DataError, RunFolderError, VocabularyMismatch
 from potstill.evaluation import TokenScores, gap_closed, score_tokens, summarize
 from potstill.generation import answer_into, answer_prompts, count_rows
@@ -30,6 +31,7 @@ from potstill.run_folder import RunFolder, whole_folder, write_json
 from potstill.students import choose_layers, keep_layers, save_student
 from potstill.teachers import LocalTeacher
 from potstill.training import DistillationConfig, DistillationTrainer, MetricsFile
+from potstill.vocabulary_transfer import change_tokenizer, refuse_misread, token_sources
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Denser at both ends, where layers can be spared least: after 60 steps 1.83 nats from the teacher, evenly spaced 1.99.
@@ -76,24 +78,45 @@ def _answer_into(file: Path, prompts: list[Any], *, seed: int) -> None:
     answer_into(file, model, tokenizer, prompts, max_new_tokens=DEMO_ANSWER_TOKENS, seed=seed, batch_size=40)
 
 
-def make_student(teacher: str, output_dir: str, *, keep: Any = "half", trust_remote_code: bool = False) -> Path:
-    """Cut a student from ``teacher`` into a new folder. Raises: RunFolderError if something is there; ConfigError, ModelError."""
+def make_student(
+    teacher: str, output_dir: str, *, keep: Any = None, tokenizer: str | None = None, trust_remote_code: bool = False
+) -> Path:
+    """Make a student from ``teacher`` in a new folder: some of its layers, and the tokenizer of another model if one is named.
+
+    ``keep`` is as in `choose_layers`, ``half`` or ``all``; without it half the layers, or all if the tokenizer is changed.
+    Raises: RunFolderError if something is there; ConfigError, ModelError; OpaqueTokenizer and VocabularyMismatch.
+    """
     folder = Path(output_dir).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunFolderError(f"{folder}: not empty; give another --output-dir")
+    keep = keep or ("all" if tokenizer else "half")
     count = load_config(teacher, trust_remote_code=trust_remote_code).get_text_config().num_hidden_layers
-    layers = choose_layers(max(1, count // 2) if keep == "half" else keep, of=count)
-    model, tokenizer = load_model(teacher, device="cpu", trust_remote_code=trust_remote_code)
-    student = keep_layers(model, layers)
-    provenance = {
-        "made from": teacher,
-        "layers kept": ", ".join(map(str, layers)),
-        "parameters": f"{student.num_parameters():,}",
-        "state": "cut, not yet trained",
-    }
+    layers = choose_layers({"half": max(1, count // 2), "all": count}.get(keep, keep) if isinstance(keep, str) else keep, of=count)
+    new_tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code) if tokenizer else None
+    model, students_tokenizer = load_model(teacher, device="cpu", trust_remote_code=trust_remote_code)
+    student = model if len(layers) == count else keep_layers(model, layers)
+    provenance: dict[str, Any] = {"made from": teacher, "layers kept": ", ".join(map(str, layers))}
+    if new_tokenizer is not None:
+        student, sources = _with_tokenizer(student, students_tokenizer, new_tokenizer)
+        provenance |= {"tokenizer": tokenizer, "its rows": sources}
+        students_tokenizer = new_tokenizer
+    provenance |= {"parameters": f"{student.num_parameters():,}", "state": "cut, not yet trained"}
     with whole_folder(folder) as unfinished:
-        save_student(student, tokenizer, unfinished, provenance=provenance)
+        save_student(student, students_tokenizer, unfinished, provenance=provenance)
+        if new_tokenizer is not None:
+            refuse_misread(unfinished, new_tokenizer)
     return folder
+
+
+def _with_tokenizer(student: Any, tokenizer: Any, new_tokenizer: Any) -> tuple[Any, str]:
+    """The student with another tokenizer, and where its rows come from. It talks by the new chat template, or by the plain one."""
+    if tokenizer.chat_template and not new_tokenizer.chat_template:
+        set_chat_template(new_tokenizer, "plain")
+        _say("the new tokenizer has no chat template; the student gets the plain one")
+    changed = change_tokenizer(student, tokenizer, new_tokenizer)
+    pieces = [len(ids) for ids in token_sources(tokenizer, new_tokenizer)]
+    kept, mean = sum(count == 1 for count in pieces), sum(count > 1 for count in pieces)
+    return changed, f"{kept} of {len(pieces)} are rows of the teacher's, {mean} the mean of several, the rest the mean of all"
 
 
 def distill(recipe: DistillRecipe) -> Path:
@@ -215,10 +238,11 @@ def _arguments(run: RunFolder, recipe: DistillRecipe, **overrides: Any) -> Disti
 
 def _check_pair(recipe: DistillRecipe) -> None:
     """Refuse, from tokenizers alone, what no training could mend."""
-    if recipe.method == "text":
-        return
-    tokenizers = [load_tokenizer(name, trust_remote_code=recipe.trust_remote_code) for name in (recipe.teacher, recipe.student)]
-    shared_rows(*tokenizers)
+    names = (recipe.teacher, recipe.student)
+    teacher, student = (load_tokenizer(name, trust_remote_code=recipe.trust_remote_code) for name in names)
+    remark = quick_check(teacher, student, recipe.method)
+    if remark:
+        _say(remark)
 
 
 def _split(recipe: DistillRecipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

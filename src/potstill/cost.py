@@ -1,0 +1,201 @@
+"""What a run will cost, told from two configurations: FLOPs, hours, memory and disk, before a weight is read.
+
+T tokens of a conversation, N of them supervised; a model has P parameters, P_b of them in its body (a token meets only its own
+experts), a head of V × H, and L layers whose attention is A wide. One forward pass of a conversation is
+
+    2·P_b·T          every weight of the body multiplies and adds once a token
+    2·L·A·T²         causal attention: each token looks at T/2 others on average, with two products of width A
+    2·V·H·N          the head, at supervised positions alone
+
+and a backward pass twice that. The student pays three of its own, the teacher one (losses/fused.py projects nothing twice).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from potstill.errors import ConfigError, ModelError
+
+
+@dataclass(frozen=True)
+class Card:
+    """An accelerator: dense peaks in FLOP/s and memory, from its maker's data sheet."""
+
+    bf16_flops_per_second: float
+    fp32_flops_per_second: float
+    memory_bytes: float
+
+
+CARDS = {
+    "a10": Card(125e12, 31.2e12, 24e9),
+    "a100": Card(312e12, 19.5e12, 80e9),
+    "a100-40gb": Card(312e12, 19.5e12, 40e9),
+    "b200": Card(2250e12, 75e12, 180e9),
+    "h100": Card(989e12, 67e12, 80e9),
+    "h200": Card(989e12, 67e12, 141e9),
+    "l4": Card(121e12, 30.3e12, 24e9),
+    "l40s": Card(362e12, 91.6e12, 48e9),
+    "mi300x": Card(1307e12, 163.4e12, 192e9),
+    "rtx3090": Card(71e12, 35.6e12, 24e9),
+    "rtx4090": Card(165e12, 82.6e12, 24e9),
+}
+UTILISATION = 0.4
+"""The share of the peak that training reaches in practice; small models and short batches reach less."""
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+ACTIVATION_BYTES = {"bf16": 12, "fp16": 12, "fp32": 17}
+"""Kept for the backward pass, for each number that a layer's products make of a token (no gradient checkpointing): measured on
+Llama, Qwen 3, Gemma 3 and GPT-2 with fused attention, 9 to 15 under bf16 autocast and 15 to 20 in fp32."""
+LOGITS_BYTES = 6 * 256 * 2**20
+"""The loss's chunks of logits on a GPU: half a dozen tensors at a time (losses/fused.py, CHUNK_BYTES)."""
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What of a model's shape its cost depends on."""
+
+    parameters: int
+    """Every weight, tied ones once."""
+    body_parameters: int
+    """Weights that a token meets between the embedding and the head."""
+    vocabulary_rows: int
+    """V: rows of the head, padding included."""
+    hidden_size: int
+    """H."""
+    layers: int
+    """L."""
+    attention_width: int
+    """A: heads × width of a head."""
+    numbers_a_layer: int
+    """What one layer's products make of a token: residual stream, queries, keys, and the inner layer of the feed-forward part."""
+
+    def forward_flops(self, tokens: float, supervised: float) -> float:
+        """One conversation through the body, and its supervised tokens through the head."""
+        attention = 2 * self.layers * self.attention_width * tokens**2
+        return 2 * self.body_parameters * tokens + attention + 2 * self.vocabulary_rows * self.hidden_size * supervised
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, in the numbers that cost something. Token counts are means over conversations, cut at the length limit."""
+
+    steps: int
+    conversations_a_step: int
+    tokens: float
+    """In the student's tokenizer."""
+    supervised: float
+    """Of these."""
+    teacher_tokens: float
+    """In the tokenizer the teacher reads."""
+    teacher_supervised: float
+    largest_batch_tokens: int
+    """Of a micro-batch, in the student's tokenizer: what memory must hold."""
+    precision: str = "bf16"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a whole run; memory of one device that holds both models. Evaluation, a few percent, is not in it."""
+
+    student_flops: float
+    teacher_flops: float
+    hours: float | None
+    """On the named card, at `UTILISATION` of its peak."""
+    student_memory_bytes: float
+    """Weights, gradients and Adam's two moments in float32; and a copy of the weights in the precision of the products."""
+    activation_memory_bytes: float
+    """What the largest micro-batch leaves for the backward pass, and the chunks of logits."""
+    teacher_memory_bytes: float
+    disk_bytes: float
+    """The run's folder at its fullest: checkpoints with the optimizer's moments, and the trained student."""
+
+    @property
+    def flops(self) -> float:
+        """Of both models."""
+        return self.student_flops + self.teacher_flops
+
+    @property
+    def memory_bytes(self) -> float:
+        """At the peak of a step."""
+        return self.student_memory_bytes + self.activation_memory_bytes + self.teacher_memory_bytes
+
+
+def model_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
+    """Measured on a model without storage (torch's meta device). Raises: ModelError if the configuration makes no causal model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    text = config.get_text_config()
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever an architecture's own code raises
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{type(config).__name__}: no causal language model can be built from it ({reason})") from error
+    head = model.get_output_embeddings().weight
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    active = _active_expert_share(text)
+    body = sum(
+        parameter.numel() * (active if re.search(r"\bexperts\b", name) else 1)
+        for name, parameter in model.named_parameters()
+        if parameter is not head and id(parameter) not in looked_up
+    )
+    heads = text.num_attention_heads
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    return ModelSize(
+        parameters=model.num_parameters(),
+        body_parameters=round(body),
+        vocabulary_rows=len(head),
+        hidden_size=head.shape[1],
+        layers=text.num_hidden_layers,
+        attention_width=heads * head_width,
+        numbers_a_layer=text.hidden_size + (heads + key_heads) * head_width + inner,
+    )
+
+
+def estimate(method: str, teacher: ModelSize, student: ModelSize, plan: Plan, *, card: str | None = None) -> Cost:
+    """The cost of ``plan`` by ``method`` (text, logits or cross). Raises: ConfigError for an unknown precision or card."""
+    if plan.precision not in BYTES:
+        raise ConfigError(f"precision {plan.precision!r} is not known; use one of {', '.join(BYTES)}")
+    conversations = plan.steps * plan.conversations_a_step
+    student_flops = 3 * conversations * student.forward_flops(plan.tokens, plan.supervised)
+    teacher_flops, teacher_memory = 0.0, 0.0
+    if method != "text":
+        teacher_flops = conversations * teacher.forward_flops(plan.teacher_tokens, plan.teacher_supervised)
+        teacher_memory = teacher.parameters * BYTES[plan.precision]
+    copy_bytes = 0 if plan.precision == "fp32" else BYTES[plan.precision]
+    activations = plan.largest_batch_tokens * student.layers * student.numbers_a_layer * ACTIVATION_BYTES[plan.precision]
+    checkpoint = 12 * student.parameters  # weights and two moments in float32
+    return Cost(
+        student_flops=student_flops,
+        teacher_flops=teacher_flops,
+        hours=None if card is None else (student_flops + teacher_flops) / _flops_a_second(card, plan.precision) / 3600,
+        student_memory_bytes=student.parameters * (16 + copy_bytes),
+        activation_memory_bytes=activations + LOGITS_BYTES,
+        teacher_memory_bytes=teacher_memory,
+        disk_bytes=(KEPT_CHECKPOINTS + 1) * checkpoint + 4 * student.parameters,  # a new one is written before the oldest goes
+    )
+
+
+def find_card(name: str) -> Card:
+    """Raises: ConfigError for a card that `CARDS` does not list."""
+    if name.lower() not in CARDS:
+        raise ConfigError(f"card {name!r} is not listed; known are {', '.join(CARDS)}")
+    return CARDS[name.lower()]
+
+
+def _flops_a_second(card: str, precision: str) -> float:
+    found = find_card(card)
+    return UTILISATION * (found.fp32_flops_per_second if precision == "fp32" else found.bf16_flops_per_second)
+
+
+def _active_expert_share(config: Any) -> float:
+    """Of a mixture of experts, the share of the experts that a token meets; 1 for a dense model."""
+    chosen = getattr(config, "num_experts_per_tok", None)
+    counts = (getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    count = next((count for count in counts if count), None)
+    return chosen / count if chosen and count else 1.0
