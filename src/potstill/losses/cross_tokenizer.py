@@ -101,7 +101,7 @@ def fused_linear_cells(
             f"labels {tuple(labels.shape)} and places {tuple(places.teacher_row.shape)} must be one for each of the "
             f"{len(student_hidden)} hidden states of the student"
         )
-    compare = closed_form(divergence, **shape)
+    compare = closed_form(divergence, shape)
     device = student_hidden.device
     source = CellPartition(_fitted(cells.teacher_cells, len(teacher)).to(device), cells.count)
     target = CellPartition(_fitted(cells.student_cells, len(student)).to(device), cells.count)

@@ -130,7 +130,7 @@ def fused_linear_topk(
     if ids.shape[-1] == len(head):  # nothing is left over but rounding
         rest = torch.zeros_like(rest)
     masses = torch.cat([kept, rest.clamp_min(0)], -1)
-    compare = closed_form(divergence, **shape)
+    compare = closed_form(divergence, shape)
 
     def score(logits: Tensor, rows: slice) -> LossAndGradient:
         partition = TopKPartition(ids[rows], len(head))
