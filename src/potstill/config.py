@@ -104,6 +104,8 @@ class DistillRecipe:
     """Divides the logits of both models before they are compared."""
     hard_label_weight: float = 0.0
     """Share of cross-entropy on the text itself, mixed into the divergence, between 0 and 1."""
+    freeze_embeddings: bool = False
+    """Leave the student's embedding and head as they are: in a student cut from its teacher they are the teacher's own."""
     chat_template: str | None = None
     """For tokenizers without one: plain, or the path of a Jinja template."""
     precision: str = "bf16"

@@ -155,6 +155,9 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
         raise DataError("no conversation is left to hold out for evaluation; give --eval-data or more data")
     _say(f"data: {counts}; {len(held_out)} conversations held out")
     student, _ = load_model(recipe.student, dtype="float32", **opening)
+    if recipe.freeze_embeddings:
+        for module in (student.get_input_embeddings(), student.get_output_embeddings()):
+            module.requires_grad_(False)
     teacher, teacher_tokenizer = None, None
     if recipe.method != "text":
         teacher, teacher_tokenizer = load_model(recipe.teacher, dtype=_dtype(recipe.precision), **opening)
