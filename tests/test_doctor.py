@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from conftest import CHATML, conversations, sentencepiece_tokenizer, tiny_model, toy_tokenizer
-from potstill import cli
+from potstill import cli, doctor
 from potstill.config import DistillRecipe, DoctorRecipe
 from potstill.doctor import Diagnosis, examine, quick_check
 from potstill.doctor_text import as_text
@@ -110,6 +110,16 @@ def test_different_tokenizers_are_measured_on_the_users_own_text(folder: Folder,
     assert text.one_to_one <= text.roots
     assert sum(count for _, count in text.untaught) <= text.supervised_tokens - text.roots - text.interiors
     assert text.teacher_tokens != text.tokens
+
+
+def test_a_teacher_with_little_to_say_about_the_text_is_not_worth_its_price(
+    folder: Folder, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "ENOUGH_TARGETS", 1.01)
+    found = examine(folder("t", toy_tokenizer()), folder("s", relabelled(toy_tokenizer()), layers=2), data=data)
+    assert found.method == "text"
+    assert "--method text" in found.command
+    assert found.costs.keys() == {"text"}
 
 
 def test_without_data_the_vocabularies_decide_and_the_price_is_for_a_million_tokens(folder: Folder) -> None:
@@ -258,7 +268,8 @@ def test_the_page_fits_a_terminal_and_json_holds_the_same(folder: Folder, data: 
     printed = json.loads(capsys.readouterr().out)
     assert printed["method"] == "cross"
     assert printed["costs"].keys() == {"text", "cross"}
-    assert printed["text"]["roots"] > 0
+    assert 0 < printed["text"]["with_target"] <= 1
+    assert printed["costs"]["cross"]["flops"] > printed["costs"]["text"]["flops"]
     assert printed["student"]["chat_template"] == "plain"
 
 

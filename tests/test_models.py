@@ -11,7 +11,7 @@ import torch
 
 from conftest import tiny_model, toy_tokenizer
 from potstill.errors import ConfigError, ModelError, ModelNotFound, UnsafeWeights
-from potstill.models import load_model
+from potstill.models import load_config, load_generation_config, load_model, load_tokenizer
 
 
 def test_importing_potstill_imports_neither_torch_nor_transformers() -> None:
@@ -55,6 +55,18 @@ def test_a_folder_without_weights_or_config_is_one_line(tmp_path: Path) -> None:
     tiny_model().config.save_pretrained(tmp_path)
     with pytest.raises(ModelNotFound, match="no .safetensors"):
         load_model(tmp_path)
+
+
+def test_configurations_and_tokenizers_open_where_there_are_no_weights(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.config.save_pretrained(tmp_path)
+    toy_tokenizer().save_pretrained(tmp_path)
+    assert load_config(tmp_path).vocab_size == 272
+    assert len(load_tokenizer(tmp_path)) == 266
+    assert load_generation_config(tmp_path).eos_token_id == 265  # from the configuration
+    model.generation_config.eos_token_id = [1, 2]
+    model.generation_config.save_pretrained(tmp_path)
+    assert load_generation_config(tmp_path).eos_token_id == [1, 2]
 
 
 def test_a_damaged_weights_file_is_one_line(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from potstill.training import DistillationConfig, DistillationTrainer
 
 def trainer(folder: Path, student: Any = None, **settings: Any) -> DistillationTrainer:
     tokenizer = settings.pop("tokenizer", None) or toy_tokenizer()
-    quiet: dict[str, Any] = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+    common = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
     return DistillationTrainer(
         student or tiny_model(layers=2, seed=1),
         tiny_model(layers=4),
-        DistillationConfig(str(folder), **quiet, **settings),
+        DistillationConfig(str(folder), **common, **settings),
         train_dataset=conversations(24),
         processing_class=tokenizer,
         teacher_tokenizer=toy_tokenizer(),

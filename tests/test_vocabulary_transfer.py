@@ -8,9 +8,11 @@ import torch
 
 from conftest import sentencepiece_tokenizer, tiny_model, toy_tokenizer
 from potstill.alignment import stop_tokens
+from potstill.data import tokenize_conversations
 from potstill.data.chat_templates import set_chat_template
 from potstill.errors import ModelError, OpaqueTokenizer
-from potstill.models import load_model
+from potstill.evaluation import score_tokens, summarize
+from potstill.models import load_model, load_tokenizer
 from potstill.students import save_student
 from potstill.vocabulary_transfer import change_tokenizer, refuse_misread, token_sources
 
@@ -42,6 +44,19 @@ def test_a_token_of_both_vocabularies_keeps_its_row_and_any_other_gets_the_mean_
             torch.testing.assert_close(after[new_id(token)], expected, rtol=0, atol=1e-7 if len(spelled) > 1 else 0)
     assert student.config.tie_word_embeddings == tied
     assert (rows_of(student)[0] is rows_of(student)[1]) == tied
+
+
+def test_a_bias_of_the_head_goes_with_its_rows(new_tokenizer: Any) -> None:
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    model = GPTJForCausalLM(
+        GPTJConfig(vocab_size=272, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, bos_token_id=0, eos_token_id=1)
+    )
+    model.lm_head.bias.data.normal_()
+    student = change_tokenizer(model, toy_tokenizer(), new_tokenizer)
+    pieces = toy_tokenizer().convert_tokens_to_ids(["w", "e", "t"])
+    expected = model.lm_head.bias[pieces].mean()
+    torch.testing.assert_close(student.lm_head.bias[new_tokenizer.convert_tokens_to_ids("wet")], expected)
 
 
 def test_special_tokens_start_from_those_that_do_their_work(new_tokenizer: Any) -> None:
@@ -123,3 +138,19 @@ def test_a_tokenizer_that_never_ends_or_hides_its_bytes_is_refused() -> None:
     words = Tokenizer(models.WordPiece({"the": 0, "[UNK]": 1}, unk_token="[UNK]"))
     with pytest.raises(OpaqueTokenizer, match="WordPiece"):
         token_sources(toy_tokenizer(), PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[UNK]"))
+
+
+@pytest.mark.slow
+def test_a_real_model_with_a_real_foreign_vocabulary_still_knows_its_language() -> None:
+    folder = Path(__file__).parents[1] / ".cache" / "tokenizers" / "llama2"
+    if not folder.is_dir():
+        pytest.skip("no tokenizers on this disk: run `make tokenizers`")
+    teacher, tokenizer = load_model("demo", dtype="bfloat16", device="cpu")
+    new_tokenizer = load_tokenizer(folder)
+    paragraphs = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8").split("\n\n")
+    student = change_tokenizer(teacher, tokenizer, new_tokenizer)
+    bits = []
+    for model, reader in ((teacher, tokenizer), (student, new_tokenizer)):
+        dataset, _ = tokenize_conversations([{"text": text} for text in paragraphs if len(text) > 200], reader)
+        bits.append(summarize(score_tokens(model, dataset, pad_token_id=reader.pad_token_id))["bits_per_byte"])
+    assert bits[0] < bits[1] < 1.6 * bits[0]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from potstill.teachers import LocalTeacher as LocalTeacher
     from potstill.training import DistillationConfig as DistillationConfig
     from potstill.training import DistillationTrainer as DistillationTrainer
+    from potstill.vocabulary_transfer import change_tokenizer as change_tokenizer
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ _HOME = {
     "LocalTeacher": "potstill.teachers",
     "alignment": "potstill.alignment",
     "answer_prompts": "potstill.generation",
+    "change_tokenizer": "potstill.vocabulary_transfer",
     "keep_layers": "potstill.students",
     "load_model": "potstill.models",
     "losses": "potstill.losses",
@@ -35,6 +37,7 @@ __all__ = [
     "LocalTeacher",
     "alignment",
     "answer_prompts",
+    "change_tokenizer",
     "keep_layers",
     "load_model",
     "losses",

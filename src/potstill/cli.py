@@ -201,7 +201,7 @@ def _doctor(recipe: config.DoctorRecipe) -> None:
     settings = dataclasses.asdict(recipe)
     as_json = settings.pop("json")
     diagnosis = examine(**settings)
-    print(json.dumps(dataclasses.asdict(diagnosis), indent=1, ensure_ascii=False) if as_json else as_text(diagnosis))
+    print(json.dumps(diagnosis.as_dict(), indent=1, ensure_ascii=False) if as_json else as_text(diagnosis))
 
 
 def _distill(recipe: config.DistillRecipe) -> None:

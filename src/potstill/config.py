@@ -111,6 +111,8 @@ class DistillRecipe:
     """cross: share of cross-entropy inside the observed cell, between 0 and 1."""
     hard_label_weight: float = 0.0
     """Share of cross-entropy on the text itself, mixed into the divergence, between 0 and 1."""
+    freeze_embeddings: bool = False
+    """Leave the student's embedding and head as they are: in a student cut from its teacher they are the teacher's own."""
     chat_template: str | None = None
     """For tokenizers without one: plain, or the path of a Jinja template."""
     precision: str = "bf16"

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from potstill.alignment import BytePrefixCells, PushForwardCells, StrictCells, VocabularyCells, cached_cells, token_bytes
 from potstill.data import PairLayout, TokenCounts, tokenize_pairs
+from potstill.data.pairs import PLACES
 from potstill.heads import hidden_states, model_inputs, output_head, supervised
 from potstill.losses import (
     Head,
@@ -129,7 +130,7 @@ def _places(ours: _Supervised, numbers: Tensor) -> Places:
     highest = int(torch.cat([wanted, numbers, numbers.new_zeros(1)]).max()) + 1
     row_of = torch.full((highest + 1,), -1, device=numbers.device)  # the last stands for −1, "no target"
     row_of[numbers] = torch.arange(len(numbers), device=numbers.device)
-    return Places(row_of[wanted], ours["start"], ours["stop"], ours["depth"])
+    return Places(row_of[wanted], *(ours[name] for name in PLACES[1:]))
 
 
 def _as_student(row: dict[str, Any]) -> dict[str, Any]:
@@ -137,5 +138,5 @@ def _as_student(row: dict[str, Any]) -> dict[str, Any]:
     ids, labels = row["teacher_input_ids"], row["teacher_labels"]
     nothing = [0] * len(ids)
     index = [i if label != -100 else -1 for i, label in enumerate(labels)]
-    places = {"teacher_index": index, "start": nothing, "stop": nothing, "depth": nothing, "chunk": row["teacher_chunk"]}
+    places = {**dict.fromkeys(PLACES, nothing), "teacher_index": index, "chunk": row["teacher_chunk"], "cell": ids}
     return {**row, "input_ids": ids, "labels": labels, **places}

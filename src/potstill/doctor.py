@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,15 @@ class Diagnosis:
     card: str | None
     notes: list[str]
     """What should be known, or mended, before the run."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it for machines, what follows from the counts included."""
+        found = asdict(self)
+        if self.text is not None:
+            found["text"] |= {"with_target": self.text.with_target, "disagreeing": self.text.disagreeing}
+        for name, cost in self.costs.items():
+            found["costs"][name] |= {"flops": cost.flops, "memory_bytes": cost.memory_bytes}
+        return found
 
 
 def quick_check(teacher_tokenizer: Any, student_tokenizer: Any, method: str) -> str | None:
@@ -171,8 +180,9 @@ def _side(source: str, tokenizer: Any, chat_template: str | None, trust_remote_c
         rendered, _ = answer_spans(tokenizer, TALK)
         opening, _, closing = rendered.partition(TALK[0]["content"])
         after = tokenizer.encode(closing.partition(TALK[1]["content"])[2], add_special_tokens=False)
-        ends_turn = next((tokenizer.convert_ids_to_tokens(i) for i in after if i in stop_tokens(tokenizer)), None)
-    stops = load_generation_config(source).eos_token_id or tokenizer.eos_token_id
+        ends = stop_tokens(tokenizer)
+        ends_turn = next((tokenizer.convert_ids_to_tokens(i) for i in after if i in ends), None)
+    stops = load_generation_config(source, trust_remote_code=trust_remote_code).eos_token_id or tokenizer.eos_token_id
     return Side(
         source=source,
         tokens=len(tokenizer),
@@ -190,23 +200,18 @@ def _side(source: str, tokenizer: Any, chat_template: str | None, trust_remote_c
 def _verdict(sides: Sequence[Side], vocabularies: VocabularyComparison, text: MeasuredText | None) -> tuple[str, str]:
     """The method, and the reason in one line."""
     if vocabularies.first_difference is None:
-        rows = [side.size.vocabulary_rows for side in sides]
-        cut = (
-            ""
-            if rows[0] == rows[1]
-            else f"; the heads of {rows[0]} and {rows[1]} rows are cut to the {vocabularies.shared_rows} shared"
-        )
-        return "logits", f"equal ids are equal tokens, so the whole distributions can be compared{cut}"
+        rows, other_rows = (side.size.vocabulary_rows for side in sides)
+        reason = "equal ids are equal tokens, so the whole distributions can be compared"
+        if rows != other_rows:
+            reason += f"; the heads of {rows} and {other_rows} rows are cut to the {vocabularies.shared_rows} shared"
+        return "logits", reason
     first, teacher_token, student_token = vocabularies.first_difference
     unsafe = f"logits would be unsafe (id {first} is {teacher_token!r} in the teacher's, {student_token!r} in the student's)"
     if text is None:
         share = vocabularies.shared_tokens / vocabularies.student_tokens
         return "cross", f"{unsafe}; {share:.0%} of the student's tokens are the teacher's, too"
     if text.with_target < ENOUGH_TARGETS:
-        return (
-            "text",
-            f"{unsafe}, and across tokenizers the teacher reaches only {text.with_target:.0%} of the positions in your text",
-        )
+        return "text", f"{unsafe}, and cross would reach only {text.with_target:.0%} of the positions in your text"
     return "cross", f"{unsafe}; across tokenizers the teacher reaches {text.with_target:.1%} of the positions in your text"
 
 
@@ -239,12 +244,11 @@ def _teacher_bits_per_byte(
 ) -> dict[str, float]:
     """How well the teacher foresees the answers when it reads them as it is used to, and as the student will be asked."""
     tokenizer, student_tokenizer = tokenizers
-    chosen = [
-        {**row, "cut_off": True} for row in conversations[:SCORED_CONVERSATIONS]
-    ]  # the end token is the template's, not the text's
-    templates = {"own": tokenizer.chat_template, "student's": student_tokenizer.chat_template}
+    # Marked as cut off, answers are scored without the end token, which is the template's.
+    chosen = [{**row, "cut_off": True} for row in conversations[:SCORED_CONVERSATIONS]]
     bits = {}
-    for name, tokenizer.chat_template in templates.items():
+    for name, template in (("own", tokenizer.chat_template), ("student's", student_tokenizer.chat_template)):
+        tokenizer.chat_template = template
         dataset, _ = tokenize_conversations(chosen, tokenizer, max_length=length)
         bits[name] = summarize(score_tokens(teacher, dataset, pad_token_id=tokenizer.pad_token_id))["bits_per_byte"]
     return bits
@@ -280,9 +284,7 @@ def _notes_on_pair(sides: Sequence[Side], method: str) -> Iterator[str]:
 
 
 def _notes_on_text(text: MeasuredText | None, tokenizers: Sequence[Any], method: str) -> Iterator[str]:
-    split = (
-        "split differently by the two tokenizers, though their tokens are the same: the teacher will read what it is not used to"
-    )
+    split = "split differently by two tokenizers of the same tokens: the teacher will read what it is not used to"
     if text is None:
         if method == "logits" and not splits_alike(*tokenizers):
             yield f"some text is {split}"

@@ -2,12 +2,13 @@
 
 B batch, T time, H hidden, V vocabulary, N supervised tokens. A loss over a large vocabulary wants hidden states and the head
 apart, so that only supervised positions are projected, chunk by chunk (losses/fused.py). Rather than know where each of a
-hundred architectures keeps its decoder, we call the model as usual and listen at the door of its head: that goes through every
-wrapper (DDP, FSDP, PEFT, torch.compile) and works for whatever has output embeddings.
+hundred architectures keeps its decoder, we call the model as usual with somebody standing in for its head, who notes what comes and
+lets it pass: that goes through every wrapper (DDP, FSDP, PEFT, torch.compile) and works for whatever has output embeddings.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -25,19 +26,34 @@ def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def hidden_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """What the head of ``model`` would project, ``[B, T, H]``; the head itself is given one position only."""
-    caught: list[Tensor] = []
-
-    def listen(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        caught.append(arguments[0])
-        return (arguments[0][:1, :1], *arguments[1:])
-
-    handle = _head_module(model).register_forward_pre_hook(listen)
+    """What the head of ``model`` would project, ``[B, T, H]``."""
+    head = _head_module(model)
+    doorman = _doormen.setdefault(head, _Doorman())
+    usual = head.__dict__.get("forward")  # where somebody (accelerate) has already put a forward of their own
+    head.forward = doorman.note
     try:
         model(**inputs, use_cache=False)
     finally:
-        handle.remove()
-    return caught[0]
+        del head.forward
+        if usual is not None:
+            head.forward = usual
+        hidden, doorman.hidden = doorman.hidden, None
+    assert hidden is not None
+    return hidden
+
+
+class _Doorman:
+    """One for each head and always the same: torch.compile would begin anew for a new one."""
+
+    hidden: Tensor | None = None
+
+    def note(self, hidden: Tensor) -> Tensor:
+        """Keep what the head was given; what goes back in place of logits, nobody reads."""
+        self.hidden = hidden
+        return hidden[..., :1]
+
+
+_doormen: weakref.WeakKeyDictionary[nn.Module, _Doorman] = weakref.WeakKeyDictionary()
 
 
 def output_head(model: nn.Module, *, rows: int | None = None) -> Head:

@@ -76,7 +76,7 @@ def load_config(source: str | os.PathLike[str], *, trust_remote_code: bool = Fal
         return AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
 
 
-def load_generation_config(source: str | os.PathLike[str]) -> Any:
+def load_generation_config(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
     """How the model generates by itself, from its own file or else its configuration. Raises: as `load_model`."""
     location = locate(source, weights=False)
     from transformers import GenerationConfig
@@ -84,7 +84,7 @@ def load_generation_config(source: str | os.PathLike[str]) -> Any:
     try:
         return GenerationConfig.from_pretrained(location)
     except OSError:
-        return GenerationConfig.from_model_config(load_config(source))
+        return GenerationConfig.from_model_config(load_config(source, trust_remote_code=trust_remote_code))
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:

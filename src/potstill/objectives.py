@@ -122,7 +122,7 @@ def make_objective(args: Any, student: Any, tokenizer: Any, teacher: Any, teache
         heads = [len(model.get_output_embeddings().weight) for model in (teacher, student)]
         rows = min(shared_rows(teacher_tokenizer, tokenizer), *heads)
         teacher = LocalTeacher(teacher, rows=rows)
-    shape |= {"temperature": args.temperature, "hard_label_weight": args.hard_label_weight}
+    shape |= {"temperature": args.temperature, "hard_label_weight": args.hard_label_weight, "compiled": args.compile_loss}
     return LogitsObjective(tokenizer, layout, teacher, rows, shape)
 
 

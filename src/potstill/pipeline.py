@@ -154,6 +154,9 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
         raise DataError("no conversation is left to hold out for evaluation; give --eval-data or more data")
     arguments, tokenizer = _arguments(run, recipe), _tokenizer(recipe.student, recipe)
     student, _ = load_model(recipe.student, dtype="float32", **opening)
+    if recipe.freeze_embeddings:
+        for module in (student.get_input_embeddings(), student.get_output_embeddings()):
+            module.requires_grad_(False)
     teacher, teacher_tokenizer = None, None
     if recipe.method != "text":
         teacher_tokenizer = _tokenizer(recipe.teacher, recipe)

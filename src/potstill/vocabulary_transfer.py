@@ -5,7 +5,8 @@ V old tokens, V' new ones, H hidden size. A row of the embedding (and of the hea
     row'(u) = mean of row(v) over v in seg(u)         seg(u): the old tokenizer's tokens for the bytes of new token u
 
 so a token that both vocabularies have keeps its row bit for bit. Special tokens have no bytes; they start from the old token that
-does their work: ends a turn, ends or begins a sequence, pads.
+does their work (ends a turn, ends or begins a sequence, pads), else from the old special token of the same spelling, else from the
+tokens of that spelling, which is what the teacher would read in its place.
 
 Source: Gee et al. 2022, Fast Vocabulary Transfer for Language Model Compression (EMNLP industry track), arXiv 2402.09977, section
 3; ours compares bytes, where the paper compares strings. It needs nothing but the two tokenizers. WECHSEL (Minixhofer et al. 2022,
@@ -54,13 +55,13 @@ def token_sources(tokenizer: Any, new_tokenizer: Any) -> list[tuple[int, ...]]:
     if segment.ids.keys().isdisjoint(filter(None, new_tokens)):
         raise VocabularyMismatch("the two tokenizers have no token in common, not one byte; choose another --tokenizer")
     sources = segment(new_tokens)
-    specials = sorted(special_ids(new_tokenizer))
+    old_specials, specials = sorted(special_ids(tokenizer)), sorted(special_ids(new_tokenizer))
     spellings = new_tokenizer.convert_ids_to_tokens(specials)
-    spelled_out = segment(spelling.encode() for spelling in spellings)
-    known = dict(zip(tokenizer.convert_ids_to_tokens(old := sorted(special_ids(tokenizer))), old, strict=True))
+    same_spelling = dict(zip(tokenizer.convert_ids_to_tokens(old_specials), old_specials, strict=True))
     same_work = _same_work(tokenizer, new_tokenizer)
+    spelled_out = segment(spelling.encode() for spelling in spellings)
     for new, spelling, pieces in zip(specials, spellings, spelled_out, strict=True):
-        source = same_work.get(new, known.get(spelling))
+        source = same_work.get(new, same_spelling.get(spelling))
         sources[new] = pieces if source is None else (source,)
     return sources
 

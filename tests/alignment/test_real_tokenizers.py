@@ -164,10 +164,8 @@ def test_llama_3_has_a_prediction_for_nearly_all_of_a_text_in_llama_2s_tokens(te
     rows = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]} for text in texts()]
     teacher, student = map(opened, ("llama3", "llama2"))
     _, counts = tokenize_pairs(rows, teacher, student, cells_of("llama3", "llama2"), max_length=10**6)
-    found = counts.roots + counts.interiors + counts.disagreeing_roots + counts.disagreeing_interiors
-    assert found >= 0.99 * counts.supervised_tokens
-    assert counts.with_target >= 0.98
-    assert counts.disagreeing_roots <= 0.01 * (counts.roots + counts.disagreeing_roots)
+    assert counts.with_target >= 0.99
+    assert counts.disagreeing_roots <= 0.01 * counts.roots
 
 
 def test_aligning_two_thousand_tokens_takes_a_few_milliseconds() -> None:

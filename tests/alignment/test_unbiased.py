@@ -58,16 +58,16 @@ def any_student(before: tuple[int, ...], size: int) -> Tensor:
     return torch.tensor([rng.gauss(0, 1) for _ in range(size)], dtype=DOUBLE).softmax(0)
 
 
-def completed_target(t: Tensor, p: Tensor, u: int, cells: VocabularyCells) -> Tensor:
-    """t̃(w) = t_c(w)·p(w | c(w)) + [c(w) = c(u)]·([w = u] − p(w | c(u)))."""
+def completed_target(t: Tensor, p: Tensor, u: int, seen: int, cells: VocabularyCells) -> Tensor:
+    """t̃(w) = t_c(w)·p(w | c(w)) + [w = u] − [c(w) = seen]·p(w | c(w))."""
     known = cells.student_cells >= 0
     cell = cells.student_cells.clamp(min=0)
     p_cells = p.new_zeros(cells.count).index_add_(0, cell[known], p[known])
     within = torch.where(known & (p > 0), p / p_cells[cell], 0)
-    same = known & (cells.student_cells == cells.student_cells[u])
+    same = known & (cells.student_cells == seen)
     chosen = torch.zeros_like(p)
     chosen[u] = 1
-    return t[cell] * within + same * (chosen - within)
+    return t[cell] * within + chosen - same * within
 
 
 def gradients(pair: tuple[Any, Any], student: Any = any_student) -> Iterator[tuple[Any, float, int, Tensor, Tensor]]:
@@ -91,7 +91,7 @@ def gradients(pair: tuple[Any, Any], student: Any = any_student) -> Iterator[tup
             target = chosen
             if found.teacher_index[i] >= 0:
                 t = by_range(cells, teacher(ids[: found.teacher_index[i]]), before[i - found.depth[i] :])
-                target = completed_target(t, p, u, cells)
+                target = completed_target(t, p, u, found.cell[i], cells)
                 torch.testing.assert_close(target.sum(), torch.ones((), dtype=DOUBLE))
             yield before, probability, u, p - chosen, p - target
 

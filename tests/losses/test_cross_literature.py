@@ -178,10 +178,12 @@ def test_empty_cells_of_a_row_share_its_residual() -> None:
     torch.testing.assert_close(partition.pool(p)[0], torch.tensor([0.3, 0, 0.1, 0, 0.6], dtype=torch.float64))
     torch.testing.assert_close(partition.pool(p)[1], base.pool(p)[1])
     assert partition.spread(torch.arange(5.0).expand(2, -1)).tolist() == [[0, 0, 4, 2, 4, 4], [0, 0, 1, 2, 3, 4]]
-    assert partition.cell_of(torch.tensor([2, 2])).tolist() == [4, 1]
+    assert partition.cell_of(torch.tensor([1, 1])).tolist() == [4, 1]
     logits = p.log()
     masses = torch.tensor([[0.5, 0.0, 0.2, 0.0, 0.3], [0.2, 0.2, 0.2, 0.2, 0.2]], dtype=torch.float64)
-    loss, gradient = partition_loss(CLOSED_FORMS["forward_kl"], masses, logits.clone(), partition, torch.tensor([3, 3]))
+    token = torch.tensor([3, 3])
+    seen = partition.cell_of(base.cells[token])
+    loss, gradient = partition_loss(CLOSED_FORMS["forward_kl"], masses, logits.clone(), partition, token, seen=seen)
     leaf = logits.clone().requires_grad_()
     first = leaf[0].softmax(-1)
     own = torch.stack([first[:2].sum(), first[3], first[2] + first[4] + first[5]])

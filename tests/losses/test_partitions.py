@@ -44,7 +44,9 @@ def test_value_and_gradient_are_those_of_the_definition(name: str, weight: float
     cells = torch.randint(4, (V,)).scatter(0, torch.arange(4), torch.arange(4))
     partition = CellPartition(cells, 4)
     masses = partition.pool(teacher.softmax(-1))
-    loss, gradient = partition_loss(CLOSED_FORMS[name], masses, student.clone(), partition, observed, within_weight=weight)
+    loss, gradient = partition_loss(
+        CLOSED_FORMS[name], masses, student.clone(), partition, observed, seen=cells[observed], within_weight=weight
+    )
     leaf = student.clone().requires_grad_()
     expected = by_definition(name, masses[:, :4], leaf, cells.expand(B, V), observed, weight)
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-10)
@@ -54,7 +56,9 @@ def test_value_and_gradient_are_those_of_the_definition(name: str, weight: float
 @every_divergence
 def test_with_every_token_its_own_cell_it_is_logit_distillation(name: str) -> None:
     teacher, student, observed = random_case()
-    loss, gradient = partition_loss(CLOSED_FORMS[name], teacher.softmax(-1), student.clone(), _Singletons(), observed)
+    loss, gradient = partition_loss(
+        CLOSED_FORMS[name], teacher.softmax(-1), student.clone(), _Singletons(), observed, seen=observed
+    )
     expected_loss, expected_gradient = CLOSED_FORMS[name](teacher.clone(), student.clone())
     torch.testing.assert_close(loss, expected_loss, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
@@ -64,7 +68,7 @@ def test_with_one_cell_for_all_it_is_text_distillation() -> None:
     _, student, observed = random_case()
     partition = CellPartition(torch.zeros(V, dtype=torch.long), 1)
     masses = partition.pool(student.softmax(-1))
-    loss, gradient = partition_loss(CLOSED_FORMS["forward_kl"], masses, student.clone(), partition, observed)
+    loss, gradient = partition_loss(CLOSED_FORMS["forward_kl"], masses, student.clone(), partition, observed, seen=observed * 0)
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(student, observed, reduction="none"))
     torch.testing.assert_close(gradient, student.softmax(-1) - torch.nn.functional.one_hot(observed, V))
 
@@ -75,7 +79,7 @@ def test_where_nothing_is_known_it_is_text_distillation_whatever_the_masses() ->
     known = torch.arange(B) % 2 == 0
     masses = partition.pool(teacher.softmax(-1)).masked_fill(~known[:, None], float("nan"))
     loss, gradient = partition_loss(
-        CLOSED_FORMS["forward_kl"], masses, student.clone(), partition, observed, known=known, within_weight=0.5
+        CLOSED_FORMS["forward_kl"], masses, student.clone(), partition, observed, seen=observed // 2, known=known, within_weight=0.5
     )
     text = torch.nn.functional.cross_entropy(student, observed, reduction="none")
     torch.testing.assert_close(loss[~known], text[~known])
@@ -106,7 +110,9 @@ def test_top_k_is_unbiased_and_cutting_off_or_renormalizing_is_not() -> None:
     mean = torch.zeros_like(whole)
     for token in range(V):
         observed = torch.full((B,), token)
-        _, gradient = partition_loss(CLOSED_FORMS["forward_kl"], masses, student.clone(), partition, observed)
+        _, gradient = partition_loss(
+            CLOSED_FORMS["forward_kl"], masses, student.clone(), partition, observed, seen=partition.cells[:, token]
+        )
         mean += q[:, token : token + 1] * gradient
     torch.testing.assert_close(mean, whole, rtol=1e-9, atol=1e-12)
     renormalized = torch.zeros_like(q).scatter(1, kept.indices, kept.values / kept.values.sum(-1, keepdim=True))
@@ -119,7 +125,10 @@ def test_coarser_cells_never_exceed_the_whole_divergence() -> None:
     for count in (1, 3, 6):
         partition = CellPartition(torch.arange(V) % count, count)
         masses = partition.pool(teacher.softmax(-1))
-        loss, _ = partition_loss(CLOSED_FORMS["forward_kl"], masses, student.clone(), partition, observed, within_weight=0.0)
+        seen = observed % count
+        loss, _ = partition_loss(
+            CLOSED_FORMS["forward_kl"], masses, student.clone(), partition, observed, seen=seen, within_weight=0.0
+        )
         assert (loss <= whole + 1e-12).all()
 
 
@@ -127,7 +136,7 @@ def test_coarser_cells_never_exceed_the_whole_divergence() -> None:
 def test_cells_of_one_tokenizer_are_forward_kl_through_the_heads(chunk_tokens: int | None) -> None:
     student_hidden, student_head, teacher_hidden, teacher_head, labels = heads()
     cells = _ToyCells(torch.arange(V), torch.arange(V), V)
-    places = Places(torch.arange(B), *(torch.zeros(B, dtype=torch.long) for _ in range(3)))
+    places = Places(torch.arange(B), *(torch.zeros(B, dtype=torch.long) for _ in range(3)), labels)
     results = [
         with_gradients(
             fused_linear_cells, student_hidden, student_head, teacher_hidden, teacher_head,
@@ -142,14 +151,14 @@ def test_cells_of_one_tokenizer_are_forward_kl_through_the_heads(chunk_tokens: i
 def test_positions_without_a_target_are_cross_entropy_and_interiors_take_their_range() -> None:
     student_hidden, student_head, teacher_hidden, teacher_head, labels = heads()
     cells = _ToyCells(torch.arange(V), torch.arange(V), V)
-    nowhere = Places(torch.full((B,), -1), *(torch.zeros(B, dtype=torch.long) for _ in range(3)))
+    nowhere = Places(torch.full((B,), -1), *(torch.zeros(B, dtype=torch.long) for _ in range(4)))
     got = with_gradients(
         fused_linear_cells, student_hidden, student_head, teacher_hidden, teacher_head, cells=cells, places=nowhere, labels=labels
     )
     for one, other in zip(got, with_gradients(fused_linear_cross_entropy, student_hidden, student_head, labels), strict=True):
         torch.testing.assert_close(one, other)
     # One interior: teacher tokens 2, 3, 4 go on, each to the cell of its own number.
-    inside = Places(torch.tensor([0]), torch.tensor([2]), torch.tensor([5]), torch.tensor([1]))
+    inside = Places(torch.tensor([0]), torch.tensor([2]), torch.tensor([5]), torch.tensor([1]), torch.tensor([3]))
     loss = fused_linear_cells(
         student_hidden[:1], student_head, teacher_hidden[:1], teacher_head, cells=cells, places=inside, labels=torch.tensor([3])
     )
@@ -174,15 +183,12 @@ class _Singletons:
     def spread(self, values: Tensor) -> Tensor:
         return values
 
-    def cell_of(self, tokens: Tensor) -> Tensor:
-        return tokens
-
 
 class _ToyCells:
+    """Teacher tokens in the order of their numbers; whatever the depth, the next piece has the token's own number."""
+
     keeps_endings = False
     most = None
-
-    """Teacher tokens in the order of their numbers; whatever the depth, the next piece has the token's own number."""
 
     def __init__(self, teacher_cells: Tensor, student_cells: Tensor, count: int) -> None:
         self.teacher_cells, self.student_cells, self.count = teacher_cells, student_cells, count

@@ -110,10 +110,14 @@ class VocabularyCells:
         pieces = self.segmentation[teacher_token]
         return len(emitted) < len(pieces) and emitted == pieces[: len(emitted)]
 
-    def agrees(self, teacher_token: int, emitted: tuple[int, ...], token: int) -> bool:
-        """Whether ``token`` is in the cell of the piece that comes next: only then is the text a sample from the target."""
-        same: bool = self._cell_of[token] == self._cell_of[self.segmentation[teacher_token][len(emitted)]]
-        return same
+    def seen(self, teacher_token: int, emitted: tuple[int, ...], token: int) -> int | None:
+        """The cell that was seen to happen where the text has ``token``: that of the teacher's next piece. None: no target."""
+        return self.student_cell(self.segmentation[teacher_token][len(emitted)])
+
+    def student_cell(self, token: int) -> int:
+        """The cell of one student id, as ``student_cells`` has it but faster to ask one by one."""
+        cell: int = self._cell_of[token]
+        return cell
 
     def depth(self, emitted: tuple[int, ...]) -> int:
         """How far into a teacher token ``emitted`` reaches, as `next_cells` counts it."""

@@ -37,9 +37,9 @@ class PushForwardCells(VocabularyCells):
         self._settle(base.segmentation, _own_numbers(base.student_cells))
         self._lengths = torch.tensor([len(pieces) for pieces in self._sorted])
 
-    def agrees(self, teacher_token: int, emitted: tuple[int, ...], token: int) -> bool:
-        """Always: the target is taken whatever the text has."""
-        return True
+    def seen(self, teacher_token: int, emitted: tuple[int, ...], token: int) -> int | None:
+        """That of ``token`` itself: nothing stands beside the target, whatever the text has."""
+        return self.student_cell(token)
 
     def prefix_range(self, emitted: tuple[int, ...] = ()) -> tuple[int, int]:
         """Which part of ``order`` begins with ``emitted``; what ends there stands first."""
@@ -134,9 +134,9 @@ class StrictCells(VocabularyCells):
         self.most = most
         self._settle(in_one, _own_numbers(shared))
 
-    def agrees(self, teacher_token: int, emitted: tuple[int, ...], token: int) -> bool:
-        """Whether the text has this very token in both."""
-        return self.segmentation[teacher_token] == (token,)
+    def seen(self, teacher_token: int, emitted: tuple[int, ...], token: int) -> int | None:
+        """That of ``token``, if it is the teacher's very token; no target otherwise."""
+        return self.student_cell(token) if self.segmentation[teacher_token] == (token,) else None
 
 
 def _own_numbers(cells: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ The student learns a token u at each of its positions. Seen from the teacher's t
     in the interior the student has emitted the first d tokens of seg(v) since v began, and v goes on
     elsewhere       it begins inside a v that it did not follow from its start: nothing is known, plain cross-entropy
 
-and elsewhere, too, is whatever lies outside the bytes that both render, or has a cell that is not that of v's (next piece).
+and elsewhere, too, is whatever lies outside the bytes that both render. Where u is not in the cell of v's (next) piece, because it
+spans the end of v or v was spelled otherwise, what was seen is the cell of v: the expectation over the teacher's next token is
+taken all the same, and what stands against it is that token's own cell, not u's.
 """
 
 from __future__ import annotations
@@ -34,14 +36,16 @@ class Positions:
     """… up to here."""
     depth: list[int]
     """Pieces of the teacher's token already emitted; 0 at a root."""
+    cell: list[int]
+    """The cell that was seen to happen: that of the teacher's token (its next piece), be the student's token in it or not."""
     chunk: list[int]
     """Tokens of both with the same number cover the same bytes, and no fewer of them would; −1: in no chunk."""
     teacher_chunk: list[int]
     """The same for each token of the teacher's sequence."""
     disagreeing_roots: int = 0
-    """How many tokens at a root have no target only because their cell is not that of the teacher's token."""
+    """How many tokens at a root are not in that cell: they span the end of the teacher's token, or spell it otherwise."""
     disagreeing_interiors: int = 0
-    """How many tokens inside a teacher token have none because their cell is not that of its next piece."""
+    """How many tokens inside a teacher token are not."""
 
     @property
     def interiors(self) -> int:
@@ -88,8 +92,8 @@ def align(
     if teacher_turns is None or student_turns is None or len(teacher_turns) != len(student_turns):
         return None
     length = len(student_ids)
-    nothing = [NO_TARGET] * length
-    found = Positions(nothing.copy(), [0] * length, [0] * length, [0] * length, nothing, [NO_TARGET] * len(teacher_ids))
+    columns = [[0] * length for _ in range(4)]
+    found = Positions([NO_TARGET] * length, *columns, [NO_TARGET] * length, [NO_TARGET] * len(teacher_ids))
     for teacher, student in zip(teacher_turns, student_turns, strict=True):
         common = _lay_on_common_text(teacher, student)
         if common is None:
@@ -146,12 +150,12 @@ def _align_text(teacher: _Turn, student: _Turn, common: int, cells: VocabularyCe
         emitted = tuple(student.ids[root:i])
         if not cells.follows(teacher.ids[k], emitted):
             continue
-        if cells.agrees(teacher.ids[k], emitted, student.ids[i]):
-            _record(found, student.first + i, teacher.first + k, emitted, cells)
-        elif emitted:
-            found.disagreeing_interiors += 1
-        else:
-            found.disagreeing_roots += 1
+        seen = cells.seen(teacher.ids[k], emitted, student.ids[i])
+        if seen is not None:
+            _record(found, student.first + i, teacher.first + k, emitted, seen, cells)
+        if seen != cells.student_cell(student.ids[i]):
+            found.disagreeing_interiors += bool(emitted)
+            found.disagreeing_roots += not emitted
 
 
 def _number_chunks(teacher: _Turn, student: _Turn, common: int, found: Positions) -> None:
@@ -169,11 +173,12 @@ def _bridge_ends(teacher: _Turn, student: _Turn, common: int, cells: VocabularyC
     if teacher.end is None or student.end is None or teacher.offsets[-1] != common or student.offsets[-1] != common:
         return
     if cells.segmentation[teacher.ids[-1]] == (student.ids[-1],):
-        _record(found, student.end, teacher.end, (), cells)
+        _record(found, student.end, teacher.end, (), cells.student_cell(student.ids[-1]), cells)
         found.chunk[student.end] = found.teacher_chunk[teacher.end] = 1 + max(found.chunk)
 
 
-def _record(found: Positions, place: int, teacher_place: int, emitted: tuple[int, ...], cells: VocabularyCells) -> None:
+def _record(found: Positions, place: int, teacher_place: int, emitted: tuple[int, ...], seen: int, cells: VocabularyCells) -> None:
     found.teacher_index[place] = teacher_place
     found.start[place], found.stop[place] = cells.prefix_range(emitted)
     found.depth[place] = cells.depth(emitted)
+    found.cell[place] = seen

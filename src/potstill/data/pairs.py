@@ -19,8 +19,8 @@ from potstill.data.batches import IGNORED, BatchLayout, TokenCounts, encode_conv
 from potstill.data.conversations import Conversation
 from potstill.errors import DataError
 
-PLACE = ("teacher_index", "start", "stop", "depth")
-"""The columns that say where a student's token finds its target (`potstill.alignment.Positions`)."""
+PLACES = ("teacher_index", "start", "stop", "depth", "cell")
+"""The columns that say where a student's token finds its target, one number a token."""
 
 
 @dataclass
@@ -32,9 +32,9 @@ class PairCounts(TokenCounts):
     interiors: int = 0
     """Tokens with a target, inside a teacher token that the student has followed from its start."""
     disagreeing_roots: int = 0
-    """Tokens at a boundary of both that have no target because their cell is not that of the teacher's token."""
+    """Of the roots, tokens that are not in the cell of the teacher's token: the two spell the text differently there."""
     disagreeing_interiors: int = 0
-    """Tokens inside a teacher token that have none because their cell is not that of its next piece."""
+    """Of the interiors, tokens that are not in the cell of the next piece."""
     not_alignable: int = 0
     """Conversations left out because the two renderings of the answers differ in their bytes."""
     first_not_alignable: str = ""
@@ -78,7 +78,7 @@ class PairEncoder:
         """One row, cut at ``max_length`` tokens on either side; None if the renderings do not have the same bytes.
 
         To what `encode_conversation` gives for the student it adds ``teacher_input_ids`` and ``teacher_labels``; as long as
-        ``input_ids``, the columns of `Positions`; and what the counts want.
+        ``input_ids``, the columns `PLACES` of `Positions`; and what the counts want.
         The ids that the teacher sampled for its last answer, if the row keeps them (``teacher_ids``), stand in for that
         answer tokenized again. Raises: ChatTemplateError.
         """
@@ -167,7 +167,7 @@ def tokenize_pairs(
             elif counts.add(row):
                 yield row
 
-    tokens = ["input_ids", "labels", "teacher_input_ids", "teacher_labels", *PLACE, "chunk", "teacher_chunk"]
+    tokens = ["input_ids", "labels", "teacher_input_ids", "teacher_labels", *PLACES, "chunk", "teacher_chunk"]
     columns = dict.fromkeys(tokens, pyarrow.list_(pyarrow.int32()))
     schema = pyarrow.schema({**columns, "answer_bytes": pyarrow.int64(), "shortened": pyarrow.bool_()})
     batches, remaining = [], rows()
@@ -216,7 +216,7 @@ class PairLayout:
             )
             first_token, first_chunk = first_token + length, first_chunk + len(row["input_ids"])
         teacher = self.teacher(asked, more=("number", "chunk", "conversation"))
-        student = self.student(wanting, more=(*PLACE, "chunk", "conversation"))
+        student = self.student(wanting, more=(*PLACES, "chunk", "conversation"))
         return {**student, **{f"teacher_{name}": tensor for name, tensor in teacher.items()}}
 
 
@@ -228,9 +228,10 @@ def _answer(conversation: Conversation) -> str:
 
 def _cut(found: Positions, student_length: int, teacher_length: int) -> dict[str, list[int]]:
     """The columns, without what lies beyond either cut."""
-    columns = [getattr(found, name) for name in PLACE]
-    places = [place if place[0] < teacher_length else (NO_TARGET, 0, 0, 0) for place in zip(*columns, strict=True)][:student_length]
-    kept = dict(zip(PLACE, map(list, zip(*places, strict=True)), strict=True))
+    columns = [getattr(found, name) for name in PLACES]
+    nowhere = (NO_TARGET, 0, 0, 0, 0)
+    places = [place if place[0] < teacher_length else nowhere for place in zip(*columns, strict=True)][:student_length]
+    kept = dict(zip(PLACES, map(list, zip(*places, strict=True)), strict=True))
     # The chunk that a cut goes through is none.
     cut_away = {NO_TARGET, *found.chunk[student_length:], *found.teacher_chunk[teacher_length:]}
     for name, length in (("chunk", student_length), ("teacher_chunk", teacher_length)):

@@ -54,6 +54,8 @@ class Places:
     stop: Tensor
     depth: Tensor
     """… and how many pieces that is; 0 at a root."""
+    cell: Tensor
+    """The cell that was seen to happen: that of the teacher's token, or of its next piece."""
 
 
 class CellPartition:
@@ -71,10 +73,6 @@ class CellPartition:
     def spread(self, values: Tensor) -> Tensor:
         """``[b, C + 1]`` → ``[b, V]``."""
         return values.index_select(-1, self.cells)
-
-    def cell_of(self, tokens: Tensor) -> Tensor:
-        """``[b]`` → ``[b]``."""
-        return self.cells[tokens]
 
 
 class ResidualPartition:
@@ -95,10 +93,9 @@ class ResidualPartition:
         """``[b, C + 1]`` → ``[b, V]``."""
         return self.cells.spread(torch.where(self.empty, values[:, -1:], values))
 
-    def cell_of(self, tokens: Tensor) -> Tensor:
-        """``[b]`` → ``[b]``."""
-        own = self.cells.cell_of(tokens)
-        return torch.where(self.empty.gather(-1, own[:, None]).squeeze(-1), self.count - 1, own)
+    def cell_of(self, cells: Tensor) -> Tensor:
+        """Where what was one of ``cells`` is now: ``[b]`` → ``[b]``."""
+        return torch.where(self.empty.gather(-1, cells[:, None]).squeeze(-1), self.count - 1, cells)
 
 
 def fused_linear_cells(
@@ -132,7 +129,7 @@ def fused_linear_cells(
             f"labels {tuple(labels.shape)} and places {tuple(places.teacher_row.shape)} must be one for each of the "
             f"{len(student_hidden)} hidden states of the student"
         )
-    compare = closed_form(divergence, **shape)
+    compare = closed_form(divergence, shape)
     if divergence != "forward_kl":  # which needs no support: where the teacher has nothing, q log(q / p) is 0
         compare = on_support(compare)
     device = student_hidden.device
@@ -161,11 +158,14 @@ def fused_linear_cells(
         return pooled / pooled.sum(-1, keepdim=True).clamp_min(torch.finfo(pooled.dtype).tiny)
 
     def score(logits: Tensor, rows: slice) -> LossAndGradient:
-        t = masses(rows)
+        t, seen = masses(rows), places.cell[rows].clamp_min(0)
         partition: Partition = target
         if cells.keeps_endings:
-            partition = ResidualPartition(target, (t == 0) & (places.depth[rows, None] > 0))
-        return partition_loss(compare, t, logits, partition, labels[rows], known=known[rows], within_weight=within_weight)
+            partition = residual = ResidualPartition(target, (t == 0) & (places.depth[rows, None] > 0))
+            seen = residual.cell_of(seen)
+        return partition_loss(
+            compare, t, logits, partition, labels[rows], seen=seen, known=known[rows], within_weight=within_weight
+        )
 
     return fused_linear_loss(student_hidden, student, score, observed=labels, chunk_tokens=chunk_tokens)
 

@@ -16,13 +16,14 @@ multiplies by the incoming gradient.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from potstill.losses.closed_forms import CLOSED_FORMS, LossAndGradient, by_autograd, cross_entropy
+from potstill.losses.closed_forms import CLOSED_FORMS, ClosedForm, LossAndGradient, by_autograd, cross_entropy
 from potstill.losses.divergences import positive_temperature
 from potstill.losses.projection import Head, Projection, block_rows, wide_dtype
 
@@ -45,6 +46,7 @@ def fused_linear_divergence(
     hard_label_weight: float = 0.0,
     weights: Tensor | None = None,
     chunk_tokens: int | None = None,
+    compiled: bool = False,
     **shape: float,
 ) -> Tensor:
     """The divergence from teacher to student, summed over tokens: a scalar in nats, with gradients for the student.
@@ -57,7 +59,8 @@ def fused_linear_divergence(
     parameter (``teacher_weight`` or ``skew``). No temperature² factor. ``labels [N]``, the tokens that the text has,
     make half-precision products twenty times more exact (see projection.py: give them where you have them), and mix
     cross-entropy in: (1 − w) · divergence + w · cross-entropy with w = ``hard_label_weight``. ``weights [N]`` multiply
-    tokens. N = 0 gives a zero that still carries (zero) gradients.
+    tokens. ``compiled`` fuses what lies between the products by torch.compile: minutes at the first call, and worth them on
+    a GPU alone (on a CPU the blocks do as well). N = 0 gives a zero that still carries (zero) gradients.
 
     Raises: ValueError for an unknown divergence, heads of unequal rows, hidden states or labels of unequal N, a
     temperature that is not positive, or a ``hard_label_weight`` outside [0, 1] or without labels.
@@ -65,7 +68,7 @@ def fused_linear_divergence(
     student, teacher = as_head(student_head), as_head(teacher_head)
     _check_pair(student_hidden, student, teacher_hidden, teacher)
     _check_labels(labels, student_hidden, hard_label_weight)
-    compare = closed_form(divergence, temperature, **shape)
+    compare = closed_form(divergence, shape, temperature=temperature, compiled=compiled)
     source = Projection(teacher_hidden, teacher, observed=labels, chunk_tokens=chunk_tokens)
 
     def score(student_logits: Tensor, rows: slice) -> LossAndGradient:
@@ -97,7 +100,7 @@ def fused_linear_cross_entropy(
 
 
 def closed_form(
-    divergence: str | Divergence, temperature: float = 1.0, **shape: float
+    divergence: str | Divergence, shape: dict[str, float], *, temperature: float = 1.0, compiled: bool = False
 ) -> Callable[[Tensor, Tensor], LossAndGradient]:
     """``(teacher_logits, student_logits)`` → loss and gradient, at a temperature. Both logits are given up to it.
 
@@ -106,6 +109,8 @@ def closed_form(
     if isinstance(divergence, str) and divergence not in CLOSED_FORMS:
         raise ValueError(f"divergence = {divergence!r}: must be one of {', '.join(CLOSED_FORMS)}, or a function of your own")
     value_and_gradient = CLOSED_FORMS[divergence] if isinstance(divergence, str) else by_autograd(divergence)
+    if compiled:
+        value_and_gradient = _compiled(value_and_gradient)
     temperature = positive_temperature(temperature)
 
     def compare(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGradient:
@@ -115,6 +120,12 @@ def closed_form(
         return loss, gradient.div_(temperature)
 
     return compare
+
+
+@functools.cache
+def _compiled(function: ClosedForm) -> ClosedForm:
+    """One function for all of a process, for blocks of any size."""
+    return torch.compile(function, dynamic=True)
 
 
 def fused_linear_loss(

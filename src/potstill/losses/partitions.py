@@ -1,9 +1,9 @@
 """One principle: how much of the loss is known.
 
 b tokens in a block, N supervised tokens, V the student's vocabulary, C cells. A *partition* cuts the vocabulary into cells. The
-teacher's mass t_c on each cell is known, the token u that the text has is seen, and the loss is
+teacher's mass t_c on each cell is known, a token u was written, cell c(u) was seen to happen, and the loss is
 
-    D(t ‖ p over cells) − λ·log p(u | cell of u)          p_c = Σ p over the tokens of cell c
+    D(t ‖ p over cells) − λ·(log p_u − log p_c(u))          p_c = Σ p over the tokens of cell c
 
 With every token its own cell it is logit distillation, with one cell for all it is text distillation, and between the two lie
 a server that keeps k log-probabilities (`fused_linear_topk`) and a teacher with another tokenizer (cross_tokenizer.py).
@@ -11,9 +11,11 @@ a server that keeps k log-probabilities (`fused_linear_topk`) and a teacher with
 Nothing new has to be derived. D is any divergence of closed_forms.py over C symbols instead of V, log t and log p_c its logits. It
 gives G_c, the gradient with respect to cell c's logit, and within a cell the softmax hands it on in proportion:
 
-    ∂/∂s_w = p(w|c)·G_c + λ·[c = c(u)]·(p(w|c) − [w = u])
+    ∂/∂s_w = p(w|c)·G_c + λ·([c = c(u)]·p(w|c) − [w = u])
 
-For forward KL and λ = 1 that is p − t̃ with MATHS' completed target t̃. λ = 1 makes the expectation equal to text distillation's.
+For forward KL and λ = 1 that is p − t̃, where t̃(w) = t_c·p(w|c) + [w = u] − [c = c(u)]·p(w|c) is the *completed target*: the
+gradient of text, p − [w = u], and beside it something whose mean is nought when c(u) is drawn from t. So the mean is that of text
+distillation, even where c(u) is the cell of what the teacher said and u, in the student's spelling of it, lies in another.
 """
 
 from __future__ import annotations
@@ -42,10 +44,6 @@ class Partition(Protocol):
         """Each token gets what its cell has: ``[b, C]`` → ``[b, V]``."""
         ...
 
-    def cell_of(self, tokens: Tensor) -> Tensor:
-        """The cells of one token a row: ``[b]`` → ``[b]``."""
-        ...
-
 
 def partition_loss(
     compare: Callable[[Tensor, Tensor], LossAndGradient],
@@ -54,18 +52,19 @@ def partition_loss(
     partition: Partition,
     observed: Tensor,
     *,
+    seen: Tensor,
     known: Tensor | None = None,
     within_weight: float = 1.0,
 ) -> LossAndGradient:
     """Loss ``[b]`` in nats and its gradient ``[b, V]``.
 
-    ``masses [b, C]`` is the teacher's distribution over cells, ``observed [b]`` the tokens that the text has. Where ``known [b]``
-    is False nothing is known of the teacher: plain cross-entropy. ``within_weight`` is λ.
+    ``masses [b, C]`` is the teacher's distribution over cells, ``observed [b]`` the tokens that the text has, ``seen [b]`` the
+    cells that happened. Where ``known [b]`` is False nothing is known of the teacher: plain cross-entropy. ``within_weight`` is λ.
     """
     p = student_logits.softmax(-1)
     tiny = torch.finfo(p.dtype).tiny
     pooled = partition.pool(p)
-    own = partition.cell_of(observed)[:, None]
+    own = seen[:, None]
     log_of_observed = p.gather(-1, observed[:, None]).clamp_min(tiny).log()
     log_of_own = pooled.gather(-1, own).clamp_min(tiny).log()
     between, gradient = compare(masses.log(), pooled.log())
@@ -114,10 +113,6 @@ class TopKPartition:
         """``[b, k + 1]`` → ``[b, V]``."""
         return values.gather(-1, self.cells)
 
-    def cell_of(self, tokens: Tensor) -> Tensor:
-        """``[b]`` → ``[b]``."""
-        return self.cells.gather(-1, tokens[:, None]).squeeze(-1)
-
 
 def fused_linear_topk(
     student_hidden: Tensor,
@@ -152,10 +147,11 @@ def fused_linear_topk(
     if ids.shape[-1] == len(head):  # nothing is left over but rounding
         rest = torch.zeros_like(rest)
     masses = torch.cat([kept, rest.clamp_min(0)], -1)
-    compare = closed_form(divergence, **shape)
+    compare = closed_form(divergence, shape)
 
     def score(logits: Tensor, rows: slice) -> LossAndGradient:
         partition = TopKPartition(ids[rows], len(head))
-        return partition_loss(compare, masses[rows], logits, partition, labels[rows], within_weight=within_weight)
+        seen = partition.cells.gather(-1, labels[rows, None]).squeeze(-1)
+        return partition_loss(compare, masses[rows], logits, partition, labels[rows], seen=seen, within_weight=within_weight)
 
     return fused_linear_loss(student_hidden, head, score, observed=labels, chunk_tokens=chunk_tokens)
