@@ -132,30 +132,14 @@ def fused_linear_cells(
     compare = closed_form(divergence, shape)
     if divergence != "forward_kl":  # which needs no support: where the teacher has nothing, q log(q / p) is 0
         compare = on_support(compare)
-    device = student_hidden.device
-    source = CellPartition(_fitted(cells.teacher_cells, len(teacher)).to(device), cells.count)
-    target = CellPartition(_fitted(cells.student_cells, len(student)).to(device), cells.count)
+    target = CellPartition(_fitted(cells.student_cells, len(student)).to(student_hidden.device), cells.count)
     known = places.teacher_row >= 0
     row = places.teacher_row.clamp_min(0)
-    interior = ((places.depth > 0) & known).tolist()
     if not len(teacher_hidden):  # nothing is known anywhere: one row to point at
         teacher_hidden = teacher_hidden.new_zeros(1, teacher_hidden.shape[-1])
     observed = None if teacher_labels is None or not len(teacher_labels) else teacher_labels[row]
     projection = Projection(teacher_hidden[row], teacher, observed=observed, chunk_tokens=chunk_tokens)
-
-    def masses(rows: slice) -> Tensor:
-        q = (projection.logits(rows) / teacher_temperature).softmax(-1)
-        pooled = source.pool(q)
-        pooled[:, -1] = 0  # what only the teacher can say is no example to the student
-        if cells.most is not None and cells.most < cells.count:
-            heaviest = pooled.topk(cells.most, -1)
-            pooled.zero_().scatter_(-1, heaviest.indices, heaviest.values)
-        for i in range(rows.start, rows.stop):
-            if interior[i]:
-                start, stop, depth = (int(column[i]) for column in (places.start, places.stop, places.depth))
-                going_on = q[i - rows.start, cells.order[start:stop].to(device)]
-                pooled[i - rows.start].zero_().index_add_(0, cells.next_cells(start, stop, depth).to(device), going_on)
-        return pooled / pooled.sum(-1, keepdim=True).clamp_min(torch.finfo(pooled.dtype).tiny)
+    masses = _Masses(projection, cells, places, teacher_temperature)
 
     def score(logits: Tensor, rows: slice) -> LossAndGradient:
         t, seen = masses(rows), places.cell[rows].clamp_min(0)
@@ -168,6 +152,34 @@ def fused_linear_cells(
         )
 
     return fused_linear_loss(student_hidden, student, score, observed=labels, chunk_tokens=chunk_tokens)
+
+
+class _Masses:
+    """The teacher's masses on the cells at the student's N positions, asked for a block at a time and in order."""
+
+    def __init__(self, projection: Projection, cells: Cells, places: Places, temperature: float) -> None:
+        self.projection, self.cells, self.temperature = projection, cells, temperature
+        device = projection.hidden.device
+        self.source = CellPartition(_fitted(cells.teacher_cells, len(projection.head)).to(device), cells.count)
+        columns = (column.tolist() for column in (places.start, places.stop, places.depth))
+        inside = ((places.depth > 0) & (places.teacher_row >= 0)).tolist()
+        self.interiors = [place if chosen else None for chosen, *place in zip(inside, *columns, strict=True)]
+
+    def __call__(self, rows: slice) -> Tensor:
+        """``[b, C + 1]``, each row summing to 1."""
+        cells = self.cells
+        q = (self.projection.logits(rows) / self.temperature).softmax(-1)
+        pooled = self.source.pool(q)
+        pooled[:, -1] = 0  # what only the teacher can say is no example to the student
+        if cells.most is not None and cells.most < cells.count:
+            heaviest = pooled.topk(cells.most, -1)
+            pooled.zero_().scatter_(-1, heaviest.indices, heaviest.values)
+        for i, place in enumerate(self.interiors[rows]):
+            if place is not None:
+                start, stop, depth = place
+                going_on = q[i, cells.order[start:stop].to(q.device)]
+                pooled[i].zero_().index_add_(0, cells.next_cells(start, stop, depth).to(q.device), going_on)
+        return pooled / pooled.sum(-1, keepdim=True).clamp_min(torch.finfo(pooled.dtype).tiny)
 
 
 def _fitted(cells: Tensor, rows: int) -> Tensor:
