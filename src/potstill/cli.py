@@ -21,6 +21,7 @@ from potstill.errors import ConfigError, PotstillError
 RECIPES: dict[str, tuple[type, tuple[str, ...]]] = {
     "demo": (config.DemoRecipe, ()),
     "student": (config.StudentRecipe, ("teacher",)),
+    "generate": (config.GenerateRecipe, ("teacher",)),
     "distill": (config.DistillRecipe, ("teacher", "student")),
     "evaluate": (config.EvaluateRecipe, ("student",)),
     "report": (config.ReportRecipe, ("run_dir",)),
@@ -190,6 +191,12 @@ def _layers(text: str) -> Any:
     return numbers if "," in text else numbers[0]
 
 
+def _generate(recipe: config.GenerateRecipe) -> None:
+    from potstill import teacher_text
+
+    print(f"data: {teacher_text.generate(recipe)}")
+
+
 def _distill(recipe: config.DistillRecipe) -> None:
     from potstill import pipeline
 
@@ -221,6 +228,7 @@ def _report(recipe: config.ReportRecipe) -> None:
 COMMANDS: dict[str, Callable[[Any], None]] = {
     "demo": _demo,
     "student": _student,
+    "generate": _generate,
     "distill": _distill,
     "evaluate": _evaluate,
     "report": _report,
