@@ -52,7 +52,7 @@ def generate(recipe: GenerateRecipe) -> Path:
     sampling = Sampling(**{name: getattr(recipe, name) for name in Sampling.__dataclass_fields__})
     chosen, choose = _filters(recipe), _choice(recipe)
     prompts = _PromptFile(recipe.prompts)
-    if next(iter(prompts), None) is None:
+    if not sum(1 for _ in prompts):  # all of them: a broken row is found before any work is done
         raise DataError(f'{recipe.prompts}: no prompt there; each line holds one, as {{"prompt": …}} or {{"messages": …}}')
     engine = _engine(recipe, sampling)
     settings = {} if recipe.server else {"precision": recipe.precision, "batch_size": recipe.batch_size}
