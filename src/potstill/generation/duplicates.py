@@ -61,7 +61,7 @@ class NearDuplicates:
     def _sign(self) -> None:
         if not self._waiting:
             return
-        rows = rensa.RMinHash.digests_from_token_sets([sorted(shingles) for shingles in self._waiting], SIGNATURE, SEED)
+        rows = rensa.RMinHash.digests_from_token_sets(self._waiting, SIGNATURE, SEED)
         numbers = np.array(rows, dtype=np.uint64)
         self._bands.append(_hashes(numbers.reshape(len(numbers), BANDS, -1)))
         self._signatures.append(numbers.astype(np.uint16))

@@ -34,8 +34,8 @@ class RayEngine:
         """Units in the order in which workers finish them."""
         remaining = iter(units)
         while window := list(itertools.islice(remaining, WINDOW * self.workers)):
-            asked = self.ray.data.from_items([{"unit": json.dumps([asdict(request) for request in unit])} for unit in window])
-            answered = asked.repartition(len(window)).map_batches(
+            units_as_text = [{"unit": json.dumps([asdict(request) for request in unit])} for unit in window]
+            answered = self.ray.data.from_items(units_as_text, override_num_blocks=len(window)).map_batches(
                 _Worker, fn_constructor_args=(self.make,), batch_size=1, concurrency=self.workers, num_gpus=self.gpus
             )
             for row in answered.iter_rows():
