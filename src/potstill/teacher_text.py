@@ -6,7 +6,7 @@ Like the pipeline this is the application: it knows recipes, prints, and leaves 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def make_dataset(
     return folder / CONVERSATIONS
 
 
-def standard_filters(*, keep: set[str] = frozenset()) -> dict[str, Filter]:  # type: ignore[assignment]
+def standard_filters(*, keep: Collection[str] = ()) -> dict[str, Filter]:
     """The filters that every data set passes, by reason, but for those in ``keep``."""
     every = {
         "empty": filters.empty,

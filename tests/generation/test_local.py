@@ -22,6 +22,10 @@ def test_answers_stand_behind_their_prompts_in_order(tokenizer: Any) -> None:
     assert all(row["messages"][1]["role"] == "assistant" for row in rows)
 
 
+def test_no_prompts_give_no_answers(tokenizer: Any) -> None:
+    assert answer_prompts(tiny_model(), tokenizer, []) == []
+
+
 def test_sampling_is_the_seeds_and_leaves_the_callers_random_state_alone(tokenizer: Any) -> None:
     model = tiny_model()
     once = answer_prompts(model, tokenizer, PROMPTS, **SAMPLING)

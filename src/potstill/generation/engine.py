@@ -46,11 +46,13 @@ class Answer:
 class Engine(Protocol):
     """Something that can let a teacher answer."""
 
-    unit_size: int
-    """How many requests it wants together: what a kill can cost. 1 where each answer is independent of the others."""
-    identity: dict[str, Any]
-    """Which teacher this is: ``teacher``, ``revision``, ``tokenizer`` and ``chat_template`` (hashes; None where unknown)."""
+    @property
+    def unit_size(self) -> int:
+        """How many requests it wants together: what a kill can cost. 1 where each answer is independent of the others."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Which teacher this is: ``teacher``, ``revision``, ``tokenizer`` and ``chat_template`` (hashes; None where unknown)."""
 
     def answer(self, units: Iterable[Unit]) -> Iterator[list[Answer]]:
         """The answers to each unit, whole, in whatever order they are ready. ``units`` is read as far as there is work for it."""
-        ...

@@ -9,6 +9,7 @@ empty batch on: made again after a kill, it is the same to the last token.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -62,8 +63,13 @@ class LocalEngine:
     ) -> None:
         self.model, self.tokenizer, self.sampling, self.nats = model, tokenizer, sampling, nats
         self.batch_size, self.unit_size = batch_size, unit_size
-        self.identity = identify(source or model.name_or_path, model, tokenizer)
+        self.source = source
         self.ends = end_tokens(model, tokenizer)
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """Which teacher this is."""
+        return identify(self.source or self.model.name_or_path, self.model, self.tokenizer)
 
     def answer(self, units: Iterable[Unit]) -> Iterator[list[Answer]]:
         """One unit after the other."""
@@ -72,6 +78,8 @@ class LocalEngine:
     @torch.inference_mode()
     def answer_unit(self, unit: Unit) -> list[Answer]:
         """All answers of a unit, in its order."""
+        if not unit:
+            return []
         texts = [render(self.tokenizer, request.messages, for_answer=True) for request in unit]
         prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         rows = [_Row(*each, self.sampling.max_new_tokens) for each in zip(unit, prompts, strict=True)]
