@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-CODE := src tests examples benchmarks
+CODE := src tests examples benchmarks docs/pictures
 # torch comes from wherever pip looks. For the CPU build (a tenth of the size) where pip's default is a CUDA one, say
 # `make setup PIP_EXTRA_INDEX_URL=…` with the address of PyTorch's CPU wheels.
 export PIP_DISABLE_PIP_VERSION_CHECK = 1

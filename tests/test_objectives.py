@@ -10,6 +10,7 @@ import torch
 
 from alignment.toys import sentencepiece
 from conftest import conversations, tiny_model, toy_tokenizer
+from potstill.cross_objective import ALIGNMENTS, OVER_CELLS
 from potstill.training import DistillationConfig, DistillationTrainer
 
 
@@ -24,6 +25,12 @@ def trainer(folder: Path, student: Any = None, **settings: Any) -> DistillationT
         processing_class=tokenizer,
         teacher_tokenizer=toy_tokenizer(),
     )  # fmt: skip
+
+
+def across(folder: Path, **settings: Any) -> DistillationTrainer:
+    """A student whose tokens are SentencePiece's."""
+    tokenizer = sentencepiece(prepend="first")
+    return trainer(folder, tiny_model(layers=2, rows=len(tokenizer), seed=1), tokenizer=tokenizer, method="cross", **settings)
 
 
 def loss_of(one: DistillationTrainer) -> torch.Tensor:
@@ -45,14 +52,43 @@ def test_cross_with_one_tokenizer_is_logit_distillation(tmp_path: Path, packed: 
     torch.testing.assert_close(*results, rtol=0.01, atol=0)
 
 
-def test_cross_lowers_its_loss_whatever_the_students_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_cross_lowers_its_loss_whatever_the_students_tokens(
+    tmp_path: Path, alignment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path))
-    tokenizer = sentencepiece(prepend="first")
-    student = tiny_model(layers=2, rows=len(tokenizer), seed=1)
-    one = trainer(tmp_path, student, tokenizer=tokenizer, method="cross", max_steps=12, learning_rate=1e-2)
+    one = across(tmp_path, alignment=alignment, max_steps=12, learning_rate=1e-2)
     one.train()
     losses = [row["loss"] for row in one.state.log_history if "loss" in row]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < (0.9 if alignment == "uld" else 0.8) * losses[0]
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("alignment", OVER_CELLS)
+def test_over_cells_any_divergence_is_finite_and_learns(
+    tmp_path: Path, alignment: str, divergence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path))
+    one = across(tmp_path, alignment=alignment, divergence=divergence, max_steps=12, learning_rate=1e-2)
+    one.train()
+    losses = [row["loss"] for row in one.state.log_history if "loss" in row]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_every_alignment_gives_the_same_loss_packed_padded_and_in_two_batches(
+    tmp_path: Path, alignment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path))
+    results = []
+    for packed, sizes in ((True, (8,)), (False, (8,)), (True, (3, 5))):
+        one = across(tmp_path, alignment=alignment, packed=packed)
+        rows = iter(one.train_dataset)
+        batches = [one.objective.layout([next(rows) for _ in range(size)]) for size in sizes]
+        with torch.no_grad():
+            results.append(sum(one.summed_loss(one.model.eval(), batch) for batch in batches))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(results[0], results[2], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["text", "logits", "cross"])

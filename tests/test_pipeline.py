@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import conversations, sentencepiece_tokenizer, toy_tokenizer
+from alignment.toys import sentencepiece
+from conftest import conversations, sentencepiece_tokenizer, tiny_model, toy_tokenizer
 from potstill import cli, pipeline
 from potstill.training import DistillationTrainer
 
@@ -119,6 +120,62 @@ def test_different_tokenizers_are_refused_for_logits_and_measured_for_text(
     assert evaluation["after"]["bits_per_byte"] > 0
 
 
+@pytest.fixture
+def other(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A student whose tokens are SentencePiece's, in ``other``."""
+    monkeypatch.setenv("POTSTILL_CACHE", str(place / "cache"))
+    tokenizer = sentencepiece(prepend="first")
+    tokenizer.pad_token = tokenizer.eos_token
+    student = tiny_model(layers=2, rows=len(tokenizer), seed=1)
+    student.generation_config.eos_token_id = student.generation_config.pad_token_id = tokenizer.eos_token_id
+    student.save_pretrained(place / "other")
+    tokenizer.save_pretrained(place / "other")
+    return place / "other"
+
+
+@pytest.mark.parametrize("alignment", ["cells", "uld"])
+def test_a_student_with_other_tokens_learns_by_cross(
+    place: Path, other: Path, alignment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distill("--method", "cross", "--alignment", alignment, "--max-steps", "8", student="other") == 0
+    assert "the teacher has a target for" in capsys.readouterr().out
+    evaluation = json.loads((place / "run" / "evaluation.json").read_text())
+    assert evaluation["after"]["bits_per_byte"] < evaluation["before"]["bits_per_byte"]
+    assert evaluation["after"]["kl_nats_per_token"] is None
+    assert f"| method | cross, {alignment} |" in (place / "run" / "student" / "README.md").read_text()
+    assert pipeline.RunFolder("run").read_config()["alignment"] == alignment
+
+
+def test_a_budget_in_seconds_and_an_interrupt_work_across_tokenizers(
+    place: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_evaluate_run", interrupted)
+        assert distill("--method", "cross", "--seconds", "1", student="other") == 130
+    assert distill("--method", "cross", "--seconds", "1", student="other") == 0
+
+
+def test_data_that_nothing_can_be_aligned_in_is_one_error(place: Path, other: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"role": "user", "content": "on"}, {"role": "assistant", "content": "a <|im_end|> b"}]
+    write_rows(place / "odd.jsonl", [{"messages": turns}] * 4)
+    assert distill("--method", "cross", "--max-steps", "2", data="odd.jsonl", student="other") == 2
+    assert "the tokenizers read different bytes in 3" in capsys.readouterr().err
+    assert not (place / "run").exists()
+
+
+def test_cross_between_identical_tokenizers_works_and_says_that_logits_is_cheaper(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POTSTILL_CACHE", str(place / "cache"))
+    assert distill("--method", "cross", "--max-steps", "4") == 0
+    assert "--method logits is cheaper" in capsys.readouterr().out
+    evaluation = json.loads((place / "run" / "evaluation.json").read_text())
+    assert evaluation["after"]["kl_nats_per_token"] < evaluation["before"]["kl_nats_per_token"]
+
+
 def test_evaluate_prints_a_table_or_json(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["evaluate", "student", "--teacher", "teacher", "--data", "data.jsonl", "--precision", "fp32"]
     assert cli.main(arguments) == 0
@@ -189,6 +246,7 @@ def bad(place: Path, name: str) -> list[str]:
         "wrong type": ["distill", *common, "--data", "data.jsonl", "--learning-rate", "fast"],
         "unknown trainer setting": ["distill", *common, "--data", "data.jsonl", "--trainer", '{"optimiser": "sgd"}'],
         "unknown method": ["distill", *common, "--data", "data.jsonl", "--method", "osmosis"],
+        "unknown alignment": ["distill", *common, "--data", "data.jsonl", "--method", "cross", "--alignment", "stars"],
         "unknown precision": ["distill", *common, "--data", "data.jsonl", "--precision", "fp12"],
         "absent model": ["distill", "nobody/nothing", *common[1:], "--data", "data.jsonl"],
         "folder not empty": ["distill", *common[:2], "--output-dir", "full", "--data", "data.jsonl"],
@@ -214,6 +272,7 @@ def bad(place: Path, name: str) -> list[str]:
         ("wrong type", "learning"),
         ("unknown trainer setting", "trainer.optimiser"),
         ("unknown method", "osmosis"),
+        ("unknown alignment", "alignment 'stars' is not known; use one of cells, push_forward"),
         ("unknown precision", "fp12"),
         ("absent model", "not in the hub's cache"),
         ("folder not empty", "full: not empty"),

@@ -141,7 +141,10 @@ class DistillRecipe:
     output_dir: str
     """Folder of the run. The same command goes on with an interrupted one."""
     method: str = "logits"
-    """logits: the teacher's whole distribution (same tokenizer). text: cross-entropy on the teacher's text (any tokenizers)."""
+    """logits: the teacher's whole distribution (same tokenizer). cross: what it lets two different tokenizers know of it. text:
+    cross-entropy on the teacher's text (any tokenizers)."""
+    alignment: str = "cells"
+    """What cross compares: cells, or one of the literature's: push_forward, bpm, alm, uld, strict_topk, last_token_padded."""
     eval_data: str | None = None
     """Held-out conversations. Without it, a part of the data is held out."""
     eval_fraction: float = 0.1
@@ -161,7 +164,11 @@ class DistillRecipe:
     divergence: str = "forward_kl"
     """forward_kl, reverse_kl, jensen_shannon, skew_forward_kl, skew_reverse_kl or total_variation."""
     temperature: float = 1.0
-    """Divides the logits of both models before they are compared."""
+    """logits: divides the logits of both models before they are compared."""
+    teacher_temperature: float = 1.0
+    """cross: the temperature at which the teacher's text was sampled."""
+    within_weight: float = 1.0
+    """cross: share of cross-entropy inside the observed cell, between 0 and 1."""
     hard_label_weight: float = 0.0
     """Share of cross-entropy on the text itself, mixed into the divergence, between 0 and 1."""
     freeze_embeddings: bool = False

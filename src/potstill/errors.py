@@ -11,7 +11,8 @@
     ├── VocabularyMismatch     teacher and student do not share their tokens
     ├── OpaqueTokenizer        a tokenizer that does not say which bytes its tokens stand for
     ├── RunFolderError         an output folder that is not empty, not a run, or cannot be written
-    └── NonFiniteLoss          training met a NaN or an infinity
+    ├── NonFiniteLoss          training met a NaN or an infinity
+    └── SelfCheckFailed        a loss that is not what it says, found out before the first step
 
 Each message is one line: what was found, what is needed, what to do. The command line prints it and exits with status 2.
 """
@@ -63,3 +64,7 @@ class RunFolderError(PotstillError):
 
 class NonFiniteLoss(PotstillError):
     """Training met a NaN or an infinity."""
+
+
+class SelfCheckFailed(PotstillError):
+    """A loss that is not what it says, found out before the first step."""

@@ -17,6 +17,13 @@ from torch import Tensor, nn
 from potstill.errors import ModelError
 from potstill.losses import Head
 
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch a model's forward is given."""
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+
 
 def hidden_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """What the head of ``model`` would project, ``[B, T, H]``."""

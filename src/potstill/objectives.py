@@ -1,29 +1,27 @@
 """What a method of distillation is: how conversations become rows, rows a batch, and a batch a loss.
 
 B batch, T time, N supervised tokens of the student, M of the teacher. Three methods, one principle (losses/partitions.py): text
-knows nothing of the teacher but what it wrote, logits all, and cross what two tokenizers let it know.
+knows nothing of the teacher but what it wrote, logits all, and cross (cross_objective.py) what two tokenizers let it know.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from potstill.alignment import VocabularyCells, cached_cells, shared_rows
-from potstill.data import BatchLayout, PairLayout, TokenCounts, tokenize_conversations, tokenize_pairs
-from potstill.data.pairs import PLACES
+from potstill.alignment import shared_rows
+from potstill.cross_objective import CrossObjective, choose_cells
+from potstill.data import BatchLayout, PairLayout, TokenCounts, tokenize_conversations
 from potstill.errors import ConfigError
-from potstill.heads import hidden_states, output_head, supervised
-from potstill.losses import Places, fused_linear_cells, fused_linear_cross_entropy, fused_linear_divergence
-from potstill.models import cache_folder
+from potstill.heads import hidden_states, model_inputs, output_head, supervised
+from potstill.losses import fused_linear_cross_entropy, fused_linear_divergence
 from potstill.teachers import LocalTeacher, Teacher
 
 METHODS = ("text", "logits", "cross")
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class Objective(Protocol):
@@ -40,6 +38,10 @@ class Objective(Protocol):
         """Σ over the supervised tokens of ``batch``, in nats: the loss before any division."""
         ...
 
+    def self_divergence(self, rows: list[dict[str, Any]]) -> Tensor | None:
+        """Σ of the teacher's divergence from itself, put in the student's place: 0. None where there is no such thing."""
+        ...
+
 
 @dataclass
 class TextObjective:
@@ -54,8 +56,12 @@ class TextObjective:
 
     def summed_loss(self, student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """−log p of every token to learn."""
-        hidden, labels = supervised(hidden_states(student, _inputs(batch)), batch["labels"])
+        hidden, labels = supervised(hidden_states(student, model_inputs(batch)), batch["labels"])
         return fused_linear_cross_entropy(hidden, output_head(student), labels)
+
+    def self_divergence(self, rows: list[dict[str, Any]]) -> Tensor | None:
+        """None: the text is all that is known."""
+        return None
 
 
 @dataclass
@@ -74,44 +80,19 @@ class LogitsObjective:
 
     def summed_loss(self, student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The divergence at every token to learn."""
-        hidden, labels = supervised(hidden_states(student, _inputs(batch)), batch["labels"])
-        target = self.teacher.targets({**_inputs(batch), "labels": batch["labels"]})
+        hidden, labels = supervised(hidden_states(student, model_inputs(batch)), batch["labels"])
+        target = self.teacher.targets({**model_inputs(batch), "labels": batch["labels"]})
         head = output_head(student, rows=self.rows)
         return fused_linear_divergence(hidden, head, target.hidden, target.head, labels=labels, **self.settings)
 
-
-@dataclass
-class CrossObjective:
-    """A divergence between two distributions over the cells of different vocabularies."""
-
-    tokenizer: Any
-    teacher_tokenizer: Any
-    layout: PairLayout
-    teacher: Teacher
-    cells: VocabularyCells
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def encode(self, conversations: Any, *, max_length: int) -> tuple[Any, TokenCounts]:
-        """Both models' tokens, each in its own chat template, and where the student's find their targets."""
-        return tokenize_pairs(conversations, self.teacher_tokenizer, self.tokenizer, self.cells, max_length=max_length)
-
-    def summed_loss(self, student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """The divergence where the teacher has a target, and cross-entropy for what is not known."""
-        hidden, labels = supervised(hidden_states(student, _inputs(batch)), batch["labels"])
-        asked = {name: batch[f"teacher_{name}"] for name in (*MODEL_INPUTS, "labels") if f"teacher_{name}" in batch}
-        target = self.teacher.targets(asked)
-        taught = asked["labels"][:, 1:] != -100
-        return fused_linear_cells(
-            hidden,
-            output_head(student),
-            target.hidden,
-            target.head,
-            cells=self.cells,
-            places=_places(batch, batch["teacher_number"][:, 1:][taught]),
-            labels=labels,
-            teacher_labels=asked["labels"][:, 1:][taught],
-            **self.settings,
-        )
+    def self_divergence(self, rows: list[dict[str, Any]]) -> Tensor | None:
+        """The teacher through the student's way to its hidden states against the teacher through its own."""
+        if not isinstance(self.teacher, LocalTeacher):
+            return None
+        model = self.teacher.model
+        batch = {name: tensor.to(model.device) for name, tensor in self.layout(rows).items()}
+        alone = dataclasses.replace(self, settings={**self.settings, "hard_label_weight": 0.0})
+        return alone.summed_loss(model, batch)
 
 
 def make_objective(args: Any, student: Any, tokenizer: Any, teacher: Any, teacher_tokenizer: Any) -> Objective:
@@ -130,11 +111,12 @@ def make_objective(args: Any, student: Any, tokenizer: Any, teacher: Any, teache
         teacher_tokenizer = AutoTokenizer.from_pretrained(teacher.config.name_or_path)
     shape = {"divergence": args.divergence, **args.divergence_shape}
     if args.method == "cross":
-        cells = cached_cells(teacher_tokenizer, tokenizer, cache_folder() / "cells")
+        cells = choose_cells(args.alignment, teacher_tokenizer, tokenizer)
         teacher_layout = _layout(teacher if is_model else student, teacher_tokenizer, args.packed)
         teacher = LocalTeacher(teacher) if is_model else teacher
         shape |= {"teacher_temperature": args.teacher_temperature, "within_weight": args.within_weight}
-        return CrossObjective(tokenizer, teacher_tokenizer, PairLayout(layout, teacher_layout), teacher, cells, shape)
+        layouts = PairLayout(layout, teacher_layout)
+        return CrossObjective(tokenizer, teacher_tokenizer, layouts, teacher, cells, args.alignment, shape)
     rows = getattr(teacher, "rows", None)
     if is_model:
         heads = [len(model.get_output_embeddings().weight) for model in (teacher, student)]
@@ -142,20 +124,6 @@ def make_objective(args: Any, student: Any, tokenizer: Any, teacher: Any, teache
         teacher = LocalTeacher(teacher, rows=rows)
     shape |= {"temperature": args.temperature, "hard_label_weight": args.hard_label_weight, "compiled": args.compile_loss}
     return LogitsObjective(tokenizer, layout, teacher, rows, shape)
-
-
-def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
-
-
-def _places(batch: dict[str, Tensor], numbers: Tensor) -> Places:
-    """Where each of the student's N tokens finds its target among the teacher's M, whose ``numbers`` these are."""
-    chosen = batch["labels"][:, 1:] != -100
-    wanted, *place = (batch[name][:, 1:][chosen] for name in PLACES)
-    highest = int(batch["teacher_number"].max()) + 1
-    row_of = torch.full((highest + 1,), -1, device=numbers.device)  # the last stands for −1, "no target"
-    row_of[numbers] = torch.arange(len(numbers), device=numbers.device)
-    return Places(row_of[wanted], *place)
 
 
 def _layout(model: Any, tokenizer: Any, packed: bool) -> BatchLayout:

@@ -26,6 +26,7 @@ from potstill.errors import ConfigError, DataError, RunFolderError, VocabularyMi
 from potstill.evaluation import TokenScores, gap_closed, score_tokens, summarize
 from potstill.generation import LocalEngine, Sampling, answer_prompts
 from potstill.models import load_config, load_model, load_tokenizer, locate, pick_device
+from potstill.objectives import make_objective
 from potstill.report import write_report
 from potstill.run_folder import RunFolder, whole_folder, write_json
 from potstill.students import choose_layers, keep_layers, save_student
@@ -150,24 +151,25 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
     opening: dict[str, Any] = {"device": recipe.device, "trust_remote_code": recipe.trust_remote_code}
     _check_pair(recipe)
     train, held_out = _split(recipe)
-    tokenizer = _tokenizer(recipe.student, recipe)
-    dataset, counts = tokenize_conversations(train, tokenizer, max_length=recipe.max_length)
     if not held_out:
         raise DataError("no conversation is left to hold out for evaluation; give --eval-data or more data")
-    _say(f"data: {counts}; {len(held_out)} conversations held out")
     _say_if_temperatures_differ(train, recipe)
+    arguments, tokenizer = _arguments(run, recipe), _tokenizer(recipe.student, recipe)
     student, _ = load_model(recipe.student, dtype="float32", **opening)
     if recipe.freeze_embeddings:
         for module in (student.get_input_embeddings(), student.get_output_embeddings()):
             module.requires_grad_(False)
     teacher, teacher_tokenizer = None, None
     if recipe.method != "text":
-        teacher, teacher_tokenizer = load_model(recipe.teacher, dtype=_dtype(recipe.precision), **opening)
+        teacher_tokenizer = _tokenizer(recipe.teacher, recipe)
+        teacher, _ = load_model(recipe.teacher, dtype=_dtype(recipe.precision), **opening)
+    objective = make_objective(arguments, student, tokenizer, teacher, teacher_tokenizer)
+    dataset, counts = objective.encode(train, max_length=recipe.max_length)
+    _say(f"data: {counts}; {len(held_out)} conversations held out")
 
     def trainer(**overrides: Any) -> DistillationTrainer:
-        arguments = _arguments(run, recipe, **overrides)
-        pair = {"teacher": teacher, "teacher_tokenizer": teacher_tokenizer, "processing_class": tokenizer}
-        return DistillationTrainer(student, args=arguments, train_dataset=dataset, **pair)
+        chosen = _arguments(run, recipe, **overrides)
+        return DistillationTrainer(student, None, chosen, dataset, processing_class=tokenizer, objective=objective)
 
     max_steps = recipe.max_steps or run.planned_steps()
     if max_steps is None and recipe.seconds is None:
@@ -185,7 +187,7 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
     provenance = {
         "teacher": recipe.teacher,
         "student before": recipe.student,
-        "method": recipe.method,
+        "method": f"cross, {recipe.alignment}" if recipe.method == "cross" else recipe.method,
         "steps": max_steps,
     }
     with whole_folder(run.student) as unfinished:
@@ -193,11 +195,12 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
 
 
 def _say_if_temperatures_differ(train: list[dict[str, Any]], recipe: DistillRecipe) -> None:
-    sampled = {row["sampling"]["temperature"] for row in train if "sampling" in row} - {recipe.temperature}
+    taken_at = recipe.teacher_temperature if recipe.method == "cross" else recipe.temperature
+    sampled = {row["sampling"]["temperature"] for row in train if "sampling" in row} - {taken_at}
     if sampled and recipe.method != "text":
         _say(
             f"note: text was sampled at temperature {', '.join(map(str, sorted(sampled)))}, the teacher's distribution is taken at "
-            f"{recipe.temperature:g}: the pair without bias has the same temperature in both"
+            f"{taken_at:g}: the pair without bias has the same temperature in both"
         )
 
 
@@ -224,6 +227,9 @@ def _arguments(run: RunFolder, recipe: DistillRecipe, **overrides: Any) -> Disti
     chosen: dict[str, Any] = {
         "output_dir": str(run.checkpoints),
         "method": recipe.method,
+        "alignment": recipe.alignment,
+        "teacher_temperature": recipe.teacher_temperature,
+        "within_weight": recipe.within_weight,
         "divergence": recipe.divergence,
         "temperature": recipe.temperature,
         "hard_label_weight": recipe.hard_label_weight,

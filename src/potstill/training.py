@@ -10,6 +10,7 @@ DDP, FSDP, the Hub) is left as it is; what differs is one method, `compute_loss`
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from dataclasses import dataclass, field
@@ -20,11 +21,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
+from potstill.cross_objective import ALIGNMENTS
 from potstill.data.conversations import as_conversation
 from potstill.errors import ConfigError, NonFiniteLoss
 from potstill.losses import DIVERGENCES
 from potstill.objectives import METHODS, Objective, make_objective
 from potstill.run_folder import write_whole
+from potstill.self_check import CONVERSATIONS, check_objective
 
 
 @dataclass
@@ -38,6 +41,7 @@ class DistillationConfig(TrainingArguments):
         default="logits",
         metadata={"help": "text: cross-entropy on the teacher's text. logits: a divergence. cross: one across tokenizers."},
     )
+    alignment: str = field(default="cells", metadata={"help": f"cross: one of {', '.join(ALIGNMENTS)}."})
     divergence: str = field(default="forward_kl", metadata={"help": f"One of {', '.join(DIVERGENCES)}."})
     temperature: float = field(default=1.0, metadata={"help": "Divides both models' logits. No temperature² factor."})
     teacher_weight: float = field(default=0.5, metadata={"help": "The teacher's share w of jensen_shannon's mixture."})
@@ -60,6 +64,8 @@ class DistillationConfig(TrainingArguments):
         super().__post_init__()
         if self.method not in METHODS:
             raise ConfigError(f"method {self.method!r} is not known; use one of {', '.join(METHODS)}")
+        if self.alignment not in ALIGNMENTS:
+            raise ConfigError(f"alignment {self.alignment!r} is not known; use one of {', '.join(ALIGNMENTS)}")
         if self.divergence not in DIVERGENCES:
             raise ConfigError(f"divergence {self.divergence!r} is not known; use one of {', '.join(DIVERGENCES)}")
         for name in ("temperature", "teacher_temperature"):
@@ -85,10 +91,11 @@ class DistillationTrainer(Trainer):
 
     ``teacher`` is a causal language model, or any `Teacher`; None for method ``text``, which learns the text alone. Data sets
     hold conversations (potstill.data) or rows already tokenized. Where the two tokenizers share only their first rows, both
-    heads are cut to these. ``teacher_tokenizer`` is found by the teacher's name if it is not given.
+    heads are cut to these. ``teacher_tokenizer`` is found by the teacher's name if it is not given. An ``objective`` already made
+    (`make_objective`) has a teacher and needs neither.
 
-    Raises: VocabularyMismatch if teacher and student do not share their tokens; ConfigError if a teacher is missing;
-    NonFiniteLoss, from `train`, before the optimizer step that would spoil the student.
+    Raises: VocabularyMismatch if teacher and student do not share their tokens; ConfigError if a teacher is missing; from `train`,
+    SelfCheckFailed before the first step, and NonFiniteLoss before the optimizer step that would spoil the student.
     """
 
     args: DistillationConfig
@@ -103,12 +110,13 @@ class DistillationTrainer(Trainer):
         processing_class: Any = None,
         *,
         teacher_tokenizer: Any = None,
+        objective: Objective | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or DistillationConfig()
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
-        self.objective = make_objective(args, model, processing_class, teacher, teacher_tokenizer)
+        self.objective = objective or make_objective(args, model, processing_class, teacher, teacher_tokenizer)
         args._n_gpu = min(args.n_gpu, 1)  # several cards are DDP's or FSDP's business, never DataParallel's threads
         super().__init__(
             model=model,
@@ -121,6 +129,7 @@ class DistillationTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the supervised tokens of the whole step for us
         self.tokens_seen = 0
+        self._checked = False
         self._evaluated = torch.zeros(2, dtype=torch.float64)
 
     def compute_loss(
@@ -145,12 +154,20 @@ class DistillationTrainer(Trainer):
         return self.objective.summed_loss(model, inputs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch. Raises: NonFiniteLoss before the optimizer could step on it."""
+        """One micro-batch. Raises: NonFiniteLoss before the optimizer could step on it; SelfCheckFailed at the very first."""
+        if not self._checked and self.state.global_step == 0:
+            self._self_check(model)
         mask = inputs.get("attention_mask")
         self.tokens_seen += int(inputs["input_ids"].numel() if mask is None else mask.sum())
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._refuse_non_finite(loss, "loss")
         return loss
+
+    def _self_check(self, model: nn.Module) -> None:
+        self._checked = True
+        rows = list(itertools.islice(iter(self.train_dataset), CONVERSATIONS))
+        with self.compute_loss_context_manager():
+            check_objective(self.objective, model, rows, layout=self.data_collator, device=self.args.device)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own, with ``eval_loss`` a mean over tokens instead of a mean of batch means."""

@@ -187,6 +187,9 @@ class _Singletons:
 class _ToyCells:
     """Teacher tokens in the order of their numbers; whatever the depth, the next piece has the token's own number."""
 
+    keeps_endings = False
+    most = None
+
     def __init__(self, teacher_cells: Tensor, student_cells: Tensor, count: int) -> None:
         self.teacher_cells, self.student_cells, self.count = teacher_cells, student_cells, count
         self.order = torch.arange(len(teacher_cells))

@@ -2,6 +2,9 @@
 
 from potstill.alignment.cells import VocabularyCells as VocabularyCells
 from potstill.alignment.cells import cached_cells as cached_cells
+from potstill.alignment.literature import BytePrefixCells as BytePrefixCells
+from potstill.alignment.literature import PushForwardCells as PushForwardCells
+from potstill.alignment.literature import StrictCells as StrictCells
 from potstill.alignment.positions import Positions as Positions
 from potstill.alignment.positions import align as align
 from potstill.alignment.spans import groups as groups
@@ -13,7 +16,10 @@ from potstill.alignment.vocabulary import compare_vocabularies as compare_vocabu
 from potstill.alignment.vocabulary import shared_rows as shared_rows
 
 __all__ = [
+    "BytePrefixCells",
     "Positions",
+    "PushForwardCells",
+    "StrictCells",
     "VocabularyCells",
     "VocabularyComparison",
     "align",

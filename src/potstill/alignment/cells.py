@@ -51,6 +51,10 @@ class VocabularyCells:
     """How many cells there are."""
     order: Tensor
     """``[n]`` the teacher ids that have a cell, by lexicographic order of their segmentation."""
+    keeps_endings = False
+    """Whether a prefix range holds the tokens that end there, too. Here they do not: the text shows that the token went on."""
+    most: int | None = None
+    """How many cells keep their mass at a position, the heaviest ones; None for all."""
 
     def __init__(
         self,
@@ -101,10 +105,23 @@ class VocabularyCells:
             return start, len(self._sorted)
         return start, bisect_left(self._sorted, (*emitted[:-1], emitted[-1] + 1), lo=start)
 
+    def follows(self, teacher_token: int, emitted: tuple[int, ...]) -> bool:
+        """Whether the student ids ``emitted`` are how ``teacher_token`` begins, with more of it to come."""
+        pieces = self.segmentation[teacher_token]
+        return len(emitted) < len(pieces) and emitted == pieces[: len(emitted)]
+
+    def seen(self, teacher_token: int, emitted: tuple[int, ...], token: int) -> int | None:
+        """The cell that was seen to happen where the text has ``token``: that of the teacher's next piece. None: no target."""
+        return self.student_cell(self.segmentation[teacher_token][len(emitted)])
+
     def student_cell(self, token: int) -> int:
         """The cell of one student id, as ``student_cells`` has it but faster to ask one by one."""
         cell: int = self._cell_of[token]
         return cell
+
+    def depth(self, emitted: tuple[int, ...]) -> int:
+        """How far into a teacher token ``emitted`` reaches, as `next_cells` counts it."""
+        return len(emitted)
 
     def next_cells(self, start: int, stop: int, depth: int) -> Tensor:
         """``[stop − start]`` the cell of piece ``depth`` of each token in a range that `prefix_range` gave for ``depth`` pieces."""

@@ -13,9 +13,10 @@ taken all the same, and what stands against it is that token's own cell, not u's
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from potstill.alignment.cells import VocabularyCells
 from potstill.alignment.spans import boundaries, covering
@@ -37,6 +38,10 @@ class Positions:
     """Pieces of the teacher's token already emitted; 0 at a root."""
     cell: list[int]
     """The cell that was seen to happen: that of the teacher's token (its next piece), be the student's token in it or not."""
+    chunk: list[int]
+    """Tokens of both with the same number cover the same bytes, and no fewer of them would; −1: in no chunk."""
+    teacher_chunk: list[int]
+    """The same for each token of the teacher's sequence."""
     disagreeing_roots: int = 0
     """How many tokens at a root are not in that cell: they span the end of the teacher's token, or spell it otherwise."""
     disagreeing_interiors: int = 0
@@ -87,12 +92,14 @@ def align(
     if teacher_turns is None or student_turns is None or len(teacher_turns) != len(student_turns):
         return None
     length = len(student_ids)
-    found = Positions([NO_TARGET] * length, [0] * length, [0] * length, [0] * length, [0] * length)
+    columns = [[0] * length for _ in range(4)]
+    found = Positions([NO_TARGET] * length, *columns, [NO_TARGET] * length, [NO_TARGET] * len(teacher_ids))
     for teacher, student in zip(teacher_turns, student_turns, strict=True):
         common = _lay_on_common_text(teacher, student)
         if common is None:
             return None
         _align_text(teacher, student, common, cells, found)
+        _number_chunks(teacher, student, common, found)
         _bridge_ends(teacher, student, common, cells, found)
     return found
 
@@ -140,13 +147,25 @@ def _align_text(teacher: _Turn, student: _Turn, common: int, cells: VocabularyCe
             root = i
         if student.offsets[root] != teacher.offsets[k]:
             continue
-        pieces, emitted = cells.segmentation[teacher.ids[k]], tuple(student.ids[root:i])
-        if len(emitted) >= len(pieces) or emitted != pieces[: len(emitted)]:
+        emitted = tuple(student.ids[root:i])
+        if not cells.follows(teacher.ids[k], emitted):
             continue
-        _record(found, student.first + i, teacher.first + k, emitted, pieces[len(emitted)], cells)
-        if cells.student_cell(student.ids[i]) != found.cell[student.first + i]:
+        seen = cells.seen(teacher.ids[k], emitted, student.ids[i])
+        if seen is not None:
+            _record(found, student.first + i, teacher.first + k, emitted, seen, cells)
+        if seen != cells.student_cell(student.ids[i]):
             found.disagreeing_interiors += bool(emitted)
             found.disagreeing_roots += not emitted
+
+
+def _number_chunks(teacher: _Turn, student: _Turn, common: int, found: Positions) -> None:
+    """A chunk closes wherever both tokenizations have a boundary, and numbers go on from turn to turn."""
+    closes = sorted(set(teacher.offsets).intersection(student.offsets).intersection(range(common + 1)))
+    first = 1 + max(found.chunk, default=NO_TARGET)
+    for turn, column in ((teacher, found.teacher_chunk), (student, found.chunk)):
+        for i, (begin, end) in enumerate(pairwise(turn.offsets)):
+            if closes and closes[0] <= begin and end <= closes[-1]:
+                column[turn.first + i] = first + bisect_right(closes, begin) - 1
 
 
 def _bridge_ends(teacher: _Turn, student: _Turn, common: int, cells: VocabularyCells, found: Positions) -> None:
@@ -154,13 +173,12 @@ def _bridge_ends(teacher: _Turn, student: _Turn, common: int, cells: VocabularyC
     if teacher.end is None or student.end is None or teacher.offsets[-1] != common or student.offsets[-1] != common:
         return
     if cells.segmentation[teacher.ids[-1]] == (student.ids[-1],):
-        _record(found, student.end, teacher.end, (), student.ids[-1], cells)
+        _record(found, student.end, teacher.end, (), cells.student_cell(student.ids[-1]), cells)
+        found.chunk[student.end] = found.teacher_chunk[teacher.end] = 1 + max(found.chunk)
 
 
-def _record(
-    found: Positions, place: int, teacher_place: int, emitted: tuple[int, ...], next_piece: int, cells: VocabularyCells
-) -> None:
+def _record(found: Positions, place: int, teacher_place: int, emitted: tuple[int, ...], seen: int, cells: VocabularyCells) -> None:
     found.teacher_index[place] = teacher_place
     found.start[place], found.stop[place] = cells.prefix_range(emitted)
-    found.depth[place] = len(emitted)
-    found.cell[place] = cells.student_cell(next_piece)
+    found.depth[place] = cells.depth(emitted)
+    found.cell[place] = seen

@@ -167,7 +167,7 @@ def tokenize_pairs(
             elif counts.add(row):
                 yield row
 
-    tokens = ["input_ids", "labels", "teacher_input_ids", "teacher_labels", *PLACES]
+    tokens = ["input_ids", "labels", "teacher_input_ids", "teacher_labels", *PLACES, "chunk", "teacher_chunk"]
     columns = dict.fromkeys(tokens, pyarrow.list_(pyarrow.int32()))
     schema = pyarrow.schema({**columns, "answer_bytes": pyarrow.int64(), "shortened": pyarrow.bool_()})
     batches, remaining = [], rows()
@@ -186,24 +186,37 @@ class PairLayout:
     """Lays out a batch twice, the student's tokens and the teacher's, each in lines of its own.
 
     So that a target is found again whichever way both are packed, the teacher's tokens are numbered through the batch
-    (``teacher_number``) and the student's say which number they want (``teacher_index``, −1 for none).
+    (``teacher_number``) and the student's say which number they want (``teacher_index``, −1 for none). So are chunks, and so are
+    conversations.
     """
 
     student: BatchLayout
     teacher: BatchLayout
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The student's batch, with the columns `PLACES`; the teacher's as ``teacher_…``."""
-        lengths = [len(row["teacher_input_ids"]) for row in rows]
-        firsts = list(itertools.accumulate(lengths, initial=0))
+        """The student's batch, with a number a token for all of `Positions`' columns; the teacher's as ``teacher_…``."""
         wanting, asked = [], []
-        for row, first, length in zip(rows, firsts, lengths, strict=False):
-            index = [NO_TARGET if i == NO_TARGET else first + i for i in row["teacher_index"]]
-            wanting.append({**row, "teacher_index": index})
-            numbers = list(range(first, first + length))
-            asked.append({"input_ids": row["teacher_input_ids"], "labels": row["teacher_labels"], "number": numbers})
-        teacher = self.teacher(asked, more=("number",))
-        student = self.student(wanting, more=PLACES)
+        first_token = first_chunk = 0
+        for number, row in enumerate(rows):
+            length = len(row["teacher_input_ids"])
+            index, chunk, teacher_chunk = (
+                [NO_TARGET if i == NO_TARGET else first + i for i in row[name]]
+                for name, first in (("teacher_index", first_token), ("chunk", first_chunk), ("teacher_chunk", first_chunk))
+            )
+            conversation = [number] * len(row["input_ids"])
+            wanting.append({**row, "teacher_index": index, "chunk": chunk, "conversation": conversation})
+            asked.append(
+                {
+                    "input_ids": row["teacher_input_ids"],
+                    "labels": row["teacher_labels"],
+                    "number": list(range(first_token, first_token + length)),
+                    "chunk": teacher_chunk,
+                    "conversation": [number] * length,
+                }
+            )
+            first_token, first_chunk = first_token + length, first_chunk + len(row["input_ids"])
+        teacher = self.teacher(asked, more=("number", "chunk", "conversation"))
+        student = self.student(wanting, more=(*PLACES, "chunk", "conversation"))
         return {**student, **{f"teacher_{name}": tensor for name, tensor in teacher.items()}}
 
 
@@ -213,10 +226,14 @@ def _answer(conversation: Conversation) -> str:
     return next(str(turn["content"]) for turn in reversed(conversation["messages"]) if turn["role"] == "assistant")
 
 
-def _cut(found: Positions, student_length: int, teacher_length: int) -> dict[str, Any]:
+def _cut(found: Positions, student_length: int, teacher_length: int) -> dict[str, list[int]]:
     """The columns, without what lies beyond either cut."""
     columns = [getattr(found, name) for name in PLACES]
-    places = [place if place[0] < teacher_length else (NO_TARGET, 0, 0, 0, 0) for place in zip(*columns, strict=True)][
-        :student_length
-    ]
-    return dict(zip(PLACES, map(list, zip(*places, strict=True)), strict=True))
+    nowhere = (NO_TARGET, 0, 0, 0, 0)
+    places = [place if place[0] < teacher_length else nowhere for place in zip(*columns, strict=True)][:student_length]
+    kept = dict(zip(PLACES, map(list, zip(*places, strict=True)), strict=True))
+    # The chunk that a cut goes through is none.
+    cut_away = {NO_TARGET, *found.chunk[student_length:], *found.teacher_chunk[teacher_length:]}
+    for name, length in (("chunk", student_length), ("teacher_chunk", teacher_length)):
+        kept[name] = [NO_TARGET if number in cut_away else number for number in getattr(found, name)[:length]]
+    return kept

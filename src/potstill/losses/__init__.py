@@ -1,5 +1,6 @@
 """The losses, each one number a supervised token, in nats."""
 
+from potstill.losses.chunk_likelihoods import fused_linear_chunks as fused_linear_chunks
 from potstill.losses.cross_tokenizer import Places as Places
 from potstill.losses.cross_tokenizer import fused_linear_cells as fused_linear_cells
 from potstill.losses.divergences import DIVERGENCES as DIVERGENCES
@@ -12,9 +13,11 @@ from potstill.losses.divergences import total_variation as total_variation
 from potstill.losses.fused import fused_linear_cross_entropy as fused_linear_cross_entropy
 from potstill.losses.fused import fused_linear_divergence as fused_linear_divergence
 from potstill.losses.fused import fused_linear_loss as fused_linear_loss
+from potstill.losses.last_token import fused_linear_last_token as fused_linear_last_token
 from potstill.losses.partitions import fused_linear_topk as fused_linear_topk
 from potstill.losses.projection import Head as Head
 from potstill.losses.projection import Projection as Projection
+from potstill.losses.sorted_probabilities import fused_linear_sorted as fused_linear_sorted
 
 __all__ = [
     "DIVERGENCES",
@@ -23,9 +26,12 @@ __all__ = [
     "Projection",
     "forward_kl",
     "fused_linear_cells",
+    "fused_linear_chunks",
     "fused_linear_cross_entropy",
     "fused_linear_divergence",
+    "fused_linear_last_token",
     "fused_linear_loss",
+    "fused_linear_sorted",
     "fused_linear_topk",
     "jensen_shannon",
     "reverse_kl",

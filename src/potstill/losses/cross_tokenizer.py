@@ -9,6 +9,9 @@ Which cells (potstill.alignment.VocabularyCells) and which of the teacher's pred
     interior    the student has emitted d pieces of the teacher's token, which goes on: the tokens that begin with these and go on
                 stand side by side in ``order``, and each counts for the cell of its piece number d; renormalized over these
     elsewhere   nothing is known: plain cross-entropy
+
+The literature's choices of cells (potstill.alignment.literature) go the same way. Two things differ in them: an interior may keep
+the mass of what ends there in a residual cell, and masses may be cut to the heaviest few.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch import Tensor
 
 from potstill.losses.closed_forms import LossAndGradient
 from potstill.losses.fused import Divergence, as_head, closed_form, fused_linear_loss
-from potstill.losses.partitions import partition_loss
+from potstill.losses.partitions import Partition, on_support, partition_loss
 from potstill.losses.projection import Head, Projection
 
 
@@ -32,9 +35,11 @@ class Cells(Protocol):
     teacher_cells: Tensor
     student_cells: Tensor
     order: Tensor
+    keeps_endings: bool
+    most: int | None
 
     def next_cells(self, start: int, stop: int, depth: int) -> Tensor:
-        """The cell of piece ``depth`` of the teacher's tokens ``order[start:stop]``."""
+        """The cell of piece ``depth`` of the teacher's tokens ``order[start:stop]``; ``count`` for a token that ends there."""
         ...
 
 
@@ -70,6 +75,29 @@ class CellPartition:
         return values.index_select(-1, self.cells)
 
 
+class ResidualPartition:
+    """``cells``, in which those that a row calls ``empty [b, C + 1]`` share that row's last cell."""
+
+    def __init__(self, cells: CellPartition, empty: Tensor) -> None:
+        self.cells, self.count = cells, cells.count
+        self.empty = empty.clone()
+        self.empty[:, -1] = False
+
+    def pool(self, values: Tensor) -> Tensor:
+        """``[b, V]`` → ``[b, C + 1]``."""
+        pooled = self.cells.pool(values)
+        pooled[:, -1] += (pooled * self.empty).sum(-1)
+        return pooled.masked_fill_(self.empty, 0)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """``[b, C + 1]`` → ``[b, V]``."""
+        return self.cells.spread(torch.where(self.empty, values[:, -1:], values))
+
+    def cell_of(self, cells: Tensor) -> Tensor:
+        """Where what was one of ``cells`` is now: ``[b]`` → ``[b]``."""
+        return torch.where(self.empty.gather(-1, cells[:, None]).squeeze(-1), self.count - 1, cells)
+
+
 def fused_linear_cells(
     student_hidden: Tensor,
     student_head: Tensor | Head,
@@ -102,35 +130,56 @@ def fused_linear_cells(
             f"{len(student_hidden)} hidden states of the student"
         )
     compare = closed_form(divergence, shape)
-    device = student_hidden.device
-    source = CellPartition(_fitted(cells.teacher_cells, len(teacher)).to(device), cells.count)
-    target = CellPartition(_fitted(cells.student_cells, len(student)).to(device), cells.count)
+    if divergence != "forward_kl":  # which needs no support: where the teacher has nothing, q log(q / p) is 0
+        compare = on_support(compare)
+    target = CellPartition(_fitted(cells.student_cells, len(student)).to(student_hidden.device), cells.count)
     known = places.teacher_row >= 0
     row = places.teacher_row.clamp_min(0)
-    interior = ((places.depth > 0) & known).tolist()
     if not len(teacher_hidden):  # nothing is known anywhere: one row to point at
         teacher_hidden = teacher_hidden.new_zeros(1, teacher_hidden.shape[-1])
     observed = None if teacher_labels is None or not len(teacher_labels) else teacher_labels[row]
     projection = Projection(teacher_hidden[row], teacher, observed=observed, chunk_tokens=chunk_tokens)
-
-    def masses(rows: slice) -> Tensor:
-        q = (projection.logits(rows) / teacher_temperature).softmax(-1)
-        pooled = source.pool(q)
-        pooled[:, -1] = 0  # what only the teacher can say is no example to the student
-        for i in range(rows.start, rows.stop):
-            if interior[i]:
-                start, stop, depth = (int(column[i]) for column in (places.start, places.stop, places.depth))
-                going_on = q[i - rows.start, cells.order[start:stop].to(device)]
-                pooled[i - rows.start].zero_().index_add_(0, cells.next_cells(start, stop, depth).to(device), going_on)
-        return pooled / pooled.sum(-1, keepdim=True).clamp_min(torch.finfo(pooled.dtype).tiny)
+    masses = _Masses(projection, cells, places, teacher_temperature)
 
     def score(logits: Tensor, rows: slice) -> LossAndGradient:
-        seen = places.cell[rows].clamp_min(0)
+        t, seen = masses(rows), places.cell[rows].clamp_min(0)
+        partition: Partition = target
+        if cells.keeps_endings:
+            partition = residual = ResidualPartition(target, (t == 0) & (places.depth[rows, None] > 0))
+            seen = residual.cell_of(seen)
         return partition_loss(
-            compare, masses(rows), logits, target, labels[rows], seen=seen, known=known[rows], within_weight=within_weight
+            compare, t, logits, partition, labels[rows], seen=seen, known=known[rows], within_weight=within_weight
         )
 
     return fused_linear_loss(student_hidden, student, score, observed=labels, chunk_tokens=chunk_tokens)
+
+
+class _Masses:
+    """The teacher's masses on the cells at the student's N positions, asked for a block at a time and in order."""
+
+    def __init__(self, projection: Projection, cells: Cells, places: Places, temperature: float) -> None:
+        self.projection, self.cells, self.temperature = projection, cells, temperature
+        device = projection.hidden.device
+        self.source = CellPartition(_fitted(cells.teacher_cells, len(projection.head)).to(device), cells.count)
+        columns = (column.tolist() for column in (places.start, places.stop, places.depth))
+        inside = ((places.depth > 0) & (places.teacher_row >= 0)).tolist()
+        self.interiors = [place if chosen else None for chosen, *place in zip(inside, *columns, strict=True)]
+
+    def __call__(self, rows: slice) -> Tensor:
+        """``[b, C + 1]``, each row summing to 1."""
+        cells = self.cells
+        q = (self.projection.logits(rows) / self.temperature).softmax(-1)
+        pooled = self.source.pool(q)
+        pooled[:, -1] = 0  # what only the teacher can say is no example to the student
+        if cells.most is not None and cells.most < cells.count:
+            heaviest = pooled.topk(cells.most, -1)
+            pooled.zero_().scatter_(-1, heaviest.indices, heaviest.values)
+        for i, place in enumerate(self.interiors[rows]):
+            if place is not None:
+                start, stop, depth = place
+                going_on = q[i, cells.order[start:stop].to(q.device)]
+                pooled[i].zero_().index_add_(0, cells.next_cells(start, stop, depth).to(q.device), going_on)
+        return pooled / pooled.sum(-1, keepdim=True).clamp_min(torch.finfo(pooled.dtype).tiny)
 
 
 def _fitted(cells: Tensor, rows: int) -> Tensor:

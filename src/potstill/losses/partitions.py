@@ -80,6 +80,23 @@ def partition_loss(
     return loss, gradient.scatter_add_(-1, observed[:, None], -weight[:, None])
 
 
+def on_support(compare: Callable[[Tensor, Tensor], LossAndGradient]) -> Callable[[Tensor, Tensor], LossAndGradient]:
+    """D(t ‖ p over the cells that t has any mass on) − log p(those cells): for forward KL the same as D, for others finite.
+
+    That the text stays on the teacher's support was seen, so it is learned as all that is seen: by cross-entropy. Inside, D
+    compares what is known.
+    """
+
+    def restricted(log_masses: Tensor, log_pooled: Tensor) -> LossAndGradient:
+        supported = log_masses > -torch.inf
+        p = log_pooled.exp()
+        share = (p * supported).sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+        loss, gradient = compare(log_masses, log_pooled.masked_fill(~supported, -torch.inf))
+        return loss - share.squeeze(-1).log(), gradient + p - p * supported / share
+
+    return restricted
+
+
 class TopKPartition:
     """k tokens a row are their own cells, ``ids [b, k]``; the rest is the last cell, number k."""
 
