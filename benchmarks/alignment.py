@@ -4,8 +4,9 @@
     python benchmarks/alignment.py llama3:llama2                 # one
 
 Prose is paragraphs of the standard library's docstrings, code its modules, scripts a few sentences in ten others. Columns: seconds
-to compute the cells and how many there are; student tokens for one of the teacher's; of the student's tokens, those that
-have a target (at a root or inside a token they have followed); of the roots, those whose cells disagree; milliseconds to encode and align 2 048 student tokens, both tokenizers included.
+to compute the cells and how many there are; student tokens for one of the teacher's; of the student's tokens, those that have a
+target (at a root or inside a token they have followed); of the roots, those whose cells disagree; milliseconds to encode and align
+2 048 student tokens, both tokenizers included.
 """
 
 from __future__ import annotations

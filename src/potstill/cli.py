@@ -22,6 +22,7 @@ RECIPES: dict[str, tuple[type, tuple[str, ...]]] = {
     "demo": (config.DemoRecipe, ()),
     "doctor": (config.DoctorRecipe, ("teacher", "student")),
     "student": (config.StudentRecipe, ("teacher",)),
+    "generate": (config.GenerateRecipe, ("teacher",)),
     "distill": (config.DistillRecipe, ("teacher", "student")),
     "evaluate": (config.EvaluateRecipe, ("student",)),
     "report": (config.ReportRecipe, ("run_dir",)),
@@ -204,6 +205,12 @@ def _doctor(recipe: config.DoctorRecipe) -> None:
     print(json.dumps(diagnosis.as_dict(), indent=1, ensure_ascii=False) if as_json else as_text(diagnosis))
 
 
+def _generate(recipe: config.GenerateRecipe) -> None:
+    from potstill import teacher_text
+
+    print(f"data: {teacher_text.generate(recipe)}")
+
+
 def _distill(recipe: config.DistillRecipe) -> None:
     from potstill import pipeline
 
@@ -236,6 +243,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "demo": _demo,
     "doctor": _doctor,
     "student": _student,
+    "generate": _generate,
     "distill": _distill,
     "evaluate": _evaluate,
     "report": _report,

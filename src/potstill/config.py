@@ -69,6 +69,66 @@ class DoctorRecipe:
 
 
 @dataclass(frozen=True)
+class GenerateRecipe:
+    """Let a teacher answer prompts, and keep, filter and describe its answers: a data set for text distillation."""
+
+    teacher: str
+    """Hub id, model folder, GGUF file, or demo; with --server the name under which the server knows it."""
+    prompts: str
+    """A .jsonl file of {"prompt"} or {"messages"}, or anything the datasets library opens."""
+    output_dir: str
+    """Folder for the data set. The same command goes on with an interrupted one."""
+    engine: str = "local"
+    """local: transformers in this process. vllm: vLLM in this process. ray: local ones on many machines."""
+    server: str | None = None
+    """Address of an OpenAI-compatible server to ask instead. Its key is read from POTSTILL_API_KEY or OPENAI_API_KEY."""
+    max_new_tokens: int = 256
+    """Tokens at which an answer is cut off."""
+    temperature: float = 0.7
+    """Divides the teacher's logits before sampling; 0 takes the likeliest token."""
+    top_p: float = 0.95
+    """Sample among the likeliest tokens that together have this probability."""
+    samples: int = 1
+    """Answers to each prompt."""
+    system: str | None = None
+    """System prompt, put before prompts that have none."""
+    seed: int = 0
+    """Another seed, other answers."""
+    choose: str = "all"
+    """Of several samples: all, shortest (of the complete ones), likeliest (by the teacher), or FILE.py:FUNCTION of rows."""
+    keep: str = ""
+    """Reasons not to drop an answer for, separated by commas: cut_off, repetition_loop, refusal, empty, …"""
+    min_characters: int = 0
+    """Drop shorter answers."""
+    max_characters: int | None = None
+    """Drop longer answers."""
+    script: str | None = None
+    """Drop answers in another script: latin, cyrillic, arabic, cjk, hangul, …"""
+    language: str | None = None
+    """Drop answers in another language: en, fr, zh, … (needs py3langid)."""
+    similarity: float = 0.8
+    """Drop answers at least so similar to an earlier one (Jaccard, runs of three words); 1 drops none."""
+    held_out: str | None = None
+    """Prompts of an evaluation: what shares eight words in a row with one of them is dropped."""
+    filter: str | None = None
+    """FILE.py:FUNCTION of a row, which says True for a row to keep."""
+    batch_size: int = 32
+    """Prompts answered side by side; with --server, requests in flight."""
+    workers: int = 2
+    """Actors of the ray engine."""
+    patience: float = 300
+    """Seconds to go on asking a server that does not answer."""
+    chat_template: str | None = None
+    """For tokenizers without one: plain, or the path of a Jinja template."""
+    precision: str = "bf16"
+    """bf16, fp16 or fp32."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Read it first."""
+
+
+@dataclass(frozen=True)
 class DistillRecipe:
     """Teach a student, evaluate it before and after, and write a report."""
 

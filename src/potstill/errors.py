@@ -7,6 +7,7 @@
     │   └── UnsafeWeights      only pickled weights, or code that would have to be run
     ├── DataError              a missing file, a malformed row, nothing usable left
     │   └── ChatTemplateError  no chat template, or one that loses the assistant's text
+    ├── ServerError            no server there, or one that does not do what the work needs
     ├── VocabularyMismatch     teacher and student do not share their tokens
     ├── OpaqueTokenizer        a tokenizer that does not say which bytes its tokens stand for
     ├── RunFolderError         an output folder that is not empty, not a run, or cannot be written
@@ -43,6 +44,10 @@ class DataError(PotstillError):
 
 class ChatTemplateError(DataError):
     """No chat template where one is needed, or one that loses the assistant's text."""
+
+
+class ServerError(PotstillError):
+    """No server there, or one that does not do what the work needs."""
 
 
 class VocabularyMismatch(PotstillError):

@@ -24,12 +24,13 @@ from potstill.data.chat_templates import set_chat_template
 from potstill.doctor import quick_check
 from potstill.errors import ConfigError, DataError, RunFolderError, VocabularyMismatch
 from potstill.evaluation import TokenScores, gap_closed, score_tokens, summarize
-from potstill.generation import answer_into, answer_prompts, count_rows
+from potstill.generation import LocalEngine, Sampling, answer_prompts
 from potstill.models import load_config, load_model, load_tokenizer, locate, pick_device
 from potstill.objectives import make_objective
 from potstill.report import write_report
 from potstill.run_folder import RunFolder, whole_folder, write_json
 from potstill.students import choose_layers, keep_layers, save_student
+from potstill.teacher_text import CONVERSATIONS, make_dataset, standard_filters
 from potstill.teachers import LocalTeacher
 from potstill.training import DistillationConfig, DistillationTrainer, MetricsFile
 from potstill.vocabulary_transfer import change_tokenizer, refuse_misread, token_sources
@@ -50,8 +51,8 @@ def demo(output_dir: str = "runs/demo", *, seconds: float = 180) -> Path:
     recipe = DistillRecipe(
         teacher="demo",
         student=str(before),
-        data=str(run.data / "train.jsonl"),
-        eval_data=str(run.data / "held_out.jsonl"),
+        data=str(run.data / "train" / CONVERSATIONS),
+        eval_data=str(run.data / "held_out" / CONVERSATIONS),
         output_dir=str(run.path),
         seconds=seconds,
         learning_rate=1e-3,
@@ -61,22 +62,22 @@ def demo(output_dir: str = "runs/demo", *, seconds: float = 180) -> Path:
     run.begin(dataclasses.asdict(recipe))
     with resources.as_file(resources.files("potstill.data") / "demo_prompts.jsonl") as path:
         prompts = list(read_prompts(path))
-    for split, seed in (("train", 0), ("held_out", 1_000_000)):
-        chosen = [prompt["messages"] for prompt in prompts if prompt["split"] == split]
-        _answer_into(run.data / f"{split}.jsonl", chosen, seed=seed)
+    for split in ("train", "held_out"):
+        _answer_into(run.data / split, [prompt["messages"] for prompt in prompts if prompt["split"] == split])
     if not before.is_dir():
         _say(f"cutting a student of {len(DEMO_LAYERS)} layers from the teacher")
         make_student("demo", str(before), keep=DEMO_LAYERS)
     return distill(recipe)
 
 
-def _answer_into(file: Path, prompts: list[Any], *, seed: int) -> None:
-    """The demo's teacher answers into a JSON Lines file, sampled a little colder than it is: a small model's text reads better."""
-    if count_rows(file) == len(prompts):
+def _answer_into(folder: Path, prompts: list[Any]) -> None:
+    """The demo's teacher answers, sampled a little colder than it is: a small model's text reads better."""
+    if (folder / CONVERSATIONS).is_file():
         return
-    _say(f"the teacher answers {len(prompts)} prompts into {file}")
     model, tokenizer = load_model("demo", dtype="bfloat16")
-    answer_into(file, model, tokenizer, prompts, max_new_tokens=DEMO_ANSWER_TOKENS, seed=seed, batch_size=40)
+    sampling = Sampling(max_new_tokens=DEMO_ANSWER_TOKENS)
+    engine = LocalEngine(model, tokenizer, sampling, source="demo", batch_size=40, unit_size=80)
+    make_dataset(folder, prompts, engine, sampling, filters=standard_filters(keep={"cut_off"}))
 
 
 def make_student(
@@ -152,6 +153,7 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
     train, held_out = _split(recipe)
     if not held_out:
         raise DataError("no conversation is left to hold out for evaluation; give --eval-data or more data")
+    _say_if_temperatures_differ(train, recipe)
     arguments, tokenizer = _arguments(run, recipe), _tokenizer(recipe.student, recipe)
     student, _ = load_model(recipe.student, dtype="float32", **opening)
     if recipe.freeze_embeddings:
@@ -190,6 +192,16 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
     }
     with whole_folder(run.student) as unfinished:
         save_student(training.model, tokenizer, unfinished, provenance=provenance)
+
+
+def _say_if_temperatures_differ(train: list[dict[str, Any]], recipe: DistillRecipe) -> None:
+    taken_at = recipe.teacher_temperature if recipe.method == "cross" else recipe.temperature
+    sampled = {row["sampling"]["temperature"] for row in train if "sampling" in row} - {taken_at}
+    if sampled and recipe.method != "text":
+        _say(
+            f"note: text was sampled at temperature {', '.join(map(str, sorted(sampled)))}, the teacher's distribution is taken at "
+            f"{taken_at:g}: the pair without bias has the same temperature in both"
+        )
 
 
 def _seconds_a_step(trainer: Any) -> float:

@@ -7,7 +7,8 @@ Three forms of row are read, and all become one of two:
     {"text": …}                               →  the same: plain text, every token of it to be learned
 
 A row may say ``"cut_off": true``: its last answer was stopped by a length limit, so its end is not the teacher's and is not
-learned. Prompts alone are ``{"prompt": …}`` or ``{"messages": …}`` that end with a user's turn. Other keys are left alone.
+learned; ``"teacher_ids"``: the ids that were sampled for it; and ``"sampling"``: how (potstill.generation). Prompts alone are
+``{"prompt": …}`` or ``{"messages": …}`` that end with a user's turn. Other keys are left alone.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def _open_dataset(source: str | os.PathLike[str], split: str, streaming: bool) -
 
 def as_conversation(row: dict[str, Any], place: str) -> Conversation:
     """A row in any of the three forms as a conversation. Raises: DataError that names its ``place``."""
-    kept = {"cut_off": True} if row.get("cut_off") else {}
+    kept = {name: row[name] for name in ("cut_off", "teacher_ids", "sampling") if row.get(name)}
     if row.get("messages") is not None:
         messages = _checked_messages(row["messages"], place)
         if not any(message["role"] == "assistant" for message in messages):

@@ -1,0 +1,217 @@
+"""`potstill generate`: prompts → the teacher's answers, kept as they come → a data set, filtered and described.
+
+Like the pipeline this is the application: it knows recipes, prints, and leaves every idea to potstill.generation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from potstill.config import GenerateRecipe
+from potstill.data import read_prompts
+from potstill.data.chat_templates import set_chat_template
+from potstill.errors import ConfigError, DataError
+from potstill.generation import (
+    AnswerStore,
+    Engine,
+    LocalEngine,
+    Request,
+    Sampling,
+    ServerEngine,
+    answered,
+    counts_table,
+    dataset_card,
+    filters,
+    requests,
+    write_dataset,
+)
+from potstill.generation.card import WHAT
+from potstill.generation.dataset import CHOICES, CONVERSATIONS, Choose
+from potstill.generation.filters import Filter
+from potstill.generation.keys import digest
+from potstill.generation.store import parse_answer
+from potstill.models import load_model, load_tokenizer, locate
+from potstill.run_folder import write_whole
+
+__all__ = ["CONVERSATIONS", "generate", "make_dataset", "standard_filters"]
+
+PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def generate(recipe: GenerateRecipe) -> Path:
+    """Let the teacher answer, go on with an interrupted run, filter. Returns the file of conversations.
+
+    Raises: ConfigError, DataError, ModelError, RunFolderError, ServerError.
+    """
+    sampling = Sampling(**{name: getattr(recipe, name) for name in Sampling.__dataclass_fields__})
+    chosen, choose = _filters(recipe), _choice(recipe)
+    prompts = _PromptFile(recipe.prompts)
+    if not sum(1 for _ in prompts):  # all of them: a broken row is found before any work is done
+        raise DataError(f'{recipe.prompts}: no prompt there; each line holds one, as {{"prompt": …}} or {{"messages": …}}')
+    engine = _engine(recipe, sampling)
+    settings = {} if recipe.server else {"precision": recipe.precision, "batch_size": recipe.batch_size}
+    return make_dataset(
+        Path(recipe.output_dir).expanduser(),
+        prompts,
+        engine,
+        sampling,
+        filters=chosen,
+        choose=choose,
+        similarity=recipe.similarity,
+        made_with={"engine": "server" if recipe.server else recipe.engine, **settings, "likeliest": recipe.choose == "likeliest"},
+    )
+
+
+def make_dataset(
+    folder: Path,
+    prompts: Iterable[list[dict[str, Any]]],
+    engine: Engine,
+    sampling: Sampling,
+    *,
+    filters: dict[str, Filter],
+    choose: Choose | None = None,
+    similarity: float = 0.8,
+    made_with: dict[str, Any] | None = None,
+) -> Path:
+    """A data set of ``engine``'s answers to ``prompts`` (read more than once) in ``folder``. Returns its file of conversations.
+
+    ``made_with``: what else decides the answers. Raises: RunFolderError if the folder's answers were made otherwise; DataError if
+    no answer is left.
+    """
+
+    def wanted() -> Iterator[Request]:
+        return requests(prompts, sampling, engine.identity)
+
+    keys = [request.key for request in wanted()]
+    decides = {**engine.identity, **(made_with or {}), **asdict(sampling), "prompts": digest(keys)}
+    with AnswerStore(folder, decides) as store:
+        for name in store.damaged:
+            print(f"{name}: damaged or gone; its answers are made again", flush=True)
+        _answer_all(wanted(), len(keys), engine, store, folder)
+        store.seal()
+        rows = (answered(request, parse_answer(row), sampling) for request, row in zip(wanted(), store.read(keys), strict=True))
+        counts = write_dataset(folder, rows, filters, choose=choose, similarity=similarity)
+        store.note(answers=len(keys), counts=counts)
+    write_whole(folder / "README.md", dataset_card(decides, counts))
+    print(counts_table(counts), flush=True)
+    return folder / CONVERSATIONS
+
+
+def standard_filters(*, keep: Collection[str] = ()) -> dict[str, Filter]:
+    """The filters that every data set passes, by reason, but for those in ``keep``."""
+    every = {
+        "empty": filters.empty,
+        "cut_off": filters.cut_off,
+        "repetition_loop": filters.repetition_loop,
+        "refusal": filters.refusal,
+    }
+    return {name: is_bad for name, is_bad in every.items() if name not in keep}
+
+
+def _answer_all(wanted: Iterator[Request], count: int, engine: Engine, store: AnswerStore, folder: Path) -> None:
+    """Ask for whole units, those that are there left out: a unit that lost one answer has lost all."""
+    if count == len(store):
+        return
+    print(f"{count - len(store)} answers to go into {folder}", flush=True)
+    cut = iter(lambda: list(itertools.islice(wanted, engine.unit_size)), [])
+    missing = (unit for unit in cut if not all(request.key in store for request in unit))
+    with tqdm(total=count, initial=len(store), unit="answer", desc="  answering") as progress:
+        for answers in engine.answer(missing):
+            store.add(answers)
+            progress.update(len(answers))
+
+
+def _engine(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
+    nats = recipe.choose == "likeliest"
+    if recipe.server:
+        return ServerEngine(
+            recipe.server, recipe.teacher, sampling, concurrency=recipe.batch_size, patience_seconds=recipe.patience, nats=nats
+        )
+    if recipe.precision not in PRECISIONS:
+        raise ConfigError(f"precision {recipe.precision!r} is not known; use one of {', '.join(PRECISIONS)}")
+    if recipe.engine == "local":
+        return _Local(recipe, sampling)()
+    if recipe.engine == "ray":
+        from potstill.generation.ray import RayEngine
+
+        return RayEngine(_Local(recipe, sampling), workers=recipe.workers)
+    if recipe.engine == "vllm":
+        from potstill.generation.vllm import VllmEngine
+
+        tokenizer = load_tokenizer(recipe.teacher, trust_remote_code=recipe.trust_remote_code)
+        set_chat_template(tokenizer, recipe.chat_template)
+        return VllmEngine(recipe.teacher, locate(recipe.teacher), tokenizer, sampling, nats=nats)
+    raise ConfigError(f"engine {recipe.engine!r} is not known; use local, vllm or ray, or give --server")
+
+
+@dataclass(frozen=True)
+class _Local:
+    """Makes the local engine where it is called: here, or in an actor of Ray's."""
+
+    recipe: GenerateRecipe
+    sampling: Sampling
+
+    def __call__(self) -> LocalEngine:
+        recipe = self.recipe
+        model, tokenizer = load_model(
+            recipe.teacher,
+            dtype=PRECISIONS[recipe.precision],
+            device=recipe.device,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        if not tokenizer.chat_template:
+            set_chat_template(tokenizer, recipe.chat_template)
+        nats = recipe.choose == "likeliest"
+        return LocalEngine(
+            model,
+            tokenizer,
+            self.sampling,
+            source=recipe.teacher,
+            batch_size=recipe.batch_size,
+            unit_size=8 * recipe.batch_size,
+            nats=nats,
+        )
+
+
+def _filters(recipe: GenerateRecipe) -> dict[str, Filter]:
+    keep = {name.strip() for name in recipe.keep.split(",") if name.strip()}
+    unknown = keep - WHAT.keys()
+    if unknown:
+        raise ConfigError(f"--keep {min(unknown)}: no such reason; reasons are {', '.join(list(WHAT)[1:])}")
+    if not 0 < recipe.similarity <= 1:
+        raise ConfigError(f"similarity {recipe.similarity}: above 0 and at most 1; 1 drops no near duplicates")
+    chosen = standard_filters() | filters.length(recipe.min_characters, recipe.max_characters)
+    if recipe.script:
+        chosen["wrong_script"] = filters.wrong_script(recipe.script)
+    if recipe.language:
+        chosen["wrong_language"] = filters.wrong_language(recipe.language)
+    if recipe.held_out:
+        chosen["contaminated"] = filters.contaminated(row["messages"][-1]["content"] for row in read_prompts(recipe.held_out))
+    if recipe.filter:
+        says_keep = filters.users_function(recipe.filter)
+        chosen["user"] = lambda row: not says_keep(row)
+    return {name: is_bad for name, is_bad in chosen.items() if name not in keep}
+
+
+def _choice(recipe: GenerateRecipe) -> Choose | None:
+    if recipe.choose in CHOICES:
+        return CHOICES[recipe.choose]
+    if ".py:" not in recipe.choose:
+        raise ConfigError(f"choose {recipe.choose!r} is not known; use {', '.join(CHOICES)} or FILE.py:FUNCTION")
+    return filters.users_function(recipe.choose)
+
+
+class _PromptFile:
+    """The conversations of a file of prompts, read from it each time."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        return (row["messages"] for row in read_prompts(self.source))

@@ -1,0 +1,67 @@
+"""Ray on this machine: two workers, one killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from potstill.generation import Answer, LocalEngine, Request, Sampling, requests
+
+SAMPLING = Sampling(max_new_tokens=24)
+
+
+class Recorded(LocalEngine):
+    """Leaves its process's number in a folder."""
+
+    pids: Path
+
+    def answer_unit(self, unit: Any) -> list[Answer]:
+        (self.pids / str(os.getpid())).touch()
+        return super().answer_unit(unit)
+
+
+class Make:
+    def __init__(self, model: Path, pids: Path) -> None:
+        self.model, self.pids = model, pids
+
+    def __call__(self) -> LocalEngine:
+        from potstill import load_model
+
+        engine = Recorded(*load_model(self.model, dtype="float32"), SAMPLING, source="teacher", batch_size=4, unit_size=8)
+        engine.pids = self.pids
+        return engine
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")
+def test_a_worker_that_dies_takes_no_answer_with_it(
+    model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else they starve on a busy machine
+    ray = pytest.importorskip("ray", reason="pip install 'potstill[ray]'")
+    from potstill.generation.ray import RayEngine
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+    try:
+        make = Make(model_folder(), tmp_path)
+        wanted = list(requests([[{"role": "user", "content": f"the rain {i}"}] for i in range(320)], SAMPLING, {}))
+        units: list[list[Request]] = [wanted[start : start + 8] for start in range(0, 320, 8)]
+        answers, killed = [], None
+        for answered in RayEngine(make, workers=2).answer(units):
+            answers += answered
+            if killed is None:
+                killed = int(next(tmp_path.iterdir()).name)
+                os.kill(killed, signal.SIGKILL)
+        assert len(list(tmp_path.iterdir())) >= 2
+        expected = [answer for unit in units for answer in make().answer_unit(unit)]
+        assert sorted(answers, key=lambda answer: answer.key) == sorted(expected, key=lambda answer: answer.key)
+    finally:
+        ray.shutdown()
