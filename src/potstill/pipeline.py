@@ -17,21 +17,20 @@ from typing import Any
 
 import transformers
 
-from potstill.alignment import shared_rows
 from potstill.config import DistillRecipe, EvaluateRecipe
-from potstill.data import IGNORED, read_conversations, read_prompts, tokenize_conversations, without_answer
+from potstill.data import read_conversations, read_prompts, without_answer
 from potstill.data.chat_templates import set_chat_template
 from potstill.doctor import quick_check
-from potstill.errors import ConfigError, DataError, RunFolderError, VocabularyMismatch
-from potstill.evaluation import TokenScores, gap_closed, score_tokens, summarize
+from potstill.errors import ConfigError, DataError, RunFolderError
+from potstill.evaluation import gap_closed, summarize
 from potstill.generation import LocalEngine, Sampling, answer_prompts
+from potstill.held_out import HeldOut
 from potstill.models import load_config, load_model, load_tokenizer, locate, pick_device
 from potstill.objectives import make_objective
 from potstill.report import write_report
 from potstill.run_folder import RunFolder, whole_folder, write_json
 from potstill.students import choose_layers, keep_layers, save_student
 from potstill.teacher_text import CONVERSATIONS, make_dataset, standard_filters
-from potstill.teachers import LocalTeacher
 from potstill.training import DistillationConfig, DistillationTrainer, MetricsFile
 from potstill.vocabulary_transfer import change_tokenizer, refuse_misread, token_sources
 
@@ -142,7 +141,7 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
     """Measure a student and its teacher on held-out conversations: ``{"teacher": M, "student": M}`` (potstill.evaluation)."""
     opening: dict[str, Any] = {"device": recipe.device, "trust_remote_code": recipe.trust_remote_code}
     conversations = list(read_conversations(recipe.data))
-    pair = _Pair(recipe, conversations)
+    pair = _held_out(recipe, conversations)
     dtype = _dtype(recipe.precision)
     teacher, _ = load_model(recipe.teacher, dtype=dtype, **opening)
     student, _ = load_model(recipe.student, dtype=dtype, **opening)
@@ -285,34 +284,9 @@ def _tokenizer(source: str, recipe: DistillRecipe | EvaluateRecipe) -> Any:
     return tokenizer
 
 
-class _Pair:
-    """Held-out conversations in the tokens of a teacher and of a student, and how much of their vocabularies is one."""
-
-    def __init__(self, recipe: DistillRecipe | EvaluateRecipe, conversations: list[Any]) -> None:
-        self.tokenizer = _tokenizer(recipe.student, recipe)
-        self.teacher_tokenizer = _tokenizer(recipe.teacher, recipe)
-        try:
-            self.rows: int | None = shared_rows(self.teacher_tokenizer, self.tokenizer)
-        except VocabularyMismatch:
-            self.rows = None  # their logits cannot be compared, their bits per byte can
-        self.dataset, _ = tokenize_conversations(conversations, self.tokenizer, max_length=recipe.max_length)
-        self.teacher_dataset, _ = tokenize_conversations(conversations, self.teacher_tokenizer, max_length=recipe.max_length)
-
-    def score_student(self, student: Any, teacher: Any) -> TokenScores:
-        """The student's scores, against the teacher where their vocabularies are one."""
-        pad = self.tokenizer.pad_token_id
-        if self.rows is None:
-            return score_tokens(student, self.dataset, pad_token_id=pad)
-        rows = min(self.rows, len(teacher.get_output_embeddings().weight), len(student.get_output_embeddings().weight))
-        return score_tokens(student, self.dataset, pad_token_id=pad, teacher=LocalTeacher(teacher, rows=rows), rows=rows)
-
-    def measure_teacher(self, teacher: Any) -> dict[str, Any]:
-        """The teacher's own measures; from itself it is 0 nats away, and always of its own opinion."""
-        measures = summarize(score_tokens(teacher, self.teacher_dataset, pad_token_id=self.teacher_tokenizer.pad_token_id))
-        if self.rows is not None:
-            measures |= {"kl_nats_per_token": 0.0, "top1_agreement": 1.0}
-            measures["ci95"] |= {"kl_nats_per_token": [0.0, 0.0], "top1_agreement": [1.0, 1.0]}
-        return measures
+def _held_out(recipe: DistillRecipe | EvaluateRecipe, conversations: list[Any]) -> HeldOut:
+    tokenizers = _tokenizer(recipe.teacher, recipe), _tokenizer(recipe.student, recipe)
+    return HeldOut(*tokenizers, conversations, max_length=recipe.max_length)
 
 
 def _evaluate_run(run: RunFolder, recipe: DistillRecipe) -> dict[str, Any]:
@@ -322,7 +296,7 @@ def _evaluate_run(run: RunFolder, recipe: DistillRecipe) -> dict[str, Any]:
         "trust_remote_code": recipe.trust_remote_code,
     }
     train, held_out = _split(recipe)
-    pair = _Pair(recipe, held_out)
+    pair = _held_out(recipe, held_out)
     asked = [without_answer(row["messages"]) for row in held_out[:SAMPLES] if "messages" in row]
     teacher, _ = load_model(recipe.teacher, **opening)
     measures, scores, answers = {"teacher": pair.measure_teacher(teacher)}, {}, {}
@@ -337,7 +311,7 @@ def _evaluate_run(run: RunFolder, recipe: DistillRecipe) -> dict[str, Any]:
         **measures,
         "gap_closed": gap_closed(**measures),
         "samples": samples,
-        "token_view": _token_view(pair, scores, samples),
+        "token_view": pair.token_view(scores, samples),
         "train_conversations": len(train),
         "eval_conversations": len(held_out),
     }
@@ -346,20 +320,6 @@ def _evaluate_run(run: RunFolder, recipe: DistillRecipe) -> dict[str, Any]:
 def _sample_answers(model: Any, tokenizer: Any, prompts: list[Any], seed: int) -> list[str]:
     answered = answer_prompts(model, tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS, seed=seed)
     return [row["messages"][-1]["content"] for row in answered]
-
-
-def _token_view(pair: _Pair, scores: dict[str, TokenScores], samples: list[Any]) -> dict[str, Any] | None:
-    """The first held-out answer token by token: how far the student was from the teacher, before and after."""
-    kl = {name: one.kl[one.conversation == 0].tolist() for name, one in scores.items() if one.kl is not None}
-    if not kl or not samples:
-        return None
-    ids = [label for label in pair.dataset[0]["labels"] if label != IGNORED]
-    tokens = [pair.tokenizer.decode([token]) for token in ids]
-    rows = zip(tokens, kl["before"], kl["after"], strict=True)
-    return {
-        "prompt": samples[0]["prompt"],
-        "tokens": [{"text": text, "before_kl_nats": before, "after_kl_nats": after} for text, before, after in rows],
-    }
 
 
 def _dtype(precision: str) -> str:
