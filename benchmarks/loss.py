@@ -46,7 +46,7 @@ class Inputs(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", default="smollm2")
-    parser.add_argument("--data", default="runs/demo/data/train.jsonl", help="conversations whose hidden states are taken")
+    parser.add_argument("--data", default="runs/demo/data/train/conversations.jsonl", help="conversations whose hidden states are taken")
     parser.add_argument("--hidden", type=int, default=576, help="of random rows")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)

@@ -1,6 +1,6 @@
 """A whole training step: ours, TRL's GKDTrainer and plain fine-tuning, on the same student, data and batches.
 
-    python benchmarks/step.py --data runs/demo/data/train.jsonl [--steps 6] [--rounds 2]
+    python benchmarks/step.py --data runs/demo/data/train/conversations.jsonl [--steps 6] [--rounds 2]
 
 The demo's pair: SmolLM2-135M-Instruct in bfloat16 teaches half its layers, float32 weights under bfloat16 autocast, eight
 conversations a step, in the file's order. Every contender runs in a process of its own, in turn, several rounds; the first two
@@ -29,7 +29,7 @@ WARM_UP = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="runs/demo/data/train.jsonl")
+    parser.add_argument("--data", default="runs/demo/data/train/conversations.jsonl")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", help=argparse.SUPPRESS)

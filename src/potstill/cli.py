@@ -179,6 +179,7 @@ def _student(recipe: config.StudentRecipe) -> None:
         recipe.teacher,
         recipe.output_dir,
         keep=_layers(recipe.keep_layers),
+        data=recipe.data,
         tokenizer=recipe.tokenizer,
         trust_remote_code=recipe.trust_remote_code,
     )

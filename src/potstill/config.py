@@ -27,6 +27,8 @@ class StudentRecipe:
     keep_layers: str | None = None
     """How many layers to keep, evenly spaced with both ends (8), which ones (0,1,5,9), half, or all. Without it: half, or all with
     --tokenizer."""
+    data: str | None = None
+    """Conversations on which a number of layers is chosen: those that are missed least, instead of evenly spaced ones."""
     tokenizer: str | None = None
     """Whose tokenizer the student gets instead of its teacher's: hub id, folder, GGUF file or demo. Each new token starts from the
     teacher's tokens for the same bytes. If it has no chat template, the student gets the plain one."""

@@ -47,7 +47,7 @@ def keep_layers(teacher: Any, keep: int | Sequence[int]) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    prefix, count = _layer_list(teacher)
+    prefix, count = layer_list(teacher)
     layers = choose_layers(keep, of=count)
     config = copy.deepcopy(teacher.config)
     text_config = config.get_text_config()
@@ -68,7 +68,7 @@ def save_student(student: Any, tokenizer: Any, folder: Path, *, provenance: dict
     (folder / "README.md").write_text(_model_card(provenance), encoding="utf-8")
 
 
-def _layer_list(model: Any) -> tuple[str, int]:
+def layer_list(model: Any) -> tuple[str, int]:
     """The name and the length of the model's list of layers: ``model.layers``, ``transformer.h``, …"""
     count = model.config.get_text_config().num_hidden_layers
     lists = [
