@@ -12,10 +12,9 @@ first to leave it no better, or worse, and the second to bring it towards its te
 import copy
 import sys
 
-from potstill import DistillationConfig, DistillationTrainer, answer_prompts, load_model
+from potstill import DistillationConfig, DistillationTrainer, answer_prompts, change_tokenizer, load_model
 from potstill.data import PLAIN_CHAT_TEMPLATE, tokenize_conversations
 from potstill.evaluation import score_tokens, summarize
-from potstill.vocabulary_transfer import change_tokenizer
 
 DEMO = "--demo" in sys.argv
 TOPICS = ("rain", "bread", "a river", "the moon", "music", "a school", "winter", "a friend", "the sea", "a garden")

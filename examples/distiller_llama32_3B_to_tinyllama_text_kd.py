@@ -1,17 +1,17 @@
 """Text distillation, between any two models: Llama-3.2-3B-Instruct writes, TinyLlama-1.1B learns to write so.
 
     python examples/distiller_llama32_3B_to_tinyllama_text_kd.py         # the models of its name: one 24 GB GPU
-    python examples/distiller_llama32_3B_to_tinyllama_text_kd.py --demo  # SmolLM2-135M → half its layers: 2 CPU cores, 3 minutes
-    python examples/distiller_llama32_3B_to_tinyllama_text_kd.py --demo --precision fp16  # or fp32, or bf16
+    python examples/distiller_llama32_3B_to_tinyllama_text_kd.py --demo  # half its layers, other tokens: 2 CPU cores
 
-The two models need share nothing, not even a tokenizer: what passes between them is text. The student learns by cross-entropy on
-the teacher's answers, which is right on average and noisy, since it sees one sampled token where the teacher knew a distribution.
+The two models need share nothing, not even a tokenizer: what passes between them is text. With --precision fp16 or fp32 instead of bf16, too. The student learns by
+cross-entropy on the teacher's answers, which is right on average and noisy, since it sees one sampled token where the teacher knew a distribution.
 Expect its nats a token on held-out answers to fall, and what it says, in English and in French, to move towards the teacher's.
 """
 
 import sys
 
-from potstill import DistillationConfig, DistillationTrainer, answer_prompts, keep_layers, load_model
+from potstill import DistillationConfig, DistillationTrainer, answer_prompts, change_tokenizer, keep_layers, load_model
+from potstill.data import PLAIN_CHAT_TEMPLATE
 
 DEMO = "--demo" in sys.argv
 PRECISION = sys.argv[sys.argv.index("--precision") + 1] if "--precision" in sys.argv else "bf16"
@@ -21,16 +21,19 @@ ENGLISH = [f"{ask} {topic}." for topic in TOPICS for ask in ("Explain what to kn
 FRENCH = [f"Écris en français une phrase sur {topic}." for topic in TOPICS.values()]
 HELD_OUT = ["Explain what to know about snow.", "Écris en français une phrase sur la neige."]
 
-# 1. Open both. The demo's student is cut from the teacher: first and last layers, and every second between.
+# 1. The teacher answers. Its text is all that the student will see of it.
 teacher, teacher_tokenizer = load_model("demo" if DEMO else "meta-llama/Llama-3.2-3B-Instruct", dtype="bfloat16")
-if DEMO:
-    student, tokenizer = keep_layers(teacher, 15).float(), teacher_tokenizer
-else:
-    student, tokenizer = load_model("TinyLlama/TinyLlama-1.1B-Chat-v1.0", dtype="float32")
-
-# 2. The teacher answers. Its text is all that the student will see of it.
 sampling = {"max_new_tokens": 48 if DEMO else 256}
 train, held_out = (answer_prompts(teacher, teacher_tokenizer, asked, **sampling) for asked in (ENGLISH + FRENCH, HELD_OUT))
+
+# 2. The demo's student has half the teacher's layers, and 2 000 tokens of its own.
+if DEMO:
+    texts = [message["content"] for row in train for message in row["messages"]]
+    tokenizer = teacher_tokenizer.train_new_from_iterator(texts, vocab_size=2000)
+    tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    student = change_tokenizer(keep_layers(teacher, 15), teacher_tokenizer, tokenizer).float()
+else:
+    student, tokenizer = load_model("TinyLlama/TinyLlama-1.1B-Chat-v1.0", dtype="float32")
 
 
 def measure():

@@ -67,7 +67,7 @@ def _positions(diagnosis: Diagnosis) -> list[str]:
             _share("cross", text.roots + text.interiors, total, f"{text.interiors} of them inside a teacher token"),
             _share("one to one", text.one_to_one, total, "single tokens over the same bytes, all that strict matching would teach"),
             _share("the last", count, total, "one position a conversation, all that padding logits at the end would teach"),
-            _share("disagree", text.disagreeing_roots, boundaries, "of the boundaries of both: these learn from the text alone"),
+            _share("disagree", text.disagreeing_roots, boundaries, "of the boundaries of both: spelled differently there"),
         ]
     return lines
 
