@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--divergences", default=",".join(DIVERGENCES))
     parser.add_argument("--supervised", default="1.0,0.3", help="shares of the tokens that have something to learn")
-    parser.add_argument("--contenders", default="", help="names, or beginnings of them, separated by commas; all without it")
+    parser.add_argument("--contenders", default="", help="beginnings of their names, separated by commas; without it all")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-errors", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -70,7 +70,7 @@ def main() -> None:
                 print(f"\n## {dtype}, {divergence}, {share:.0%} of {options.tokens} tokens, V = {len(inputs.student_weight)}\n")
                 race(options, mask(inputs, share), divergence, dtype, share)
         if not options.no_errors:
-            errors(inputs, dtype)
+            errors(options, inputs, dtype)
 
 
 def race(options: Any, inputs: Inputs, divergence: str, dtype: str, share: float) -> None:
@@ -102,7 +102,7 @@ def ratio(one: list[float], other: list[float]) -> str:
     return f"{statistics.median(a / b for a, b in zip(one, other, strict=True)):.2f}"
 
 
-def errors(inputs: Inputs, dtype: str) -> None:
+def errors(options: Any, inputs: Inputs, dtype: str) -> None:
     """Gradients against float64, over the first 512 tokens."""
     n = min(512, len(inputs.labels))
     cut = Inputs(
