@@ -128,7 +128,9 @@ class StrictCells(VocabularyCells):
 
     def __init__(self, base: VocabularyCells, *, most: int | None = STRICT_MOST) -> None:
         cells = base.teacher_cells.tolist()
-        in_one = [pieces if len(pieces) == 1 and cell >= 0 else () for pieces, cell in zip(base.segmentation, cells, strict=True)]
+        in_one: list[tuple[int, ...]] = [
+            pieces if len(pieces) == 1 and cell >= 0 else () for pieces, cell in zip(base.segmentation, cells, strict=True)
+        ]
         shared = torch.full_like(base.student_cells, -1)
         shared[sorted({pieces[0] for pieces in in_one if pieces})] = 0
         self.most = most

@@ -92,8 +92,9 @@ def align(
     if teacher_turns is None or student_turns is None or len(teacher_turns) != len(student_turns):
         return None
     length = len(student_ids)
-    columns = [[0] * length for _ in range(4)]
-    found = Positions([NO_TARGET] * length, *columns, [NO_TARGET] * length, [NO_TARGET] * len(teacher_ids))
+    start, stop, depth, cell = ([0] * length for _ in range(4))
+    chunks = [NO_TARGET] * length, [NO_TARGET] * len(teacher_ids)
+    found = Positions([NO_TARGET] * length, start, stop, depth, cell, *chunks)
     for teacher, student in zip(teacher_turns, student_turns, strict=True):
         common = _lay_on_common_text(teacher, student)
         if common is None:
