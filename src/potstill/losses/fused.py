@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from potstill.losses.closed_forms import CLOSED_FORMS, ClosedForm, LossAndGradient, by_autograd, cross_entropy
-from potstill.losses.divergences import positive_temperature
+from potstill.losses.divergences import inside_unit_interval, positive_temperature
 from potstill.losses.projection import Head, Projection, block_rows, wide_dtype
 
 Score = Callable[[Tensor, slice], LossAndGradient]
@@ -109,6 +109,8 @@ def closed_form(
     if isinstance(divergence, str) and divergence not in CLOSED_FORMS:
         raise ValueError(f"divergence = {divergence!r}: must be one of {', '.join(CLOSED_FORMS)}, or a function of your own")
     value_and_gradient = CLOSED_FORMS[divergence] if isinstance(divergence, str) else by_autograd(divergence)
+    for name in {"teacher_weight", "skew"} & shape.keys():
+        inside_unit_interval(name, shape[name])  # known before the first token, and of an empty batch, too
     if compiled:
         value_and_gradient = _compiled(value_and_gradient)
     temperature = positive_temperature(temperature)

@@ -144,8 +144,10 @@ def block_rows(device: str, width: int) -> int:
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of matrix products: autocast's where it is on, otherwise the hidden states' own."""
+    """The dtype of matrix products: autocast's where it is on, otherwise the hidden states' own.
+
+    On a CPU float16 is taken for float32: processors without float16 products emulate them, four times as slow.
+    """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return torch.float32 if device == "cpu" and dtype == torch.float16 else dtype
