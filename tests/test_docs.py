@@ -105,7 +105,7 @@ def test_every_public_name_stands_in_the_reference(module: object) -> None:
 
 
 def test_every_name_of_the_package_itself_stands_in_the_reference() -> None:
-    described = set(re.findall(r"^::: [\w.]+\.(\w+)$", PAGES["api/training.md"], re.MULTILINE))
+    described = set(re.findall(r"^::: potstill\.(\w+)$", PAGES["api/training.md"], re.MULTILINE))
     assert described == set(potstill.__all__) - {"alignment", "losses"}  # which have pages of their own
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-TOKENS = ["Rain", "R", "Water", "It", "Why"]
+TOKENS = ["Rain", "R", "Water", "It", "A"]
 Q = np.array([0.50, 0.25, 0.15, 0.07, 0.03])
 PARTITIONS = {
     "text: one cell": [[0, 1, 2, 3, 4]],
