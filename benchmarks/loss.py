@@ -46,13 +46,16 @@ class Inputs(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", default="smollm2")
-    parser.add_argument("--data", default="runs/demo/data/train/conversations.jsonl", help="conversations whose hidden states are taken")
+    parser.add_argument(
+        "--data", default="runs/demo/data/train/conversations.jsonl", help="conversations whose hidden states are taken"
+    )
     parser.add_argument("--hidden", type=int, default=576, help="of random rows")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--divergences", default=",".join(DIVERGENCES))
     parser.add_argument("--supervised", default="1.0,0.3", help="shares of the tokens that have something to learn")
+    parser.add_argument("--contenders", default="", help="beginnings of their names, separated by commas; without it all")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-errors", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -67,11 +70,11 @@ def main() -> None:
                 print(f"\n## {dtype}, {divergence}, {share:.0%} of {options.tokens} tokens, V = {len(inputs.student_weight)}\n")
                 race(options, mask(inputs, share), divergence, dtype, share)
         if not options.no_errors:
-            errors(inputs, dtype)
+            errors(options, inputs, dtype)
 
 
 def race(options: Any, inputs: Inputs, divergence: str, dtype: str, share: float) -> None:
-    contenders = {name: run for name, run in CONTENDERS.items() if available(name)}
+    contenders = {name: run for name, run in CONTENDERS.items() if available(name) and wanted(name, options)}
     if share < 1:
         compacted = {f"{name}, rows compacted": on_compacted(run) for name, run in contenders.items() if name not in OURS}
         contenders |= compacted
@@ -99,7 +102,7 @@ def ratio(one: list[float], other: list[float]) -> str:
     return f"{statistics.median(a / b for a, b in zip(one, other, strict=True)):.2f}"
 
 
-def errors(inputs: Inputs, dtype: str) -> None:
+def errors(options: Any, inputs: Inputs, dtype: str) -> None:
     """Gradients against float64, over the first 512 tokens."""
     n = min(512, len(inputs.labels))
     cut = Inputs(
@@ -112,7 +115,7 @@ def errors(inputs: Inputs, dtype: str) -> None:
     print(f"\n## {dtype}: gradient error, forward KL, hidden / weight\n\n| | cut student | nearly its teacher |\n|---|---|---|")
     exact = [exact_gradients(case) for case in (cut, near)]
     for name, run in CONTENDERS.items():
-        if name == "floor" or not available(name):
+        if name == "floor" or not available(name) or not wanted(name, options):
             continue
         cells = []
         for case, (hidden, weight) in zip((cut, near), exact, strict=True):
@@ -208,6 +211,10 @@ OURS = ("floor", "potstill")
 def available(name: str) -> bool:
     module = {"Liger 0.8.5": "liger_kernel", "TRL 1.16": "trl"}.get(name, "torch")
     return importlib.util.find_spec(module) is not None
+
+
+def wanted(name: str, options: Any) -> bool:
+    return name in OURS or not options.contenders or any(name.startswith(part) for part in options.contenders.split(","))
 
 
 def on_compacted(run: Contender) -> Contender:

@@ -5,8 +5,8 @@
 The demo's pair: SmolLM2-135M-Instruct in bfloat16 teaches half its layers, float32 weights under bfloat16 autocast, eight
 conversations a step, in the file's order. Every contender runs in a process of its own, in turn, several rounds; the first two
 steps warm up and are not counted. A token is one of the conversations' own, prompts included, padding not. KD efficiency is the
-step ÷ (the teacher's forward pass + a fine-tuning step with a fused cross-entropy on the completions): 1 would mean that
-distilling costs nothing beside what it cannot do without.
+step ÷ (the teacher's forward pass, its head at the completions included, + a fine-tuning step with a fused cross-entropy on these):
+1 would mean that distilling costs nothing beside what it cannot do without.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def teacher_forward(options: Any) -> dict[str, float]:
     import torch
 
     from potstill.data import BatchLayout, tokenize_conversations
-    from potstill.heads import hidden_states
+    from potstill.heads import hidden_states, supervised
 
     teacher, _, tokenizer = pair()
     dataset, counts = tokenize_conversations(conversations(options), tokenizer)
@@ -166,7 +166,8 @@ def teacher_forward(options: Any) -> dict[str, float]:
         batch = layout([dataset[i] for i in range(start, start + BATCH)])
         begun = time.perf_counter()
         with torch.no_grad():
-            hidden_states(teacher, {name: tensor for name, tensor in batch.items() if name != "labels"})
+            hidden = hidden_states(teacher, {name: tensor for name, tensor in batch.items() if name != "labels"})
+            supervised(hidden, batch["labels"])[0] @ teacher.get_output_embeddings().weight.T
         times.append(time.perf_counter() - begun)
     return {"seconds": statistics.mean(times[WARM_UP:]), "tokens": counts.tokens / len(times)}
 

@@ -76,19 +76,17 @@ class CrossObjective:
 
     def _compare(self, ours: _Supervised, theirs: _Supervised) -> Tensor:
         models = (ours.hidden, ours.head, theirs.hidden, theirs.head)
-        settings: Any = {"labels": ours["labels"], "teacher_labels": theirs["labels"]}
+        labels: dict[str, Any] = {"labels": ours["labels"], "teacher_labels": theirs["labels"]}
         if self.alignment == "last_token_padded":
-            numbers: Any = {"conversation": ours["conversation"], "teacher_conversation": theirs["conversation"]}
-            return fused_linear_last_token(*models, **numbers)
+            return fused_linear_last_token(*models, conversation=ours["conversation"], teacher_conversation=theirs["conversation"])
         if self.alignment == "alm":
-            return fused_linear_chunks(*models, **settings, chunk=ours["chunk"], teacher_chunk=theirs["chunk"])
+            return fused_linear_chunks(*models, **labels, chunk=ours["chunk"], teacher_chunk=theirs["chunk"])
         places = _places(ours, theirs["number"])
         if self.alignment == "uld":
             row = places.teacher_row.masked_fill(places.depth > 0, -1)
             temperature = self.settings.get("teacher_temperature", 1.0)
-            return fused_linear_sorted(*models, **settings, teacher_row=row, teacher_temperature=temperature)
-        settings |= {"cells": self.cells, "places": places, **self.settings}
-        return fused_linear_cells(*models, **settings)
+            return fused_linear_sorted(*models, **labels, teacher_row=row, teacher_temperature=temperature)
+        return fused_linear_cells(*models, **labels | self.settings, cells=self.cells, places=places)
 
     def self_divergence(self, rows: list[dict[str, Any]]) -> Tensor | None:
         """The teacher as a student of its own tokens, each its own cell, at every token it reads; None without a divergence."""

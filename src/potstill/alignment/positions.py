@@ -93,8 +93,8 @@ def align(
         return None
     length = len(student_ids)
     start, stop, depth, cell = ([0] * length for _ in range(4))
-    chunk, teacher_chunk = [NO_TARGET] * length, [NO_TARGET] * len(teacher_ids)
-    found = Positions([NO_TARGET] * length, start, stop, depth, cell, chunk, teacher_chunk)
+    chunks = [NO_TARGET] * length, [NO_TARGET] * len(teacher_ids)
+    found = Positions([NO_TARGET] * length, start, stop, depth, cell, *chunks)
     for teacher, student in zip(teacher_turns, student_turns, strict=True):
         common = _lay_on_common_text(teacher, student)
         if common is None:

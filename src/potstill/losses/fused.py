@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from potstill.losses.closed_forms import CLOSED_FORMS, ClosedForm, LossAndGradient, by_autograd, cross_entropy
-from potstill.losses.divergences import positive_temperature
+from potstill.losses.divergences import inside_unit_interval, positive_temperature
 from potstill.losses.projection import Head, Projection, block_rows, wide_dtype
 
 Score = Callable[[Tensor, slice], LossAndGradient]
@@ -109,6 +109,8 @@ def closed_form(
     if isinstance(divergence, str) and divergence not in CLOSED_FORMS:
         raise ValueError(f"divergence = {divergence!r}: must be one of {', '.join(CLOSED_FORMS)}, or a function of your own")
     value_and_gradient = CLOSED_FORMS[divergence] if isinstance(divergence, str) else by_autograd(divergence)
+    for name in {"teacher_weight", "skew"} & shape.keys():
+        inside_unit_interval(name, shape[name])  # known before the first token, and of an empty batch, too
     if compiled:
         value_and_gradient = _compiled(value_and_gradient)
     temperature = positive_temperature(temperature)
@@ -165,7 +167,7 @@ class _FusedLinear(torch.autograd.Function):
         differentiate: bool,
     ) -> Tensor:
         needs = [needed and differentiate for needed in ctx.needs_input_grad[:3]]
-        gradients = _Gradients(projection, hidden, weight, bias, needs)
+        gradients = _Gradients(projection, hidden, bias, needs)
         total = hidden.new_zeros((), dtype=wide_dtype(hidden.dtype))
         for rows, logits in projection.blocks():
             slope = projection.head.slope(logits)
@@ -178,7 +180,7 @@ class _FusedLinear(torch.autograd.Function):
                 if rows.stop == projection.stop:
                     gradients.add_chunk()
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
-        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.shapes = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in (hidden, weight, bias)]
         return total
 
     @staticmethod
@@ -191,23 +193,26 @@ class _FusedLinear(torch.autograd.Function):
                 "forward pass; use the dense functions of potstill.losses"
             )
         scaled = [
-            None if gradient is None else _scaled(gradient, grad_total, dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if gradient is None else _scaled(gradient, grad_total, *shape)
+            for gradient, shape in zip(ctx.saved_tensors, ctx.shapes, strict=True)
         ]
         return *scaled, None, None, None, None
 
 
 class _Gradients:
-    """What the chunks add up to, in float32 or wider: ∂/∂hidden ``[N, H]``, ∂/∂weight ``[V, H]``, ∂/∂bias ``[V]``."""
+    """What the chunks add up to: ∂/∂hidden ``[N, H]``, ∂/∂weight ``[V, H]`` and ∂/∂bias ``[V]`` at the rows in use.
 
-    def __init__(self, projection: Projection, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> None:
-        self.projection, self.rows = projection, len(projection.head)
-        wide = wide_dtype(hidden.dtype)
+    Each in float32 or wider, but the weight's where all tokens are one chunk: then half precision loses nothing more.
+    """
+
+    def __init__(self, projection: Projection, hidden: Tensor, bias: Tensor | None, needs: list[bool]) -> None:
+        self.projection, self.needs_weight = projection, needs[1]
+        wide, rows = wide_dtype(hidden.dtype), len(projection.head)
         self.hidden = torch.zeros_like(hidden, dtype=wide) if needs[0] else None
-        self.weight = torch.zeros_like(weight, dtype=wide) if needs[1] else None
-        self.bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs[2] else None
-        half = projection.dtype in (torch.bfloat16, torch.float16)
-        self.room = torch.empty_like(projection.weight) if half and needs[1] else None
+        self.bias = hidden.new_zeros(rows, dtype=wide) if bias is not None and needs[2] else None
+        self.weight = None
+        if needs[1] and not len(hidden):
+            self.weight = torch.zeros_like(projection.weight)
 
     def add_chunk(self) -> None:
         """∂loss/∂logits ``[c, V]`` stands in the projection's room; what follows from it is added up."""
@@ -215,26 +220,34 @@ class _Gradients:
         rows = slice(projection.start, projection.stop)
         gradient, inputs = projection.product(rows), projection.hidden[rows]
         if self.bias is not None:
-            self.bias[: self.rows] += gradient.sum(0, dtype=self.bias.dtype)
+            self.bias += gradient.sum(0, dtype=self.bias.dtype)
         gradient = gradient.to(projection.dtype)
         if self.hidden is not None:
             self.hidden[rows] = gradient @ projection.weight
+        if self.needs_weight:
+            self._add_to_weight(gradient.T, inputs)
+
+    def _add_to_weight(self, gradient: Tensor, inputs: Tensor) -> None:
+        """``weight += gradient [V, c] @ inputs [c, H]``."""
         if self.weight is None:
-            return
-        total = self.weight[: self.rows]
-        if self.room is None:
-            torch.addmm(total, gradient.T, inputs, out=total)
+            self.weight = gradient @ inputs
+        elif self.weight.dtype == wide_dtype(inputs.dtype) == inputs.dtype:
+            torch.addmm(self.weight, gradient, inputs, out=self.weight)
         else:  # summed over a chunk in half precision's own accumulators, over chunks in float32
-            torch.mm(gradient.T, inputs, out=self.room)
-            for part, addend in _pieces(total, self.room):
+            self.weight = self.weight.to(wide_dtype(inputs.dtype))
+            for part, addend in _pieces(self.weight, gradient @ inputs):
                 part += addend
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gradient · factor`` in ``dtype``, rounded last: float16 would turn a loss scale of 65 536 into infinity."""
-    scaled = torch.empty_like(gradient, dtype=dtype)
-    for part, source in _pieces(scaled, gradient):
-        part.copy_(source * factor)
+def _scaled(gradient: Tensor, factor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """``gradient · factor`` in a tensor of ``shape``, whose rows beyond the gradient's (the cut vocabulary's) get 0.
+
+    Rounded to ``dtype`` last: float16 would turn a loss scale of 65 536 into infinity.
+    """
+    scaled = gradient.new_empty(shape, dtype=dtype)
+    scaled[len(gradient) :] = 0
+    for part, source in _pieces(scaled[: len(gradient)], gradient):
+        part.copy_(source.to(wide_dtype(source.dtype)) * factor)
     return scaled
 
 

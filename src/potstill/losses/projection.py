@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# One chunk's product. Wide enough that the weight's gradient is not read and written too often, small beside dense logits.
+# One chunk's product, or half the weight if that is more: wide enough that the weight's gradient, which is read and written once
+# a chunk, costs little beside the products, and small beside dense logits.
 CHUNK_BYTES = {"cpu": 96 * 2**20, "cuda": 256 * 2**20}
 # One block's float32 logits, and there are a handful of such tensors at a time in a core's cache. A GPU takes a chunk at once.
 BLOCK_BYTES = {"cpu": 2**20}
@@ -74,7 +75,7 @@ class Projection:
         self.weight = head.weight[: len(head)].detach().to(self.dtype)
         self.wide_products = hidden.device.type == "cuda" and self.dtype in (torch.bfloat16, torch.float16)
         stored = torch.float32 if self.wide_products else self.dtype
-        self.chunk = chunk_size(hidden, len(head), stored, chunk_tokens)
+        self.chunk = _chunk_size(self.weight, stored, chunk_tokens)
         anchored = observed is not None and stored in (torch.bfloat16, torch.float16)
         self.anchors = self._logits_of(observed) if anchored and observed is not None else None
         self.room = self.hidden.new_empty(min(self.chunk, len(hidden)), len(head), dtype=stored)
@@ -120,14 +121,14 @@ class Projection:
         return (self.hidden.float() * rows.float()).sum(-1, keepdim=True).to(self.dtype)
 
 
-def chunk_size(hidden: Tensor, vocabulary: int, dtype: torch.dtype, chunk_tokens: int | None) -> int:
+def _chunk_size(weight: Tensor, dtype: torch.dtype, chunk_tokens: int | None) -> int:
     """Tokens in a chunk: ``chunk_tokens``, or what fits the device's budget. Raises: ValueError if it is below 1."""
     if chunk_tokens is not None:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens = {chunk_tokens}: must be at least 1, or None to fit the chunk to memory")
         return chunk_tokens
-    budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-    return max(1, budget // (dtype.itemsize * max(1, vocabulary)))
+    budget = CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cuda"])
+    return max(1, max(budget, dtype.itemsize * weight.numel() // 2) // (dtype.itemsize * max(1, len(weight))))
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -144,8 +145,10 @@ def block_rows(device: str, width: int) -> int:
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of matrix products: autocast's where it is on, otherwise the hidden states' own."""
+    """The dtype of matrix products: autocast's where it is on, otherwise the hidden states' own.
+
+    On a CPU float16 is taken for float32: processors without float16 products emulate them, four times as slow.
+    """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return torch.float32 if device == "cpu" and dtype == torch.float16 else dtype
