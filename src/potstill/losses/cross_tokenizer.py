@@ -121,7 +121,7 @@ def fused_linear_cells(
     sampled. ``within_weight`` is the share of cross-entropy inside the observed cell: 1 has the same expectation as text
     distillation. With one tokenizer for both this is `fused_linear_divergence`, but for special tokens.
 
-    Raises: ValueError if shapes do not fit, or for an unknown divergence. Source: MATHS in docs/, "One principle".
+    Raises: ValueError if shapes do not fit, or for an unknown divergence. Source: docs/one-principle.md.
     """
     student, teacher = as_head(student_head), as_head(teacher_head)
     if labels.shape != student_hidden.shape[:1] or places.teacher_row.shape != labels.shape:
