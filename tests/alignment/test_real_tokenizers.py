@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import textwrap
 import threading
-import time
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -166,25 +165,3 @@ def test_llama_3_has_a_prediction_for_nearly_all_of_a_text_in_llama_2s_tokens(te
     _, counts = tokenize_pairs(rows, teacher, student, cells_of("llama3", "llama2"), max_length=10**6)
     assert counts.with_target >= 0.99
     assert counts.disagreeing_roots <= 0.01 * counts.roots
-
-
-def test_aligning_two_thousand_tokens_takes_a_few_milliseconds() -> None:
-    text = inspect.getsource(inspect)[:9000]
-    ids = [ids_of(family, text)[:] for family in ("llama3", "llama2")]
-    assert len(ids[1]) > 2048
-    masks = [[True] * len(one) for one in ids]
-    seconds = []
-    for _ in range(5):
-        begun = time.perf_counter()
-        align(
-            ids[0],
-            masks[0],
-            ids[1],
-            masks[1],
-            cells=cells_of("llama3", "llama2"),
-            teacher_tokens=tokens_of("llama3"),
-            student_tokens=tokens_of("llama2"),
-        )
-        seconds.append(time.perf_counter() - begun)
-    print(f"{1000 * min(seconds):.1f} ms for {len(ids[1])} tokens")
-    assert min(seconds) < 0.01 * len(ids[1]) / 2048
