@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from conftest import conversations
+from alignment.toys import sentencepiece
+from conftest import conversations, tiny_model
 from potstill import cli, pipeline
+from potstill.training import DistillationTrainer
 
 
 @pytest.fixture
@@ -69,24 +71,40 @@ def test_methods_are_trained_measured_and_told_apart(place: Path, capsys: pytest
 
 
 def test_an_interrupted_comparison_goes_on_and_keeps_what_is_finished(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, begun = pipeline.distill, []
+    original = DistillationTrainer.training_step
 
-    def interrupted(recipe: Any) -> Path:
-        begun.append(recipe.method)
-        if recipe.method == "logits":
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.args.method == "logits" and self.state.global_step == 2:
             raise KeyboardInterrupt
-        return original(recipe)
+        return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "distill", interrupted)
+        patch.setattr(DistillationTrainer, "training_step", interrupted)
         assert compare("--methods", "text,logits") == 130
-    assert begun == ["text", "logits"]
     assert not (place / "out" / "comparison.json").exists()
     kept = (place / "out" / "text-seed0" / "student" / "model.safetensors").stat().st_mtime_ns
     write_rows(place / "data.jsonl", conversations(3))  # the comparison has its own copy
     assert compare("--methods", "text,logits") == 0
     assert (place / "out" / "text-seed0" / "student" / "model.safetensors").stat().st_mtime_ns == kept
     assert set(comparison()["methods"]) == {"text", "logits", "untouched"}
+    assert len((place / "out" / "logits-seed0" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_across_tokenizers_the_verdict_is_in_bits_a_byte(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POTSTILL_CACHE", str(place / "cache"))
+    tokenizer = sentencepiece(prepend="first")
+    tokenizer.pad_token = tokenizer.eos_token
+    other = tiny_model(layers=2, rows=len(tokenizer), seed=1)
+    other.generation_config.eos_token_id = other.generation_config.pad_token_id = tokenizer.eos_token_id
+    (place / "student").unlink()
+    other.save_pretrained(place / "student")
+    tokenizer.save_pretrained(place / "student")
+    write_rows(place / "data.jsonl", conversations(16))  # without references
+    assert compare() == 0
+    assert set(comparison()["methods"]) == {"text", "cross", "untouched"}
+    assert comparison()["measure"] == "bits_per_byte"
+    assert "kl_nats_per_token" not in comparison()["pairs"][0]["differences"]
+    assert "bits a byte" in comparison()["pairs"][0]["verdict"]
 
 
 def test_a_method_can_be_added_later_and_another_budget_cannot(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +116,13 @@ def test_a_method_can_be_added_later_and_another_budget_cannot(place: Path, caps
 
 
 def test_recipes_are_compared_as_they_are(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = {"teacher": "teacher", "student": "student", "data": "data.jsonl", "eval_data": "held_out.jsonl", "output_dir": "-"}
+    common = {
+        "teacher": "teacher",
+        "student": "student",
+        "data": "data.jsonl",
+        "eval_data": "held_out.jsonl",
+        "output_dir": "unused",
+    }
     common |= {"device": "cpu", "precision": "fp32", "max_steps": "2"}
     for name, more in {"forward": "divergence: forward_kl", "reverse": "divergence: reverse_kl", "long": "max_steps: 9"}.items():
         Path(f"{name}.yaml").write_text("".join(f"{key}: {value}\n" for key, value in common.items() if key not in more) + more)
@@ -118,7 +142,7 @@ def distill(output: str, *more: str) -> str:
 def test_finished_runs_are_compared_without_a_model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     distill("one"), distill("two", "--method", "text")
     (place / "teacher").unlink(), (place / "student").unlink()
-    assert cli.main(["compare", "--runs", "one,two", "--output-dir", "out", "--json"]) == 0
+    assert cli.main(["compare", "--runs", "one,two", "--output-dir", "out"]) == 0
     assert set(comparison()["methods"]) == {"one", "two", "untouched"}
 
 

@@ -94,3 +94,8 @@ def test_regressions_are_the_conversations_that_became_worse_the_worst_first() -
     before, after = ratios([1.0, 1.0, 1.0, 1.0]), ratios([1.5, 0.5, 3.0, 1.0])
     assert regressions(before, after, lower_is_better=True) == [(2, 1.0, 3.0), (0, 1.0, 1.5)]
     assert regressions(before, after, lower_is_better=False) == [(1, 1.0, 0.5)]
+
+
+def test_an_empty_answer_is_no_regression_where_bytes_are_counted() -> None:
+    before, after = ratios([1.0, 1.0], [2.0, 0.0]), ratios([2.0, 3.0], [2.0, 0.0])
+    assert regressions(before, after, lower_is_better=True) == [(0, 0.5, 1.0)]

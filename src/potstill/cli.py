@@ -229,9 +229,7 @@ def _compare(recipe: config.CompareRecipe) -> None:
     if files and len(recipes) < max(2, len(files)):
         raise ConfigError(f"--recipes {recipe.recipes}: give two or more files of different names")
     comparison = compare(recipe, recipes)
-    print(json.dumps(comparison, indent=1, ensure_ascii=False) if recipe.json else "\n" + as_text(comparison))
-    if not recipe.json:
-        print(f"\npage: {Path(recipe.output_dir).expanduser() / 'comparison.html'}")
+    print(f"\n{as_text(comparison)}\n\npage: {Path(recipe.output_dir).expanduser() / 'comparison.html'}")
 
 
 def _evaluate(recipe: config.EvaluateRecipe) -> None:

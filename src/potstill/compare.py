@@ -37,7 +37,7 @@ from potstill.run_folder import RunFolder, write_json, write_whole
 from potstill.text_measures import measures_against
 
 REFERENCE = "reference"
-ADDABLE = ("methods", "recipes", "seeds", "text_measures", "json")
+ADDABLE = ("methods", "recipes", "seeds", "text_measures")
 """What a later call may change without making the runs that are there another comparison's."""
 PASSES = 3
 
@@ -84,6 +84,8 @@ def _trained_runs(folder: RunFolder, recipe: CompareRecipe, recipes: Plan) -> En
     missing = [name.upper() for name in ("teacher", "student", "data") if not getattr(recipe, name)]
     if missing and not recipes:
         raise ConfigError(f"compare needs {', '.join(missing)}, or --recipes, or --runs; potstill compare --help shows all")
+    if recipe.answers < 0:
+        raise ConfigError(f"--answers {recipe.answers}: must be at least 0")
     _refuse_unlike_recipes(recipes)
     seeds, asked = _seeds(recipe.seeds), dataclasses.asdict(recipe)
     folder.refuse_other({name: value for name, value in asked.items() if name not in ADDABLE})

@@ -48,7 +48,7 @@ def compare_runs(entrants: Entrants, *, untouched_answers: Answers | None = None
     return {
         "measure": deciding,
         "conversations": len(runs[0].conversations["prompts"]),
-        "answers": next((ratios[name][names[0]].numerator.shape[1] for name in ("stops",) if name in ratios), 0),
+        "answers": ratios["stops"][names[0]].numerator.shape[1] if "stops" in ratios else 0,
         "seeds": seeds,
         "notes": _notes(ratios, seeds),
         "teacher": {name: runs[0].evaluation["teacher"].get(name) for name in MEASURES},
@@ -84,7 +84,7 @@ def _measured(entrants: Entrants) -> dict[str, dict[str, Ratios]]:
     ]
     return {
         measure: {
-            name: Ratios(*(np.stack(part) for part in zip(*(row[measure] for row in rows), strict=True)))  # type: ignore[misc]
+            name: Ratios(*(np.stack(part) for part in zip(*(row[measure] for row in rows), strict=True)))
             for name, rows in columns.items()
         }
         for measure in usable

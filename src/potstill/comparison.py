@@ -30,8 +30,9 @@ class Ratios:
         return float((self.numerator.sum(1) / self.denominator.sum(1)).mean())
 
     def per_conversation(self) -> Any:
-        """The measure in each conversation, over all seeds ``[C]``."""
-        return self.numerator.sum(0) / self.denominator.sum(0)
+        """The measure in each conversation, over all seeds ``[C]``; NaN where there is nothing to divide by (no bytes)."""
+        above, below = self.numerator.sum(0), self.denominator.sum(0)
+        return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
 
 
 @dataclass(frozen=True)

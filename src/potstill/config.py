@@ -248,5 +248,3 @@ class CompareRecipe(DistillRecipe):
     """Tokens at which such an answer is cut off."""
     text_measures: str = ""
     """chrf, rouge_l or both, separated by a comma: answers against the teacher's (needs potstill[measures])."""
-    json: bool = False
-    """Print JSON instead of a table."""

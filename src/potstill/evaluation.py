@@ -87,7 +87,7 @@ def summarize(scores: TokenScores, *, seed: int = 0) -> dict[str, Any]:
     return summary
 
 
-def conversation_sums(scores: TokenScores) -> dict[str, list[float] | None]:
+def conversation_sums(scores: TokenScores) -> dict[str, Any]:
     """What the scores add up to in each conversation: enough to compare two models later, without either.
 
     ``tokens``, ``bytes``, ``nll_nats``, ``kl_nats`` and ``agreeing_tokens``, a number a conversation; the last two None without a
@@ -98,7 +98,7 @@ def conversation_sums(scores: TokenScores) -> dict[str, list[float] | None]:
         if values is None:
             return None
         zeros = torch.zeros(len(scores.answer_bytes), dtype=torch.float64)
-        return zeros.index_add_(0, scores.conversation, values.double()).tolist()  # type: ignore[no-any-return]
+        return zeros.index_add_(0, scores.conversation, values.double()).tolist()
 
     return {
         "tokens": added(torch.ones_like(scores.nll)),

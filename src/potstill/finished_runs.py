@@ -66,7 +66,7 @@ def open_run(folder: str | Path) -> FinishedRun:
     try:
         columns = [pair for when in ("before", "after") for pair in measure_ratios(opened.conversations[when]).values() if pair]
         sizes = {len(column) for pair in columns for column in pair} | {len(opened.conversations["prompts"])}
-        whole = len(sizes) == 1 and min(sizes) > 0
+        whole = len(sizes) == 1 and min(sizes) > 0 and isinstance(opened.evaluation["teacher"], dict)
     except (KeyError, TypeError, ValueError, AttributeError):
         whole = False
     if not whole:
