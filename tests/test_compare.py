@@ -56,6 +56,7 @@ def test_methods_are_trained_measured_and_told_apart(place: Path, capsys: pytest
     assert len(found["pairs"]) == 6
     assert found["methods"]["logits"]["kl_nats_per_token"] < found["methods"]["untouched"]["kl_nats_per_token"]
     assert {"stops", "loops", "length_words", "chrf"} <= found["methods"]["text"].keys()
+    assert found["teacher"]["length_words"] == (3 + 6 + 9) / 3
     for seed in (0, 1):  # what one run's own evaluation says is what the comparison says of it
         config = pipeline.RunFolder(f"out/text-seed{seed}").read_config()
         assert (config["method"], config["seed"], config["max_steps"]) == ("text", seed, 4)

@@ -208,7 +208,7 @@ def _write_data(folder: RunFolder, train: list[Any], held_out: list[Any]) -> Non
 
 def _answer(place: Path, source: str, one: DistillRecipe, recipe: CompareRecipe, held_out: list[Any]) -> None:
     """Let a student answer the first held-out prompts, and lay the teacher's answers beside its own."""
-    rows = [row for row in held_out if "messages" in row][: recipe.answers]
+    rows = [row for row in held_out if row.get("messages", [{}])[-1].get("role") == "assistant"][: recipe.answers]
     if not rows or (place / ANSWERS).is_file():
         return
     print(f"  {len(rows)} answers of {source}", flush=True)

@@ -11,6 +11,7 @@ from potstill.comparison import Ratios, paired_difference, regressions, verdict
 from potstill.errors import RunFolderError
 from potstill.evaluation import MEASURES, measure_ratios
 from potstill.finished_runs import FinishedRun, refuse_unlike, same_tokens
+from potstill.generation.words import words
 from potstill.text_measures import length_words, loops, measures_against, stops
 
 UNTOUCHED = "untouched"
@@ -51,7 +52,7 @@ def compare_runs(entrants: Entrants, *, untouched_answers: Answers | None = None
         "answers": ratios["stops"][names[0]].numerator.shape[1] if "stops" in ratios else 0,
         "seeds": seeds,
         "notes": _notes(ratios, seeds),
-        "teacher": {name: runs[0].evaluation["teacher"].get(name) for name in MEASURES},
+        "teacher": _teacher(runs[0], answered="stops" in ratios),
         "methods": {name: _method(name, entrants.get(name, []), ratios) for name in names},
         "pairs": [_pair(one, other, ratios, deciding) for one, other in itertools.combinations(names, 2)],
         "regressions": _became_worse(entrants, ratios[deciding], deciding),
@@ -108,6 +109,13 @@ def _answered(entrants: Entrants, untouched: Answers | None, text_measures: list
             values = np.array([[function(row) for row in rows or []] for rows in each])
             measured.setdefault(measure, {})[name] = Ratios(values, np.ones_like(values))
     return measured
+
+
+def _teacher(run: FinishedRun, *, answered: bool) -> dict[str, Any]:
+    """The teacher's own measures, and how long its answers are to the prompts that the students answered, too."""
+    values = {name: run.evaluation["teacher"].get(name) for name in MEASURES}
+    rows = (run.answers() or []) if answered else []
+    return values | ({"length_words": sum(len(words(row["teacher"])) for row in rows) / len(rows)} if rows else {})
 
 
 def _method(name: str, runs: list[FinishedRun], ratios: dict[str, dict[str, Ratios]]) -> dict[str, Any]:
