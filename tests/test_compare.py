@@ -163,6 +163,7 @@ def test_runs_that_cannot_be_compared_are_refused_by_what_differs(place: Path, c
     assert "held-out data (fingerprint)" in refused("one,else")
     assert "the seeds are 0 in the one and 1 in the other" in refused("one,seeded")
     assert "one method alone" in refused("one")
+    assert "one: seed 0, 0 is there more than once" in refused("one,one,seeded")
     evaluation = json.loads((place / "else" / "evaluation.json").read_text())
     for damage, says in {
         "{": "damaged (not JSON)",

@@ -62,6 +62,8 @@ def compare_runs(entrants: Entrants, *, untouched_answers: Answers | None = None
 def _same_seeds(entrants: Entrants) -> list[int]:
     seeds = {name: [run.seed for run in runs] for name, runs in entrants.items()}
     (first, expected), *rest = seeds.items()
+    if len(set(expected)) < len(expected):
+        raise RunFolderError(f"{first}: seed {_listed(expected)} is there more than once; give each run once")
     for name, found in rest:
         if found != expected:
             raise RunFolderError(
@@ -150,6 +152,8 @@ def _notes(ratios: dict[str, dict[str, Ratios]], seeds: list[int]) -> list[str]:
     notes = []
     if "kl_nats_per_token" not in ratios:
         notes.append("The tokenizers differ: only bits a byte mean the same in all runs.")
+    if "stops" not in ratios:
+        notes.append("Not every run kept answers to the same prompts, so nothing is said of the text.")
     if len(seeds) == 1:
         notes.append("One seed: the intervals speak of other conversations, not of another training; give --seeds 0,1,2.")
     notes.append("Each interval is a 95 % one by itself: of twenty pairs without any difference, about one will seem to have one.")
