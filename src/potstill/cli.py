@@ -24,6 +24,7 @@ RECIPES: dict[str, tuple[type, tuple[str, ...]]] = {
     "student": (config.StudentRecipe, ("teacher",)),
     "generate": (config.GenerateRecipe, ("teacher",)),
     "distill": (config.DistillRecipe, ("teacher", "student")),
+    "compare": (config.CompareRecipe, ("teacher", "student")),
     "evaluate": (config.EvaluateRecipe, ("student",)),
     "report": (config.ReportRecipe, ("run_dir",)),
 }
@@ -82,7 +83,8 @@ class _Parser(ArgumentParser):
 
 
 def _add_fields(parser: ArgumentParser, recipe: type) -> None:
-    help_of = {item.arg_name: item.description for item in docstring_parser.parse_from_object(recipe).params}
+    inherited = (docstring_parser.parse_from_object(one).params for one in reversed(recipe.__mro__[:-1]))
+    help_of = {item.arg_name: item.description for params in inherited for item in params}
     types = typing.get_type_hints(recipe)
     for item in dataclasses.fields(recipe):
         default = None if item.default is dataclasses.MISSING else item.default
@@ -218,6 +220,18 @@ def _distill(recipe: config.DistillRecipe) -> None:
     pipeline.distill(recipe)
 
 
+def _compare(recipe: config.CompareRecipe) -> None:
+    from potstill.compare import compare, listed
+    from potstill.comparison_page import as_text
+
+    files = listed(recipe.recipes)
+    recipes = {Path(file).stem: parse(["distill", "--config", file])[1] for file in files}
+    if files and len(recipes) < max(2, len(files)):
+        raise ConfigError(f"--recipes {recipe.recipes}: give two or more files of different names")
+    comparison = compare(recipe, recipes)
+    print(f"\n{as_text(comparison)}\n\npage: {Path(recipe.output_dir).expanduser() / 'comparison.html'}")
+
+
 def _evaluate(recipe: config.EvaluateRecipe) -> None:
     from potstill import pipeline
     from potstill.evaluation import MEASURES
@@ -246,6 +260,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "student": _student,
     "generate": _generate,
     "distill": _distill,
+    "compare": _compare,
     "evaluate": _evaluate,
     "report": _report,
 }

@@ -219,3 +219,32 @@ class ReportRecipe:
 
     run_dir: str
     """Folder of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareRecipe(DistillRecipe):
+    """Train several methods on the same data, order and budget, and say which is better, by how much, and whether by chance."""
+
+    teacher: str = ""
+    """Hub id, model folder, GGUF file, or demo."""
+    student: str = ""
+    """The same, for the model to be trained, by each method anew."""
+    data: str = ""
+    """Conversations with the teacher's answers; a row's "reference" is an answer of other origin, for the method reference."""
+    method: str = "logits"
+    """Not used here, but part of a recipe for distill, which can be given as it is: see --methods."""
+    methods: str | None = None
+    """Separated by commas: text, logits, cross, and reference (cross-entropy on the reference answers). Without it: reference if
+    every row has one, text, and logits or, for different tokenizers, cross. The untouched student always takes part."""
+    recipes: str | None = None
+    """Instead of methods: YAML files for distill, separated by commas, with the same data and budget."""
+    runs: str | None = None
+    """Instead of training: folders of finished runs, separated by commas. Those that differ in -seedN alone are one method's."""
+    seeds: str = "0"
+    """Separated by commas: each method is trained once with each."""
+    answers: int = 32
+    """Held-out prompts that each student answers, to see whether it stops, loops, and how long it talks. 0: none."""
+    answer_tokens: int = 128
+    """Tokens at which such an answer is cut off."""
+    text_measures: str = ""
+    """chrf, rouge_l or both, separated by a comma: answers against the teacher's (needs potstill[measures])."""

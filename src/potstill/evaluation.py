@@ -77,24 +77,49 @@ def summarize(scores: TokenScores, *, seed: int = 0) -> dict[str, Any]:
     A measure that needs a teacher is None without one. ``tokens`` and ``bytes`` say over how much the means were taken.
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
     """
+    sums = conversation_sums(scores)
+    ratios = measure_ratios(sums)
     count = len(scores.answer_bytes)
-
-    def per_conversation(values: Tensor) -> Any:
-        return torch.zeros(count, dtype=torch.float64).index_add_(0, scores.conversation, values.double()).numpy()
-
-    tokens, n_bytes = per_conversation(torch.ones_like(scores.nll)), scores.answer_bytes.double().numpy()
-    nll = per_conversation(scores.nll)
-    ratios: dict[str, tuple[Any, Any] | None] = {
-        "kl_nats_per_token": None if scores.kl is None else (per_conversation(scores.kl), tokens),
-        "nll_nats_per_token": (nll, tokens),
-        "bits_per_byte": (nll / math.log(2), n_bytes),
-        "top1_agreement": None if scores.agrees is None else (per_conversation(scores.agrees), tokens),
-    }
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     summary: dict[str, Any] = {name: None if pair is None else _ratio(*pair) for name, pair in ratios.items()}
-    summary |= {"tokens": int(tokens.sum()), "bytes": int(n_bytes.sum())}
+    summary |= {"tokens": int(sum(sums["tokens"])), "bytes": int(sum(sums["bytes"]))}
     summary["ci95"] = {name: None if pair is None else _interval(*pair, drawn) for name, pair in ratios.items()}
     return summary
+
+
+def conversation_sums(scores: TokenScores) -> dict[str, Any]:
+    """What the scores add up to in each conversation: enough to compare two models later, without either.
+
+    ``tokens``, ``bytes``, ``nll_nats``, ``kl_nats`` and ``agreeing_tokens``, a number a conversation; the last two None without a
+    teacher.
+    """
+
+    def added(values: Tensor | None) -> list[float] | None:
+        if values is None:
+            return None
+        zeros = torch.zeros(len(scores.answer_bytes), dtype=torch.float64)
+        return zeros.index_add_(0, scores.conversation, values.double()).tolist()
+
+    return {
+        "tokens": added(torch.ones_like(scores.nll)),
+        "bytes": scores.answer_bytes.double().tolist(),
+        "nll_nats": added(scores.nll),
+        "kl_nats": added(scores.kl),
+        "agreeing_tokens": added(scores.agrees),
+    }
+
+
+def measure_ratios(sums: dict[str, Any]) -> dict[str, tuple[Any, Any] | None]:
+    """Each of `MEASURES` as what is divided by what, a number a conversation, from `conversation_sums`."""
+    arrays = {name: None if column is None else np.asarray(column, dtype=np.float64) for name, column in sums.items()}
+    tokens, kl, agreeing = arrays["tokens"], arrays["kl_nats"], arrays["agreeing_tokens"]
+    nll: Any = arrays["nll_nats"]
+    return {
+        "kl_nats_per_token": None if kl is None else (kl, tokens),
+        "nll_nats_per_token": (nll, tokens),
+        "bits_per_byte": (nll / math.log(2), arrays["bytes"]),
+        "top1_agreement": None if agreeing is None else (agreeing, tokens),
+    }
 
 
 def gap_closed(teacher: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> float | None:

@@ -24,7 +24,7 @@ from potstill.doctor import quick_check
 from potstill.errors import ConfigError, DataError, RunFolderError
 from potstill.evaluation import gap_closed, summarize
 from potstill.generation import LocalEngine, Sampling, answer_prompts
-from potstill.held_out import HeldOut
+from potstill.held_out import HeldOut, fingerprint
 from potstill.layer_choice import least_missed_layers
 from potstill.models import load_config, load_model, load_tokenizer, locate, pick_device
 from potstill.objectives import make_objective
@@ -153,7 +153,7 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
     opening: dict[str, Any] = {"device": recipe.device, "trust_remote_code": recipe.trust_remote_code}
     conversations = list(read_conversations(recipe.data))
     pair = _held_out(recipe, conversations)
-    dtype = _dtype(recipe.precision)
+    dtype = dtype_of(recipe.precision)
     teacher, _ = load_model(recipe.teacher, dtype=dtype, **opening)
     student, _ = load_model(recipe.student, dtype=dtype, **opening)
     return {"teacher": pair.measure_teacher(teacher), "student": summarize(pair.score_student(student, teacher))}
@@ -162,20 +162,20 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
 def _train(run: RunFolder, recipe: DistillRecipe) -> None:
     """Open everything, so that what is wrong is known before anything is written; then train, from the last checkpoint on."""
     opening: dict[str, Any] = {"device": recipe.device, "trust_remote_code": recipe.trust_remote_code}
-    _check_pair(recipe)
-    train, held_out = _split(recipe)
+    check_pair(recipe)
+    train, held_out = split_data(recipe)
     if not held_out:
         raise DataError("no conversation is left to hold out for evaluation; give --eval-data or more data")
     _say_if_temperatures_differ(train, recipe)
-    arguments, tokenizer = _arguments(run, recipe), _tokenizer(recipe.student, recipe)
+    arguments, tokenizer = _arguments(run, recipe), open_tokenizer(recipe.student, recipe)
     student, _ = load_model(recipe.student, dtype="float32", **opening)
     if recipe.freeze_embeddings:
         for module in (student.get_input_embeddings(), student.get_output_embeddings()):
             module.requires_grad_(False)
     teacher, teacher_tokenizer = None, None
     if recipe.method != "text":
-        teacher_tokenizer = _tokenizer(recipe.teacher, recipe)
-        teacher, _ = load_model(recipe.teacher, dtype=_dtype(recipe.precision), **opening)
+        teacher_tokenizer = open_tokenizer(recipe.teacher, recipe)
+        teacher, _ = load_model(recipe.teacher, dtype=dtype_of(recipe.precision), **opening)
     objective = make_objective(arguments, student, tokenizer, teacher, teacher_tokenizer)
     dataset, counts = objective.encode(train, max_length=recipe.max_length)
     _say(f"data: {counts}; {len(held_out)} conversations held out")
@@ -269,7 +269,7 @@ def _arguments(run: RunFolder, recipe: DistillRecipe, **overrides: Any) -> Disti
     return DistillationConfig(**chosen)
 
 
-def _check_pair(recipe: DistillRecipe) -> None:
+def check_pair(recipe: DistillRecipe) -> None:
     """Refuse, from tokenizers alone, what no training could mend."""
     names = (recipe.teacher, recipe.student)
     teacher, student = (load_tokenizer(name, trust_remote_code=recipe.trust_remote_code) for name in names)
@@ -278,7 +278,7 @@ def _check_pair(recipe: DistillRecipe) -> None:
         _say(remark)
 
 
-def _split(recipe: DistillRecipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def split_data(recipe: DistillRecipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Conversations to train on and conversations held out; these chosen by the seed where no file names them."""
     conversations = list(read_conversations(recipe.data))
     if recipe.eval_data:
@@ -288,7 +288,8 @@ def _split(recipe: DistillRecipe) -> tuple[list[dict[str, Any]], list[dict[str, 
     return conversations[count:], conversations[:count]
 
 
-def _tokenizer(source: str, recipe: DistillRecipe | EvaluateRecipe) -> Any:
+def open_tokenizer(source: str, recipe: DistillRecipe | EvaluateRecipe) -> Any:
+    """The tokenizer that comes with a model, with the recipe's chat template if it has none."""
     tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
     if not tokenizer.chat_template:
         set_chat_template(tokenizer, recipe.chat_template)
@@ -296,17 +297,17 @@ def _tokenizer(source: str, recipe: DistillRecipe | EvaluateRecipe) -> Any:
 
 
 def _held_out(recipe: DistillRecipe | EvaluateRecipe, conversations: list[Any]) -> HeldOut:
-    tokenizers = _tokenizer(recipe.teacher, recipe), _tokenizer(recipe.student, recipe)
+    tokenizers = open_tokenizer(recipe.teacher, recipe), open_tokenizer(recipe.student, recipe)
     return HeldOut(*tokenizers, conversations, max_length=recipe.max_length)
 
 
 def _evaluate_run(run: RunFolder, recipe: DistillRecipe) -> dict[str, Any]:
     opening: dict[str, Any] = {
-        "dtype": _dtype(recipe.precision),
+        "dtype": dtype_of(recipe.precision),
         "device": recipe.device,
         "trust_remote_code": recipe.trust_remote_code,
     }
-    train, held_out = _split(recipe)
+    train, held_out = split_data(recipe)
     pair = _held_out(recipe, held_out)
     asked = [without_answer(row["messages"]) for row in held_out[:SAMPLES] if "messages" in row]
     teacher, _ = load_model(recipe.teacher, **opening)
@@ -323,6 +324,7 @@ def _evaluate_run(run: RunFolder, recipe: DistillRecipe) -> dict[str, Any]:
         "gap_closed": gap_closed(**measures),
         "samples": samples,
         "token_view": pair.token_view(scores, samples),
+        "conversations": {**pair.per_conversation(scores), "train_prompts": fingerprint(train, of_prompts=True)},
         "train_conversations": len(train),
         "eval_conversations": len(held_out),
     }
@@ -333,7 +335,8 @@ def _sample_answers(model: Any, tokenizer: Any, prompts: list[Any], seed: int) -
     return [row["messages"][-1]["content"] for row in answered]
 
 
-def _dtype(precision: str) -> str:
+def dtype_of(precision: str) -> str:
+    """The name of a precision in torch. Raises: ConfigError."""
     if precision not in DTYPES:
         raise ConfigError(f"precision {precision!r} is not known; use one of {', '.join(DTYPES)}")
     return DTYPES[precision]

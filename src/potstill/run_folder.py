@@ -67,6 +67,20 @@ class RunFolder:
             raise RunFolderError(f"{self.config}: damaged; give another --output-dir")
         return config
 
+    def read_evaluation(self) -> dict[str, Any]:
+        """What was measured at the end. Raises: RunFolderError if nothing was, or the file is damaged."""
+        try:
+            evaluation = json.loads(self.evaluation.read_bytes())
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.path}: no evaluation.json there; let the run come to its end, with its own command"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise RunFolderError(f"{self.evaluation}: damaged (not JSON); delete it and give the run's command again") from error
+        if not isinstance(evaluation, dict):
+            raise RunFolderError(f"{self.evaluation}: damaged (no JSON object); delete it and give the run's command again")
+        return evaluation
+
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end; unfinished ones are deleted."""
         found = sorted(self.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))

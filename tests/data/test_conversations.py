@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from potstill.data import read_conversations, read_prompts
+from potstill.data.conversations import with_reference
 from potstill.errors import DataError
 
 
@@ -82,3 +83,10 @@ def test_the_demo_prompts_are_split_by_subject() -> None:
     assert len(rows) >= 400
     assert not subjects["train"] & subjects["held_out"]
     assert len({row["messages"][0]["content"] for row in rows}) == len(rows)
+
+
+def test_a_reference_takes_the_last_answers_place_and_must_be_text(tmp_path: Path) -> None:
+    (row,) = read_conversations(write(tmp_path / "a.jsonl", {"messages": [*TURNS, *TURNS], "reference": "c", "cut_off": True}))
+    assert with_reference(row) == {"messages": [*TURNS, TURNS[0], {"role": "assistant", "content": "c"}]}
+    with pytest.raises(DataError, match=r"a\.jsonl:1: reference must be an answer as text"):
+        list(read_conversations(write(tmp_path / "a.jsonl", {"messages": TURNS, "reference": 3})))

@@ -7,8 +7,9 @@ Three forms of row are read, and all become one of two:
     {"text": …}                               →  the same: plain text, every token of it to be learned
 
 A row may say ``"cut_off": true``: its last answer was stopped by a length limit, so its end is not the teacher's and is not
-learned; ``"teacher_ids"``: the ids that were sampled for it; and ``"sampling"``: how (potstill.generation). Prompts alone are
-``{"prompt": …}`` or ``{"messages": …}`` that end with a user's turn. Other keys are left alone.
+learned; ``"teacher_ids"``: the ids that were sampled for it; ``"sampling"``: how (potstill.generation); and ``"reference"``: an
+answer that is not the teacher's, to compare with. Prompts alone are ``{"prompt": …}`` or ``{"messages": …}`` that end with a
+user's turn. Other keys are left alone.
 """
 
 from __future__ import annotations
@@ -55,6 +56,12 @@ def without_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     return messages
+
+
+def with_reference(conversation: Conversation) -> Conversation:
+    """The conversation with its ``reference`` for an answer, in place of what the teacher wrote after the last question."""
+    turn = {"role": "assistant", "content": conversation["reference"]}
+    return {"messages": [*without_answer(conversation["messages"]), turn]}
 
 
 def _rows(source: str | os.PathLike[str], split: str, streaming: bool) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -109,7 +116,9 @@ def _open_dataset(source: str | os.PathLike[str], split: str, streaming: bool) -
 
 def as_conversation(row: dict[str, Any], place: str) -> Conversation:
     """A row in any of the three forms as a conversation. Raises: DataError that names its ``place``."""
-    kept = {name: row[name] for name in ("cut_off", "teacher_ids", "sampling") if row.get(name)}
+    kept = {name: row[name] for name in ("cut_off", "teacher_ids", "sampling", "reference") if row.get(name)}
+    if not isinstance(kept.get("reference", ""), str):
+        raise DataError(f"{place}: reference must be an answer as text")
     if row.get("messages") is not None:
         messages = _checked_messages(row["messages"], place)
         if not any(message["role"] == "assistant" for message in messages):

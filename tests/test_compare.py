@@ -1,0 +1,227 @@
+"""Whole comparisons of tiny models: trained, interrupted, gone on with; and runs that cannot be compared."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.toys import sentencepiece
+from conftest import conversations, tiny_model
+from potstill import cli, pipeline
+from potstill.training import DistillationTrainer
+
+
+@pytest.fixture
+def place(tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to stand in, with a teacher, a student, and data to train on and to hold out."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "SAMPLE_TOKENS", 4)
+    (tmp_path / "teacher").symlink_to(model_folder(layers=4))
+    (tmp_path / "student").symlink_to(model_folder(layers=2, seed=1))
+    write_rows(tmp_path / "data.jsonl", [{**row, "reference": "a on the"} for row in conversations(16)])
+    write_rows(tmp_path / "held_out.jsonl", conversations(12))
+    return tmp_path
+
+
+def write_rows(path: Path, rows: list[Any]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+FLAGS = ["--device", "cpu", "--precision", "fp32", "--learning-rate", "0.01"]
+DATA = ["--data", "data.jsonl", "--eval-data", "held_out.jsonl"]
+
+
+def compare(*more: str, output: str = "out") -> int:
+    small = ["--answers", "3", "--answer-tokens", "4", "--max-steps", "4"]
+    return cli.main(["compare", "teacher", "student", *DATA, "--output-dir", output, *FLAGS, *small, *more])
+
+
+def comparison(output: str = "out") -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((Path(output) / "comparison.json").read_text())
+    return read
+
+
+def test_methods_are_trained_measured_and_told_apart(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sacrebleu")
+    assert compare("--seeds", "0,1", "--text-measures", "chrf") == 0
+    found = comparison()
+    assert set(found["methods"]) == {"reference", "text", "logits", "untouched"}
+    assert found["measure"] == "kl_nats_per_token"
+    assert (found["conversations"], found["answers"], found["seeds"]) == (12, 3, [0, 1])
+    assert len(found["pairs"]) == 6
+    assert found["methods"]["logits"]["kl_nats_per_token"] < found["methods"]["untouched"]["kl_nats_per_token"]
+    assert {"stops", "loops", "length_words", "chrf"} <= found["methods"]["text"].keys()
+    assert found["teacher"]["length_words"] == (3 + 6 + 9) / 3
+    for seed in (0, 1):  # what one run's own evaluation says is what the comparison says of it
+        config = pipeline.RunFolder(f"out/text-seed{seed}").read_config()
+        assert (config["method"], config["seed"], config["max_steps"]) == ("text", seed, 4)
+    runs = [json.loads((place / f"out/text-seed{seed}/evaluation.json").read_text()) for seed in (0, 1)]
+    mean = sum(run["after"]["bits_per_byte"] for run in runs) / 2
+    assert found["methods"]["text"]["bits_per_byte"] == pytest.approx(mean)
+    references = (place / "out" / "data" / "reference.jsonl").read_text().splitlines()
+    assert {json.loads(line)["messages"][-1]["content"] for line in references} == {"a on the"}
+    printed = capsys.readouterr().out
+    assert re.search(r"^logits +\d\.\d{3}", printed, re.MULTILINE)
+    assert any(pair["verdict"] in printed for pair in found["pairs"])
+    assert "<script" not in (place / "out" / "comparison.html").read_text()
+
+
+def test_an_interrupted_comparison_goes_on_and_keeps_what_is_finished(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = DistillationTrainer.training_step
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.args.method == "logits" and self.state.global_step == 2:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "training_step", interrupted)
+        assert compare("--methods", "text,logits") == 130
+    assert not (place / "out" / "comparison.json").exists()
+    kept = (place / "out" / "text-seed0" / "student" / "model.safetensors").stat().st_mtime_ns
+    write_rows(place / "data.jsonl", conversations(3))  # the comparison has its own copy
+    assert compare("--methods", "text,logits") == 0
+    assert (place / "out" / "text-seed0" / "student" / "model.safetensors").stat().st_mtime_ns == kept
+    assert set(comparison()["methods"]) == {"text", "logits", "untouched"}
+    assert len((place / "out" / "logits-seed0" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_across_tokenizers_the_verdict_is_in_bits_a_byte(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POTSTILL_CACHE", str(place / "cache"))
+    tokenizer = sentencepiece(prepend="first")
+    tokenizer.pad_token = tokenizer.eos_token
+    other = tiny_model(layers=2, rows=len(tokenizer), seed=1)
+    other.generation_config.eos_token_id = other.generation_config.pad_token_id = tokenizer.eos_token_id
+    (place / "student").unlink()
+    other.save_pretrained(place / "student")
+    tokenizer.save_pretrained(place / "student")
+    write_rows(place / "data.jsonl", conversations(16))  # without references
+    assert compare() == 0
+    assert set(comparison()["methods"]) == {"text", "cross", "untouched"}
+    assert comparison()["measure"] == "bits_per_byte"
+    assert "kl_nats_per_token" not in comparison()["pairs"][0]["differences"]
+    assert "bits a byte" in comparison()["pairs"][0]["verdict"]
+
+
+def test_a_method_can_be_added_later_and_another_budget_cannot(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare("--methods", "text") == 0
+    assert compare("--methods", "text,logits") == 0
+    assert "text, seed 0: done before" in capsys.readouterr().out
+    assert compare("--methods", "text,logits", "--max-steps", "5") == 2
+    assert "holds a run with max_steps 4, not 5" in capsys.readouterr().err
+
+
+def test_recipes_are_compared_as_they_are(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = {
+        "teacher": "teacher",
+        "student": "student",
+        "data": "data.jsonl",
+        "eval_data": "held_out.jsonl",
+        "output_dir": "unused",
+    }
+    common |= {"device": "cpu", "precision": "fp32", "max_steps": "2"}
+    for name, more in {"forward": "divergence: forward_kl", "reverse": "divergence: reverse_kl", "long": "max_steps: 9"}.items():
+        Path(f"{name}.yaml").write_text("".join(f"{key}: {value}\n" for key, value in common.items() if key not in more) + more)
+    arguments = ["compare", "--output-dir", "out", "--answers", "0", "--recipes"]
+    assert cli.main([*arguments, "forward.yaml,reverse.yaml"]) == 0
+    assert set(comparison()["methods"]) == {"forward", "reverse", "untouched"}
+    assert comparison()["answers"] == 0
+    assert cli.main([*arguments, "forward.yaml,long.yaml"]) == 2
+    assert "forward and long cannot be compared: max_steps is 2 in the one and 9 in the other" in capsys.readouterr().err
+
+
+def distill(output: str, *more: str) -> str:
+    assert cli.main(["distill", "teacher", "student", *DATA, "--output-dir", output, *FLAGS, "--max-steps", "2", *more]) == 0
+    return output
+
+
+def test_finished_runs_are_compared_without_a_model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distill("one"), distill("two", "--method", "text")
+    (place / "teacher").unlink(), (place / "student").unlink()
+    assert cli.main(["compare", "--runs", "one,two", "--output-dir", "out"]) == 0
+    assert set(comparison()["methods"]) == {"one", "two", "untouched"}
+
+
+def test_runs_that_cannot_be_compared_are_refused_by_what_differs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(runs: str) -> str:
+        assert cli.main(["compare", "--runs", runs, "--output-dir", "out"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        assert not (place / "out").exists()
+        return line
+
+    write_rows(place / "other.jsonl", conversations(13))
+    distill("one")
+    distill("longer", "--max-steps", "3")
+    distill("seeded", "--seed", "1")
+    distill("else", "--eval-data", "other.jsonl")
+    assert "budget max_steps × batch_size × gradient_accumulation_steps is 16 in the one and 24" in refused("one,longer")
+    assert "held-out data (fingerprint)" in refused("one,else")
+    assert "the seeds are 0 in the one and 1 in the other" in refused("one,seeded")
+    assert "one method alone" in refused("one")
+    assert "one: seed 0, 0 is there more than once" in refused("one,one,seeded")
+    evaluation = json.loads((place / "else" / "evaluation.json").read_text())
+    for damage, says in {
+        "{": "damaged (not JSON)",
+        "[]": "damaged (no JSON object)",
+        json.dumps({**evaluation, "conversations": None}): "damaged (its sums a conversation)",
+        json.dumps({name: value for name, value in evaluation.items() if name != "conversations"}): "no sums a conversation",
+    }.items():
+        (place / "else" / "evaluation.json").write_text(damage)
+        assert says in refused("one,else")
+    (place / "else" / "evaluation.json").unlink()
+    assert "else: no evaluation.json there" in refused("one,else")
+    assert "no readable config.yaml" in refused("one,nowhere")
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--methods", "text,osmosis"], "method 'osmosis' is not known; use some of text, logits, cross, reference"),
+        (["--seeds", "0,x"], "--seeds 0,x: give whole numbers"),
+        (["--seeds", "1,1"], "each once"),
+        (["--data", "held_out.jsonl", "--methods", "reference"], "12 of 12 conversations to train on have no reference"),
+        (["--text-measures", "bleurt"], "'bleurt' is not known"),
+        (["--trainer", '{"optimiser": "sgd"}'], "trainer.optimiser"),
+        (["--data", "none.jsonl"], "none.jsonl: cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(
+    place: Path, capsys: pytest.CaptureFixture[str], more: list[str], says: str
+) -> None:
+    there = sorted(place.rglob("*"))
+    assert compare(*more) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("potstill:")]
+    assert says in line
+    assert sorted(place.rglob("*")) == there
+
+
+def test_without_anything_to_compare_it_says_what_it_needs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", "--output-dir", "out"]) == 2
+    assert "compare needs TEACHER, STUDENT, DATA, or --recipes, or --runs" in capsys.readouterr().err
+
+
+def test_what_a_model_or_a_prompt_says_is_escaped_in_the_page() -> None:
+    from potstill.comparison_page import as_html
+
+    evil = "<script>alert(1)</script>"
+    worst = {"prompt": evil, "before": 1.0, "after": 2.0}
+    page = as_html(
+        {
+            "measure": "bits_per_byte",
+            "conversations": 12,
+            "answers": 0,
+            "seeds": [0],
+            "notes": [evil],
+            "teacher": {"bits_per_byte": 0.5},
+            "methods": {evil: {"bits_per_byte": 1.0}},
+            "pairs": [{"verdict": evil, "certain": True}],
+            "regressions": {evil: {"share": 0.5, "worst": [worst]}},
+        }
+    )
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 5
