@@ -26,10 +26,10 @@ teacher, teacher_tokenizer = load_model("demo" if DEMO else "meta-llama/Llama-3.
 sampling = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 48 if DEMO else 256}
 train, held_out = (answer_prompts(teacher, teacher_tokenizer, asked, **sampling) for asked in (PROMPTS, HELD_OUT))
 
-# 2. The demo's student is the teacher with tokens of its own, 4 000 pieces learned from what the teacher wrote.
+# 2. The demo's student is the teacher with 16 000 tokens of its own, pieced together from the teacher's words.
 if DEMO:
-    texts = [message["content"] for row in train for message in row["messages"]]
-    tokenizer = teacher_tokenizer.train_new_from_iterator(texts, vocab_size=4000)
+    words = [teacher_tokenizer.decode([token]) for token in range(len(teacher_tokenizer))]
+    tokenizer = teacher_tokenizer.train_new_from_iterator(words, vocab_size=16000)
     tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
     student = change_tokenizer(teacher, teacher_tokenizer, tokenizer).float()
 else:

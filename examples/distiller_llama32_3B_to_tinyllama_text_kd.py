@@ -26,10 +26,10 @@ teacher, teacher_tokenizer = load_model("demo" if DEMO else "meta-llama/Llama-3.
 sampling = {"max_new_tokens": 48 if DEMO else 256}
 train, held_out = (answer_prompts(teacher, teacher_tokenizer, asked, **sampling) for asked in (ENGLISH + FRENCH, HELD_OUT))
 
-# 2. The demo's student has half the teacher's layers, and 2 000 tokens of its own.
+# 2. The demo's student has half the teacher's layers, and 16 000 tokens of its own.
 if DEMO:
-    texts = [message["content"] for row in train for message in row["messages"]]
-    tokenizer = teacher_tokenizer.train_new_from_iterator(texts, vocab_size=2000)
+    words = [teacher_tokenizer.decode([token]) for token in range(len(teacher_tokenizer))]
+    tokenizer = teacher_tokenizer.train_new_from_iterator(words, vocab_size=16000)
     tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
     student = change_tokenizer(keep_layers(teacher, 15), teacher_tokenizer, tokenizer).float()
 else:
