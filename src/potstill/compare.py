@@ -31,7 +31,7 @@ from potstill.errors import ConfigError, DataError, PotstillError, VocabularyMis
 from potstill.finished_runs import ANSWERS, FinishedRun, open_run, read_answers
 from potstill.generation import answer_prompts
 from potstill.held_out import last_question
-from potstill.models import load_model, load_tokenizer
+from potstill.models import dtype_of, load_model, load_tokenizer
 from potstill.objectives import METHODS
 from potstill.run_folder import RunFolder, write_json, write_whole
 from potstill.text_measures import measures_against
@@ -214,7 +214,7 @@ def _answer(place: Path, source: str, one: DistillRecipe, recipe: CompareRecipe,
     print(f"  {len(rows)} answers of {source}", flush=True)
     prompts = [without_answer(row["messages"]) for row in rows]
     opening: dict[str, Any] = {"device": one.device, "trust_remote_code": one.trust_remote_code}
-    student, _ = load_model(source, dtype=pipeline.dtype_of(one.precision), **opening)
+    student, _ = load_model(source, dtype=dtype_of(one.precision), **opening)
     tokenizer = pipeline.open_tokenizer(one.student, one)
     answers = answer_prompts(student, tokenizer, prompts, max_new_tokens=recipe.answer_tokens, seed=one.seed)
     asked_and_wanted = zip(rows, answers, strict=True)

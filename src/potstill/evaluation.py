@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from potstill.data import BatchLayout
-from potstill.heads import hidden_states, output_head, supervised
+from potstill.heads import hidden_states, model_inputs, output_head, supervised
 from potstill.losses import Head, Projection, forward_kl
 from potstill.teachers import LogitsTarget, Teacher
 
@@ -61,8 +61,7 @@ def score_tokens(
     for start in tqdm(range(0, len(dataset), batch_size), desc="  scoring", unit="batch", delay=3, leave=False):
         batch = layout([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        hidden, labels = supervised(hidden_states(model, inputs), batch["labels"])
+        hidden, labels = supervised(hidden_states(model, model_inputs(batch)), batch["labels"])
         target = None if teacher is None else teacher.targets(batch)
         conversation = start + (batch["labels"][:, 1:] != -100).nonzero()[:, 0]
         parts.append((*_score_rows(hidden, head, labels, target), conversation))

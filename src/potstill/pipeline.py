@@ -26,7 +26,7 @@ from potstill.evaluation import gap_closed, summarize
 from potstill.generation import LocalEngine, Sampling, answer_prompts
 from potstill.held_out import HeldOut, fingerprint
 from potstill.layer_choice import least_missed_layers
-from potstill.models import load_config, load_model, load_tokenizer, locate, pick_device
+from potstill.models import dtype_of, load_config, load_model, load_tokenizer, locate, pick_device
 from potstill.objectives import make_objective
 from potstill.report import write_report
 from potstill.run_folder import RunFolder, whole_folder, write_json
@@ -35,7 +35,6 @@ from potstill.teacher_text import CONVERSATIONS, make_dataset, standard_filters
 from potstill.training import DistillationConfig, DistillationTrainer, MetricsFile
 from potstill.vocabulary_transfer import change_tokenizer, refuse_misread, token_sources
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Those missed least (layer_choice.py, four minutes): 3.1 nats a token from the whole at first, evenly spaced ones nearly 10.
 DEMO_LAYERS = [0, 1, 2, 8, 9, 10, 11, 20, 21, 22, 23, 24, 27, 28, 29]
 DEMO_ANSWER_TOKENS = 64
@@ -333,13 +332,6 @@ def _evaluate_run(run: RunFolder, recipe: DistillRecipe) -> dict[str, Any]:
 def _sample_answers(model: Any, tokenizer: Any, prompts: list[Any], seed: int) -> list[str]:
     answered = answer_prompts(model, tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS, seed=seed)
     return [row["messages"][-1]["content"] for row in answered]
-
-
-def dtype_of(precision: str) -> str:
-    """The name of a precision in torch. Raises: ConfigError."""
-    if precision not in DTYPES:
-        raise ConfigError(f"precision {precision!r} is not known; use one of {', '.join(DTYPES)}")
-    return DTYPES[precision]
 
 
 def _say(line: str) -> None:

@@ -36,12 +36,10 @@ from potstill.generation.dataset import CHOICES, CONVERSATIONS, Choose
 from potstill.generation.filters import Filter
 from potstill.generation.keys import digest
 from potstill.generation.store import parse_answer
-from potstill.models import load_model, load_tokenizer, locate
+from potstill.models import dtype_of, load_model, load_tokenizer, locate
 from potstill.run_folder import write_whole
 
 __all__ = ["CONVERSATIONS", "generate", "make_dataset", "standard_filters"]
-
-PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def generate(recipe: GenerateRecipe) -> Path:
@@ -133,8 +131,7 @@ def _engine(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
         return ServerEngine(
             recipe.server, recipe.teacher, sampling, concurrency=recipe.batch_size, patience_seconds=recipe.patience, nats=nats
         )
-    if recipe.precision not in PRECISIONS:
-        raise ConfigError(f"precision {recipe.precision!r} is not known; use one of {', '.join(PRECISIONS)}")
+    dtype_of(recipe.precision)  # refused before anything is opened
     if recipe.engine == "local":
         return _Local(recipe, sampling)()
     if recipe.engine == "ray":
@@ -161,7 +158,7 @@ class _Local:
         recipe = self.recipe
         model, tokenizer = load_model(
             recipe.teacher,
-            dtype=PRECISIONS[recipe.precision],
+            dtype=dtype_of(recipe.precision),
             device=recipe.device,
             trust_remote_code=recipe.trust_remote_code,
         )
