@@ -1,9 +1,9 @@
 """Which method teaches a student with other tokens best? SmolLM2-135M → itself with a SentencePiece vocabulary of 32 000 tokens.
 
-    pip download --no-deps mistral-common       # unzip mistral_common/data/tokenizer.model.v1 as FOLDER/tokenizer.model
-    python benchmarks/cross_tokenizer.py --tokenizer FOLDER                          # all methods, three seeds: a day on two cores
-    python benchmarks/cross_tokenizer.py --tokenizer FOLDER --layers 15 --seeds 0 --methods text,cells --steps 25,50
-    python benchmarks/cross_tokenizer.py --table                                     # what has been measured so far
+    make tokenizers                                       # Llama-2's, the default of --tokenizer
+    python benchmarks/cross_tokenizer.py                  # all methods, three seeds: two hours on two cores
+    python benchmarks/cross_tokenizer.py --layers 15 --seeds 0 --methods text,cells --steps 25,50
+    python benchmarks/cross_tokenizer.py --table          # what has been measured so far
 
 The teacher answers prompts at temperature 1; every method trains the same student on the same answers in the same order, at a
 constant learning rate. Measured are bits per byte on held-out answers of the teacher, less the teacher's own: in expectation the
@@ -26,12 +26,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaTokenizer, TrainerCallback
+from transformers import TrainerCallback
 
 from potstill import DistillationConfig, DistillationTrainer, keep_layers, load_model
 from potstill.data import PLAIN_CHAT_TEMPLATE, read_conversations, read_prompts, tokenize_conversations
 from potstill.evaluation import score_tokens
 from potstill.generation import answer_prompts
+from potstill.models import load_tokenizer
 from potstill.students import choose_layers
 from potstill.vocabulary_transfer import change_tokenizer
 
@@ -92,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
     results = options.output / "results.jsonl"
     train, test = sampled(options.output, options.answers, options.held_out)
     teacher, teacher_tokenizer = load_model("demo", dtype="bfloat16")
-    tokenizer = LlamaTokenizer.from_pretrained(options.tokenizer)
+    tokenizer = load_tokenizer(str(options.tokenizer))
     tokenizer.pad_token, tokenizer.chat_template = tokenizer.eos_token, PLAIN_CHAT_TEMPLATE
     cut = keep_layers(teacher, choose_layers(options.layers, of=teacher.config.num_hidden_layers))
     before = change_tokenizer(cut, teacher_tokenizer, tokenizer).float()
@@ -187,12 +188,12 @@ def _cell(rows: list[dict[str, Any]], method: str, step: int, teacher: dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
-    parser.add_argument("--tokenizer", type=Path, help="folder with the student's tokenizer.model")
+    parser.add_argument("--tokenizer", type=Path, default=Path(".cache/tokenizers/llama2"), help="the student's")
     parser.add_argument("--output", type=Path, default=Path("runs/cross_tokenizer"))
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
-    parser.add_argument("--steps", type=numbers, default=[25, 50, 100], help="measured after so many; the last ends the run")
+    parser.add_argument("--steps", type=numbers, default=[15, 30, 60], help="measured after so many; the last ends the run")
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
-    parser.add_argument("--answers", type=int, default=240)
+    parser.add_argument("--answers", type=int, default=120)
     parser.add_argument("--held-out", type=int, default=80)
     parser.add_argument("--layers", type=int, default=30, help="of the teacher's 30; half of them cost half")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -204,8 +205,8 @@ def main() -> None:
         parser.error(f"unknown methods {', '.join(sorted(unknown))}; known are {', '.join(METHODS)}")
     if options.table:
         print_table(options.output / "results.jsonl", options.layers)
-    elif options.tokenizer is None:
-        parser.error("--tokenizer is needed: a folder with tokenizer.model")
+    elif not options.tokenizer.is_dir():
+        parser.error(f"no folder {options.tokenizer}: `make tokenizers` fetches Llama-2's")
     else:
         run(options)
 
