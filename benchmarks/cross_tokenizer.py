@@ -33,8 +33,7 @@ from potstill.data import PLAIN_CHAT_TEMPLATE, read_conversations, read_prompts,
 from potstill.evaluation import score_tokens
 from potstill.generation import answer_prompts
 from potstill.models import load_tokenizer
-from potstill.students import choose_layers
-from potstill.vocabulary_transfer import change_tokenizer
+from potstill.students import change_tokenizer, choose_layers
 
 METHODS: dict[str, dict[str, Any]] = {
     "text": {"method": "text"},

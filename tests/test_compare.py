@@ -13,7 +13,7 @@ import pytest
 from alignment.toys import sentencepiece
 from conftest import conversations, tiny_model
 from potstill import cli, pipeline
-from potstill.training import DistillationTrainer
+from potstill.training.trainer import DistillationTrainer
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def test_without_anything_to_compare_it_says_what_it_needs(place: Path, capsys: 
 
 
 def test_what_a_model_or_a_prompt_says_is_escaped_in_the_page() -> None:
-    from potstill.comparison_page import as_html
+    from potstill.comparison.page import as_html
 
     evil = "<script>alert(1)</script>"
     worst = {"prompt": evil, "before": 1.0, "after": 2.0}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from alignment.toys import sentencepiece
 from conftest import conversations, sentencepiece_tokenizer, tiny_model, toy_tokenizer
 from potstill import cli, pipeline
-from potstill.training import DistillationTrainer
+from potstill.training.trainer import DistillationTrainer
 
 
 @pytest.fixture

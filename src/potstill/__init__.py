@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from potstill.generation import answer_prompts as answer_prompts
     from potstill.models import load_model as load_model
+    from potstill.students import change_tokenizer as change_tokenizer
     from potstill.students import keep_layers as keep_layers
     from potstill.teachers import LocalTeacher as LocalTeacher
     from potstill.training import DistillationConfig as DistillationConfig
     from potstill.training import DistillationTrainer as DistillationTrainer
-    from potstill.vocabulary_transfer import change_tokenizer as change_tokenizer
 
 __version__ = "0.1.0"
 
@@ -25,7 +25,7 @@ _HOME = {
     "LocalTeacher": "potstill.teachers",
     "alignment": "potstill.alignment",
     "answer_prompts": "potstill.generation",
-    "change_tokenizer": "potstill.vocabulary_transfer",
+    "change_tokenizer": "potstill.students",
     "keep_layers": "potstill.students",
     "load_model": "potstill.models",
     "losses": "potstill.losses",

@@ -169,15 +169,15 @@ def _version() -> str:
 
 
 def _demo(recipe: config.DemoRecipe) -> None:
-    from potstill import pipeline
+    from potstill.demo import demo
 
-    pipeline.demo(recipe.output_dir, seconds=recipe.seconds)
+    demo(recipe.output_dir, seconds=recipe.seconds)
 
 
 def _student(recipe: config.StudentRecipe) -> None:
-    from potstill import pipeline
+    from potstill.students import make_student
 
-    folder = pipeline.make_student(
+    folder = make_student(
         recipe.teacher,
         recipe.output_dir,
         keep=_layers(recipe.keep_layers),
@@ -199,8 +199,7 @@ def _layers(text: str | None) -> Any:
 
 
 def _doctor(recipe: config.DoctorRecipe) -> None:
-    from potstill.doctor import examine
-    from potstill.doctor_text import as_text
+    from potstill.doctor import as_text, examine
 
     settings = dataclasses.asdict(recipe)
     as_json = settings.pop("json")
@@ -222,7 +221,7 @@ def _distill(recipe: config.DistillRecipe) -> None:
 
 def _compare(recipe: config.CompareRecipe) -> None:
     from potstill.compare import compare, listed
-    from potstill.comparison_page import as_text
+    from potstill.comparison import as_text
 
     files = listed(recipe.recipes)
     recipes = {Path(file).stem: parse(["distill", "--config", file])[1] for file in files}

@@ -22,19 +22,17 @@ from typing import Any
 
 from potstill import pipeline
 from potstill.alignment import shared_rows
-from potstill.compare_runs import UNTOUCHED, Answers, Entrants, compare_runs
-from potstill.comparison_page import as_html
+from potstill.comparison import ANSWERS, UNTOUCHED, Answers, Entrants, FinishedRun, as_html, compare_runs, open_run, read_answers
+from potstill.comparison.text_measures import measures_against
 from potstill.config import CompareRecipe, DistillRecipe
 from potstill.data import read_conversations, without_answer
 from potstill.data.conversations import with_reference
 from potstill.errors import ConfigError, DataError, PotstillError, VocabularyMismatch
-from potstill.finished_runs import ANSWERS, FinishedRun, open_run, read_answers
+from potstill.evaluation.held_out import last_question
 from potstill.generation import answer_prompts
-from potstill.held_out import last_question
 from potstill.models import dtype_of, load_model, load_tokenizer
-from potstill.objectives import METHODS
 from potstill.run_folder import RunFolder, write_json, write_whole
-from potstill.text_measures import measures_against
+from potstill.training import METHODS
 
 REFERENCE = "reference"
 ADDABLE = ("methods", "recipes", "seeds", "text_measures")

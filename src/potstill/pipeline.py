@@ -1,7 +1,6 @@
 """The stages of a run in order, each one kept, so that the same call after an interrupt goes on where it stopped.
 
-    demo:     the teacher answers → a student is cut → distill
-    distill:  data → how many steps → training → student → evaluation → report
+    data → how many steps → training → student → evaluation → report
 
 This is the application: it knows recipes and folders, prints what it does, and leaves every idea to the library below it.
 """
@@ -11,126 +10,28 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import transformers
 
 from potstill.config import DistillRecipe, EvaluateRecipe
-from potstill.data import read_conversations, read_prompts, without_answer
+from potstill.data import read_conversations, without_answer
 from potstill.data.chat_templates import set_chat_template
 from potstill.doctor import quick_check
-from potstill.errors import ConfigError, DataError, RunFolderError
+from potstill.errors import ConfigError, DataError
 from potstill.evaluation import gap_closed, summarize
-from potstill.generation import LocalEngine, Sampling, answer_prompts
-from potstill.held_out import HeldOut, fingerprint
-from potstill.layer_choice import least_missed_layers
-from potstill.models import dtype_of, load_config, load_model, load_tokenizer, locate, pick_device
-from potstill.objectives import make_objective
+from potstill.evaluation.held_out import HeldOut, fingerprint
+from potstill.generation import answer_prompts
+from potstill.models import dtype_of, load_model, load_tokenizer, pick_device
 from potstill.report import write_report
 from potstill.run_folder import RunFolder, whole_folder, write_json
-from potstill.students import choose_layers, keep_layers, save_student
-from potstill.teacher_text import CONVERSATIONS, make_dataset, standard_filters
-from potstill.training import DistillationConfig, DistillationTrainer, MetricsFile
-from potstill.vocabulary_transfer import change_tokenizer, refuse_misread, token_sources
+from potstill.students import save_student
+from potstill.training import DistillationConfig, DistillationTrainer, MetricsFile, make_objective
 
-# Those missed least (layer_choice.py, four minutes): 3.1 nats a token from the whole at first, evenly spaced ones nearly 10.
-DEMO_LAYERS = [0, 1, 2, 8, 9, 10, 11, 20, 21, 22, 23, 24, 27, 28, 29]
-DEMO_ANSWER_TOKENS = 64
 REHEARSED_STEPS = 3
 SAMPLES = 8
 SAMPLE_TOKENS = 80
-
-
-def demo(output_dir: str = "runs/demo", *, seconds: float = 180) -> Path:
-    """The whole of it on two CPU cores: SmolLM2-135M-Instruct answers, half its layers learn to. Returns the report's path."""
-    run = RunFolder(output_dir)
-    before = run.path / "student-before"
-    recipe = DistillRecipe(
-        teacher="demo",
-        student=str(before),
-        data=str(run.data / "train" / CONVERSATIONS),
-        eval_data=str(run.data / "held_out" / CONVERSATIONS),
-        output_dir=str(run.path),
-        seconds=seconds,
-        learning_rate=6e-4,
-        batch_size=4,
-        freeze_embeddings=True,  # the teacher's own: after 30 steps of 8 conversations 2.14 nats away, trained 2.22
-        trainer={"adam_beta1": 0.8, "adam_beta2": 0.95},  # a run of two hundred steps has no time for a long memory
-    )
-    run.refuse_other(dataclasses.asdict(recipe))
-    locate("demo")
-    run.begin(dataclasses.asdict(recipe))
-    with resources.as_file(resources.files("potstill.data") / "demo_prompts.jsonl") as path:
-        prompts = list(read_prompts(path))
-    for split in ("train", "held_out"):
-        _answer_into(run.data / split, [prompt["messages"] for prompt in prompts if prompt["split"] == split])
-    if not before.is_dir():
-        _say(f"cutting a student of {len(DEMO_LAYERS)} layers from the teacher")
-        make_student("demo", str(before), keep=DEMO_LAYERS)
-    return distill(recipe)
-
-
-def _answer_into(folder: Path, prompts: list[Any]) -> None:
-    """The demo's teacher answers, sampled a little colder than it is: a small model's text reads better."""
-    if (folder / CONVERSATIONS).is_file():
-        return
-    model, tokenizer = load_model("demo", dtype="bfloat16")
-    sampling = Sampling(max_new_tokens=DEMO_ANSWER_TOKENS)
-    engine = LocalEngine(model, tokenizer, sampling, source="demo", batch_size=40, unit_size=80)
-    make_dataset(folder, prompts, engine, sampling, filters=standard_filters(keep={"cut_off"}))
-
-
-def make_student(
-    teacher: str,
-    output_dir: str,
-    *,
-    keep: Any = None,
-    data: str | None = None,
-    tokenizer: str | None = None,
-    trust_remote_code: bool = False,
-) -> Path:
-    """Make a student from ``teacher`` in a new folder: some of its layers, and the tokenizer of another model if one is named.
-
-    ``keep`` is as in `choose_layers`, ``half`` or ``all``; without it half the layers, or all if the tokenizer is changed. With
-    ``data`` a number of layers is chosen by how little they are missed on these conversations (`least_missed_layers`).
-    Raises: RunFolderError if something is there; ConfigError, ModelError; OpaqueTokenizer and VocabularyMismatch.
-    """
-    folder = Path(output_dir).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunFolderError(f"{folder}: not empty; give another --output-dir")
-    keep = keep or ("all" if tokenizer else "half")
-    count = load_config(teacher, trust_remote_code=trust_remote_code).get_text_config().num_hidden_layers
-    keep = {"half": max(1, count // 2), "all": count}.get(keep, keep) if isinstance(keep, str) else keep
-    layers = choose_layers(keep, of=count)
-    new_tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code) if tokenizer else None
-    model, students_tokenizer = load_model(teacher, device="cpu", trust_remote_code=trust_remote_code)
-    if data is not None and isinstance(keep, int) and keep < count:
-        layers = least_missed_layers(model, students_tokenizer, read_conversations(data), keep)
-    student = model if len(layers) == count else keep_layers(model, layers)
-    provenance: dict[str, Any] = {"made from": teacher, "layers kept": ", ".join(map(str, layers))}
-    if new_tokenizer is not None:
-        student, sources = _with_tokenizer(student, students_tokenizer, new_tokenizer)
-        provenance |= {"tokenizer": tokenizer, "its rows": sources}
-        students_tokenizer = new_tokenizer
-    provenance |= {"parameters": f"{student.num_parameters():,}", "state": "cut, not yet trained"}
-    with whole_folder(folder) as unfinished:
-        save_student(student, students_tokenizer, unfinished, provenance=provenance)
-        if new_tokenizer is not None:
-            refuse_misread(unfinished, new_tokenizer)
-    return folder
-
-
-def _with_tokenizer(student: Any, tokenizer: Any, new_tokenizer: Any) -> tuple[Any, str]:
-    """The student with another tokenizer, and where its rows come from. It talks by the new chat template, or by the plain one."""
-    if tokenizer.chat_template and not new_tokenizer.chat_template:
-        set_chat_template(new_tokenizer, "plain")
-        _say("the new tokenizer has no chat template; the student gets the plain one")
-    changed = change_tokenizer(student, tokenizer, new_tokenizer)
-    pieces = [len(ids) for ids in token_sources(tokenizer, new_tokenizer)]
-    kept, mean = sum(count == 1 for count in pieces), sum(count > 1 for count in pieces)
-    return changed, f"{kept} of {len(pieces)} are rows of the teacher's, {mean} the mean of several, the rest the mean of all"
 
 
 def distill(recipe: DistillRecipe) -> Path:

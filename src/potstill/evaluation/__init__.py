@@ -1,0 +1,17 @@
+"""Was the student helped? Scores of tokens and their summary (scores.py), on the conversations held out (held_out.py)."""
+
+from potstill.evaluation.held_out import HeldOut, fingerprint, last_question
+from potstill.evaluation.scores import MEASURES, TokenScores, conversation_sums, gap_closed, measure_ratios, score_tokens, summarize
+
+__all__ = [
+    "MEASURES",
+    "HeldOut",
+    "TokenScores",
+    "conversation_sums",
+    "fingerprint",
+    "gap_closed",
+    "last_question",
+    "measure_ratios",
+    "score_tokens",
+    "summarize",
+]

@@ -1,0 +1,83 @@
+"""Held-out conversations in the tokens of a teacher and of a student, and what can be measured of either on them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from potstill.alignment import shared_rows
+from potstill.data import IGNORED, encode_conversation, tokenize_conversations, without_answer
+from potstill.errors import VocabularyMismatch
+from potstill.evaluation.scores import TokenScores, conversation_sums, score_tokens, summarize
+from potstill.teachers import LocalTeacher
+
+
+class HeldOut:
+    """``conversations`` for a pair, and how much of their vocabularies is one. Raises: as `tokenize_conversations`."""
+
+    def __init__(self, teacher_tokenizer: Any, tokenizer: Any, conversations: list[Any], *, max_length: int) -> None:
+        self.teacher_tokenizer, self.tokenizer = teacher_tokenizer, tokenizer
+        try:
+            self.rows: int | None = shared_rows(teacher_tokenizer, tokenizer)
+        except VocabularyMismatch:
+            self.rows = None  # their logits cannot be compared, their bits per byte can
+
+        def has_an_answer(conversation: Any, reader: Any) -> bool:
+            row = encode_conversation(conversation, reader, max_length=max_length)
+            return any(label != IGNORED for label in row["labels"])
+
+        readers = (teacher_tokenizer, tokenizer)
+        both = [conversation for conversation in conversations if all(has_an_answer(conversation, one) for one in readers)]
+        self.conversations = conversations = both or conversations
+        self.dataset, _ = tokenize_conversations(conversations, tokenizer, max_length=max_length)
+        self.teacher_dataset, _ = tokenize_conversations(conversations, teacher_tokenizer, max_length=max_length)
+
+    def score_student(self, student: Any, teacher: Any) -> TokenScores:
+        """The student's scores, against the teacher where their vocabularies are one."""
+        pad = self.tokenizer.pad_token_id
+        if self.rows is None:
+            return score_tokens(student, self.dataset, pad_token_id=pad)
+        rows = min(self.rows, len(teacher.get_output_embeddings().weight), len(student.get_output_embeddings().weight))
+        return score_tokens(student, self.dataset, pad_token_id=pad, teacher=LocalTeacher(teacher, rows=rows), rows=rows)
+
+    def measure_teacher(self, teacher: Any) -> dict[str, Any]:
+        """The teacher's own measures; from itself it is 0 nats away, and always of its own opinion."""
+        measures = summarize(score_tokens(teacher, self.teacher_dataset, pad_token_id=self.teacher_tokenizer.pad_token_id))
+        if self.rows is not None:
+            measures |= {"kl_nats_per_token": 0.0, "top1_agreement": 1.0}
+            measures["ci95"] |= {"kl_nats_per_token": [0.0, 0.0], "top1_agreement": [1.0, 1.0]}
+        return measures
+
+    def per_conversation(self, scores: dict[str, TokenScores]) -> dict[str, Any]:
+        """What each model's scores add up to in each conversation, the prompts beside it, and a fingerprint of the whole."""
+        sums = {name: conversation_sums(one) for name, one in scores.items()}
+        prompts = [last_question(conversation) for conversation in self.conversations]
+        return {"fingerprint": fingerprint(self.conversations), "prompts": prompts, **sums}
+
+    def token_view(self, scores: dict[str, TokenScores], samples: list[Any]) -> dict[str, Any] | None:
+        """The first held-out answer token by token: how far the student was from the teacher, before and after."""
+        kl = {name: one.kl[one.conversation == 0].tolist() for name, one in scores.items() if one.kl is not None}
+        if not kl or not samples:
+            return None
+        ids = [label for label in self.dataset[0]["labels"] if label != IGNORED]
+        tokens = [self.tokenizer.decode([token]) for token in ids]
+        rows = zip(tokens, kl["before"], kl["after"], strict=True)
+        return {
+            "prompt": samples[0]["prompt"],
+            "tokens": [{"text": text, "before_kl_nats": before, "after_kl_nats": after} for text, before, after in rows],
+        }
+
+
+def last_question(conversation: dict[str, Any]) -> str:
+    """What the last answer answers; of plain text the beginning."""
+    asked = without_answer(conversation.get("messages", []))
+    return str(asked[-1]["content"]) if asked else str(conversation.get("text", ""))[:200]
+
+
+def fingerprint(conversations: list[dict[str, Any]], *, of_prompts: bool = False) -> str:
+    """16 hexadecimal digits that tell one list of conversations from another, by their texts alone or by their prompts alone."""
+    texts = [conversation.get("messages") or conversation.get("text") for conversation in conversations]
+    if of_prompts:
+        texts = [without_answer(text) if isinstance(text, list) else text for text in texts]
+    return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]

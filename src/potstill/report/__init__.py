@@ -1,0 +1,7 @@
+"""A run folder as one HTML page that opens offline."""
+
+from potstill.report.page import write_report
+
+__all__ = [
+    "write_report",
+]

@@ -1,0 +1,236 @@
+"""`DistillationTrainer`: a `transformers.Trainer` whose loss is the distance to a teacher.
+
+N supervised tokens of a micro-batch. Everything the Trainer gives (resume, callbacks, loggers, accumulation, checkpointing, PEFT,
+DDP, FSDP, the Hub) is left as it is; what differs is one method, `compute_loss`:
+
+    student's hidden states  ┐
+                             ├→  Σ over supervised tokens (losses/fused.py)  →  divided once, by the tokens of the whole step
+    teacher's targets        ┘
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+from potstill.data.conversations import as_conversation
+from potstill.errors import ConfigError, NonFiniteLoss
+from potstill.losses import DIVERGENCES
+from potstill.run_folder import write_whole
+from potstill.training.cross_objective import ALIGNMENTS
+from potstill.training.objectives import METHODS, Objective, make_objective
+from potstill.training.self_check import CONVERSATIONS, check_objective
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """`transformers.TrainingArguments`, and what distillation adds to them.
+
+    Raises: ConfigError for a value that does not make sense.
+    """
+
+    method: str = field(
+        default="logits",
+        metadata={"help": "text: cross-entropy on the teacher's text. logits: a divergence. cross: one across tokenizers."},
+    )
+    alignment: str = field(default="cells", metadata={"help": f"cross: one of {', '.join(ALIGNMENTS)}."})
+    divergence: str = field(default="forward_kl", metadata={"help": f"One of {', '.join(DIVERGENCES)}."})
+    temperature: float = field(default=1.0, metadata={"help": "Divides both models' logits. No temperature² factor."})
+    teacher_weight: float = field(default=0.5, metadata={"help": "The teacher's share w of jensen_shannon's mixture."})
+    skew: float = field(default=0.1, metadata={"help": "The admixture a of the two skew divergences."})
+    hard_label_weight: float = field(default=0.0, metadata={"help": "Share of cross-entropy on the text, between 0 and 1."})
+    teacher_temperature: float = field(default=1.0, metadata={"help": "cross: the temperature at which the text was sampled."})
+    within_weight: float = field(default=1.0, metadata={"help": "cross: share of cross-entropy inside the observed cell."})
+    compile_loss: bool = field(default=False, metadata={"help": "logits: torch.compile the loss; for long runs on a GPU."})
+    max_length: int = field(default=2048, metadata={"help": "Tokens a conversation is cut at (counted and reported)."})
+    packed: bool = field(default=True, metadata={"help": "Lay a batch out in one line without padding."})
+
+    # The loss needs the columns that the model's forward does not name, and raises by itself where it is not finite.
+    remove_unused_columns: bool = False
+    logging_nan_inf_filter: bool = False
+
+    def __post_init__(self) -> None:
+        # Without an accelerator the CPU it is: TrainingArguments would refuse bf16 until told so.
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        super().__post_init__()
+        if self.method not in METHODS:
+            raise ConfigError(f"method {self.method!r} is not known; use one of {', '.join(METHODS)}")
+        if self.alignment not in ALIGNMENTS:
+            raise ConfigError(f"alignment {self.alignment!r} is not known; use one of {', '.join(ALIGNMENTS)}")
+        if self.divergence not in DIVERGENCES:
+            raise ConfigError(f"divergence {self.divergence!r} is not known; use one of {', '.join(DIVERGENCES)}")
+        for name in ("temperature", "teacher_temperature"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} {getattr(self, name)}: must be above 0; 1.0 takes the distributions as they are")
+        for name, inside in (("teacher_weight", 0 < self.teacher_weight < 1), ("skew", 0 < self.skew < 1)):
+            if not inside:
+                raise ConfigError(f"{name} {getattr(self, name)}: must lie between 0 and 1, ends excluded")
+        for name in ("hard_label_weight", "within_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} {getattr(self, name)}: a share, so between 0 and 1")
+
+    @property
+    def divergence_shape(self) -> dict[str, Any]:
+        """The chosen divergence's own parameter, by name."""
+        if self.divergence == "jensen_shannon":
+            return {"teacher_weight": self.teacher_weight}
+        return {"skew": self.skew} if self.divergence.startswith("skew_") else {}
+
+
+class DistillationTrainer(Trainer):
+    """Trains ``model`` towards ``teacher``.
+
+    ``teacher`` is a causal language model, or any `Teacher`; None for method ``text``, which learns the text alone. Data sets
+    hold conversations (potstill.data) or rows already tokenized. Where the two tokenizers share only their first rows, both
+    heads are cut to these. ``teacher_tokenizer`` is found by the teacher's name if it is not given. An ``objective`` already made
+    (`make_objective`) has a teacher and needs neither.
+
+    Raises: VocabularyMismatch if teacher and student do not share their tokens; ConfigError if a teacher is missing; from `train`,
+    SelfCheckFailed before the first step, and NonFiniteLoss before the optimizer step that would spoil the student.
+    """
+
+    args: DistillationConfig
+
+    def __init__(
+        self,
+        model: Any,
+        teacher: Any = None,
+        args: DistillationConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        teacher_tokenizer: Any = None,
+        objective: Objective | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args or DistillationConfig()
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
+        self.objective = objective or make_objective(args, model, processing_class, teacher, teacher_tokenizer)
+        args._n_gpu = min(args.n_gpu, 1)  # several cards are DDP's or FSDP's business, never DataParallel's threads
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=_encoded(train_dataset, self.objective, args.max_length),
+            eval_dataset=_encoded(eval_dataset, self.objective, args.max_length),
+            processing_class=processing_class,
+            data_collator=kwargs.pop("data_collator", None) or self.objective.layout,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True  # so that the Trainer counts the supervised tokens of the whole step for us
+        self.tokens_seen = 0
+        self._checked = False
+        self._evaluated = torch.zeros(2, dtype=torch.float64)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The sum over this micro-batch's supervised tokens, divided by those of the whole step, in nats a token."""
+        nats = self.summed_loss(model, inputs)
+        tokens = (inputs["labels"][:, 1:] != -100).sum()
+        if not model.training:
+            self._evaluated += torch.stack([nats.detach().double(), tokens.double()]).cpu()
+        loss = nats / (tokens if num_items_in_batch is None else num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages over processes what was divided by all their tokens
+        return (loss, {}) if return_outputs else loss
+
+    def summed_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Σ over the supervised tokens of ``inputs``, in nats: the loss before any division."""
+        return self.objective.summed_loss(model, inputs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch. Raises: NonFiniteLoss before the optimizer could step on it; SelfCheckFailed at the very first."""
+        if not self._checked and self.state.global_step == 0:
+            self._self_check(model)
+        mask = inputs.get("attention_mask")
+        self.tokens_seen += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._refuse_non_finite(loss, "loss")
+        return loss
+
+    def _self_check(self, model: nn.Module) -> None:
+        self._checked = True
+        rows = list(itertools.islice(iter(self.train_dataset), CONVERSATIONS))
+        with self.compute_loss_context_manager():
+            check_objective(self.objective, model, rows, layout=self.data_collator, device=self.args.device)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own, with ``eval_loss`` a mean over tokens instead of a mean of batch means."""
+        self._evaluated.zero_()
+        output = super().evaluation_loop(*args, **kwargs)
+        nats, tokens = self.accelerator.reduce(self._evaluated.to(self.args.device, torch.float32), "sum").tolist()
+        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = nats / max(tokens, 1)
+        return output
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and self.accelerator.scaler is None:  # fp16's scaler skips such steps by itself
+            self._refuse_non_finite(torch.as_tensor(norm), "gradient")
+        return norm
+
+    def _refuse_non_finite(self, value: Tensor, name: str) -> None:
+        if not torch.isfinite(value):
+            raise NonFiniteLoss(
+                f"the {name} became {value.item()} at step {self.state.global_step + 1}; the student was not updated and earlier "
+                "checkpoints are good: try a lower --learning-rate, bf16 instead of fp16, or look at the data of that step"
+            )
+
+
+class MetricsFile(TrainerCallback):
+    """Writes what the trainer logs to a JSON Lines file: loss, learning rate, and tokens and seconds of training so far.
+
+    A resumed run goes on behind the row of its checkpoint: rows that an interrupt orphaned are taken out.
+    """
+
+    def __init__(self, file: Path, trainer: DistillationTrainer) -> None:
+        self.file, self.trainer = file, trainer
+        self.earlier = {"tokens": 0, "seconds": 0.0}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take out the rows behind the step at which training begins."""
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else []
+        rows = [row for row in map(json.loads, lines) if row["step"] <= state.global_step]
+        write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+        self.earlier = rows[-1] if rows else self.earlier
+        self.begun = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Add one row."""
+        if logs is None or not {"loss", "eval_loss"} & logs.keys():
+            return
+        seconds = time.perf_counter() - self.begun
+        row = {
+            "step": state.global_step,
+            **{name: value for name, value in logs.items() if isinstance(value, int | float)},
+        }
+        row["tokens"] = self.earlier["tokens"] + self.trainer.tokens_seen
+        row["seconds"] = round(self.earlier["seconds"] + seconds, 3)
+        row["tokens_per_second"] = round(self.trainer.tokens_seen / seconds, 1)
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _encoded(dataset: Any, objective: Objective, max_length: int) -> Any:
+    """``dataset`` if it is tokenized (or absent), otherwise its conversations encoded."""
+    columns = getattr(dataset, "column_names", None)
+    if dataset is None or (columns and "input_ids" in columns):
+        return dataset
+    rows = (as_conversation(row, f"row {number}") for number, row in enumerate(dataset, 1))
+    encoded, counts = objective.encode(rows, max_length=max_length)
+    print(f"data: {counts}", flush=True)
+    return encoded

@@ -1,0 +1,217 @@
+"""The page of a run: what it says of each kind of run, and that nothing a model wrote can break it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from potstill.errors import RunFolderError
+from potstill.report.page import write_report
+
+CONFIG = {"command": "distill", "teacher": "demo", "student": "small", "method": "logits", "train_conversations": 400}
+
+
+def measured(kl: float | None, bits: float, half_width: float = 0.05) -> dict[str, Any]:
+    values = {"kl_nats_per_token": kl, "nll_nats_per_token": 2.0, "bits_per_byte": bits, "top1_agreement": 0.5}
+    intervals = {key: None if value is None else [value - half_width, value + half_width] for key, value in values.items()}
+    return {**values, "tokens": 900, "bytes": 3000, "ci95": intervals}
+
+
+def evaluated(before: float | None = 2.0, after: float | None = 1.0, **more: Any) -> dict[str, Any]:
+    bits = (1.5, 1.2) if before is None or after is None else (before, after)
+    sample = {"prompt": "Why?", "teacher": "Because.", "before": "the the", "after": "Because"}
+    models = {"teacher": measured(0.0, 0.5), "before": measured(before, bits[0]), "after": measured(after, bits[1])}
+    return {**models, "samples": [sample], "gap_closed": 0.5, "token_view": None, "eval_conversations": 40, **more}
+
+
+def run_folder(folder: Path, evaluation: object = None, config: object = CONFIG, steps: int = 3, metrics_tail: str = "") -> Path:
+    """A run folder as `potstill distill` leaves it; `evaluation=None` and `steps=0` leave that file out."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    if evaluation is not None:
+        (folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
+    rows = [json.dumps({"step": n, "loss": 6 / n, "seconds": 2.0 * n}) + "\n" for n in range(1, steps + 1)]
+    if steps:
+        (folder / "metrics.jsonl").write_text("".join(rows) + metrics_tail, encoding="utf-8")
+    return folder
+
+
+def page(folder: Path) -> str:
+    return write_report(folder).read_text(encoding="utf-8")
+
+
+def words(html: str) -> str:
+    """What a reader sees of the page, roughly: no style, no tags, single spaces."""
+    return " ".join(re.sub(r"<style>.*?</style>|<[^>]*>", " ", html, flags=re.DOTALL).split())
+
+
+def test_the_page_stands_in_the_run_folder_and_nothing_unfinished_is_left(tmp_path: Path) -> None:
+    before = {path.name for path in run_folder(tmp_path, evaluated()).iterdir()}
+    assert write_report(tmp_path) == tmp_path / "report.html"
+    assert {path.name for path in tmp_path.iterdir()} == before | {"report.html"}
+
+
+def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
+    assert page(run_folder(tmp_path, evaluated())) == page(tmp_path)
+
+
+def test_what_a_model_wrote_is_escaped_wherever_it_stands(tmp_path: Path) -> None:
+    evil = "</div></p><script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
+    sample = dict.fromkeys(("prompt", "teacher", "before", "after"), evil)
+    view = {"prompt": evil, "tokens": [{"text": evil, "before_kl_nats": 1.0, "after_kl_nats": 0.1}]}
+    html = page(run_folder(tmp_path, evaluated(samples=[sample], token_view=view), config={**CONFIG, "teacher": evil, evil: evil}))
+    assert "<script" not in html
+    assert "<img" not in html
+    assert html.count("&lt;script&gt;") >= 10
+
+
+def test_characters_that_cannot_be_printed_are_shown_instead(tmp_path: Path) -> None:
+    sample = {"prompt": "bell \x07", "teacher": "null \x00", "before": "half a pair \ud83d", "after": "fine \U0001f600"}
+    html = page(run_folder(tmp_path, evaluated(samples=[sample])))
+    for shown in ("bell ␇", "null ␀", "half a pair \ufffd", "fine \U0001f600"):
+        assert shown in html
+
+
+def test_white_space_in_tokens_is_visible(tmp_path: Path) -> None:
+    texts = (" the", "\n\n", "\t", "")
+    view = {"prompt": "p", "tokens": [{"text": t, "before_kl_nats": 1.0, "after_kl_nats": 0.0} for t in texts]}
+    html = page(run_folder(tmp_path, evaluated(token_view=view)))
+    assert [f">{shown}</span>" in html for shown in ("·the", "⏎⏎", "⇥", "∅")] == [True] * 4
+
+
+def test_a_token_that_was_not_measured_says_so(tmp_path: Path) -> None:
+    view = {"prompt": "p", "tokens": [{"text": "a", "before_kl_nats": None, "after_kl_nats": 0.5}]}
+    html = page(run_folder(tmp_path, evaluated(token_view=view)))
+    assert 'class="none" title="not measured"' in html
+    assert 'class="k3" title="0.500 nats"' in html
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        (2.0, 1.0, "It helped: the student is closer to its teacher than before."),
+        (2.0, 1.95, "Perhaps it helped"),
+        (2.0, 2.0, "It did not help"),
+        (2.0, 3.0, "It did not help"),
+    ],
+)
+def test_the_verdict_follows_from_the_figures_and_their_intervals(
+    tmp_path: Path, before: float, after: float, verdict: str
+) -> None:
+    text = words(page(run_folder(tmp_path, evaluated(before, after))))
+    assert verdict in text
+    assert ("intervals of before and after overlap" in text) == (abs(after - before) <= 0.1)
+
+
+def test_without_intervals_the_verdict_is_not_certain(tmp_path: Path) -> None:
+    evaluation = evaluated()
+    del evaluation["after"]["ci95"]
+    text = words(page(run_folder(tmp_path, evaluation)))
+    assert "Perhaps it helped" in text
+    assert "chance cannot be ruled out" in text
+
+
+def test_the_story_tells_what_was_done_and_what_came_of_it(tmp_path: Path) -> None:
+    text = words(page(run_folder(tmp_path, evaluated())))
+    done = "The student “small” was trained for 3 steps (6 s) on 400 conversations by matching the next-token distribution"
+    assert done in text
+    assert "On 40 held-out conversations, its divergence from the teacher went from 2.000 to 1.000 nats a token" in text
+    assert "which closes 50 % of the gap to the teacher." in text
+
+
+def test_a_gap_that_grew_is_called_so(tmp_path: Path) -> None:
+    text = words(page(run_folder(tmp_path, evaluated(2.0, 2.5, gap_closed=-0.25))))
+    assert "the gap to the teacher grew by 25 %" in text
+    assert "closes" not in text
+
+
+def test_where_divergence_has_no_meaning_bits_per_byte_decide(tmp_path: Path) -> None:
+    text = words(page(run_folder(tmp_path, evaluated(None, None, gap_closed=None))))
+    assert "It helped: the student is better at predicting the held-out text than before." in text
+    assert "went from 1.500 to 1.200 bits a byte." in text
+    assert "not measured" in text
+
+
+def test_a_figure_that_is_not_a_number_counts_as_not_measured(tmp_path: Path) -> None:
+    assert "The measurement is incomplete." in page(
+        run_folder(tmp_path, {"before": {"bits_per_byte": float("nan")}, "after": [], "samples": "none"})
+    )
+
+
+def test_a_run_without_evaluation_gets_a_page_that_says_so(tmp_path: Path) -> None:
+    text = words(page(run_folder(tmp_path, config={**CONFIG, "max_steps": 70})))
+    assert "Not measured yet." in text
+    assert "no evaluation.json" in text
+    assert "for 3 of at most 70 steps so far" in text
+
+
+def test_a_run_without_metrics_gets_a_page_that_says_so(tmp_path: Path) -> None:
+    assert "metrics.jsonl is missing" in page(run_folder(tmp_path, evaluated(), steps=0))
+
+
+def test_half_a_line_of_metrics_is_left_out_and_counted(tmp_path: Path) -> None:
+    html = page(run_folder(tmp_path, metrics_tail='{"step": 4, "lo'))
+    assert "1 unreadable line of metrics.jsonl left out" in html
+    assert "<svg" in html
+
+
+def test_an_almost_empty_config_is_enough(tmp_path: Path) -> None:
+    assert "The student was trained for 3 steps" in page(run_folder(tmp_path, evaluated(), config={"seed": 0}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.yaml", None, "has no config.yaml"),
+        ("config.yaml", b"a: [", "not valid YAML"),
+        ("config.yaml", b"- a", "no mapping"),
+        ("evaluation.json", b'{"teacher": ', "not valid JSON"),
+        ("evaluation.json", b"[]", "no JSON object"),
+        ("evaluation.json", b"\xff", "not valid JSON"),
+    ],
+)
+def test_a_folder_that_is_no_run_or_is_damaged_is_refused_in_one_line(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    path = run_folder(tmp_path, evaluated()) / name
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(RunFolderError, match=message) as refused:
+        write_report(tmp_path)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    (run_folder(tmp_path) / "report.html").mkdir()
+    with pytest.raises(RunFolderError, match="cannot be written"):
+        write_report(tmp_path)
+    assert not list(tmp_path.glob(".report*"))
+
+
+def test_the_page_asks_nothing_of_the_network_and_runs_no_script(tmp_path: Path) -> None:
+    html = page(run_folder(tmp_path, evaluated()))
+    assert "<script" not in html
+    assert "@import" not in html
+    assert "url(http" not in html
+    assert all(target.startswith("#") for target in re.findall(r"""\b(?:src|href)=["']?([^"'\s>]*)""", html))
+    assert set(re.findall(r"https?://[^\"'\s<]+", html)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+
+
+def test_two_hundred_long_samples_stay_below_three_megabytes(tmp_path: Path) -> None:
+    sample = dict.fromkeys(("prompt", "teacher", "before", "after"), "seventeen letters " * 1000)
+    html = page(run_folder(tmp_path, evaluated(samples=[sample] * 200), steps=20_000))
+    assert len(html.encode()) < 3_000_000
+    assert "16000 characters more, in evaluation.json" in html
+    assert "195 more" in html
+
+
+def test_the_command_to_repeat_quotes_the_folder_and_goes_to_a_new_one(tmp_path: Path) -> None:
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    html = page(run_folder(folder))
+    assert f"potstill distill --config &#39;{folder}/config.yaml&#39; --output-dir &#39;{folder}-again&#39;" in html
