@@ -60,7 +60,8 @@ def _with_tokenizer(student: Any, tokenizer: Any, new_tokenizer: Any) -> tuple[A
     if tokenizer.chat_template and not new_tokenizer.chat_template:
         set_chat_template(new_tokenizer, "plain")
         print("the new tokenizer has no chat template; the student gets the plain one", flush=True)
-    changed = change_tokenizer(student, tokenizer, new_tokenizer)
-    pieces = [len(ids) for ids in token_sources(tokenizer, new_tokenizer)]
+    sources = token_sources(tokenizer, new_tokenizer)
+    changed = change_tokenizer(student, tokenizer, new_tokenizer, sources=sources)
+    pieces = [len(ids) for ids in sources]
     kept, mean = sum(count == 1 for count in pieces), sum(count > 1 for count in pieces)
     return changed, f"{kept} of {len(pieces)} are rows of the teacher's, {mean} the mean of several, the rest the mean of all"

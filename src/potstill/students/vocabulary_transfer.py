@@ -66,19 +66,20 @@ def token_sources(tokenizer: Any, new_tokenizer: Any) -> list[tuple[int, ...]]:
     return sources
 
 
-def change_tokenizer(model: Any, tokenizer: Any, new_tokenizer: Any) -> Any:
+def change_tokenizer(model: Any, tokenizer: Any, new_tokenizer: Any, *, sources: list[tuple[int, ...]] | None = None) -> Any:
     """A new model like ``model`` that reads and writes the tokens of ``new_tokenizer``, in its dtype, on the cpu.
 
-    ``tokenizer`` is the model's own. Both configurations name the new special tokens; a turn ends where the new chat template
-    ends it. Raises: ModelError if the new tokenizer has no end-of-sequence token, or if the model keeps more of its
-    vocabulary than an embedding and a head; OpaqueTokenizer and VocabularyMismatch as `token_sources`.
+    ``tokenizer`` is the model's own; ``sources`` are `token_sources` of the two, where they are known. Both configurations
+    name the new special tokens; a turn ends where the new chat template ends it. Raises: ModelError if the new tokenizer has no
+    end-of-sequence token, or if the model keeps more of its vocabulary than an embedding and a head; OpaqueTokenizer and
+    VocabularyMismatch as `token_sources`.
     """
     from transformers import AutoModelForCausalLM
 
     stops = stop_tokens(new_tokenizer)
     if not stops:
         raise ModelError("the new tokenizer has no end-of-sequence token, so its student could never stop; choose another")
-    sources = token_sources(tokenizer, new_tokenizer)
+    sources = token_sources(tokenizer, new_tokenizer) if sources is None else sources
     config = copy.deepcopy(model.config)
     for part in (config, config.get_text_config()):
         part.vocab_size = len(sources)
