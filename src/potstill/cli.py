@@ -233,18 +233,10 @@ def _compare(recipe: config.CompareRecipe) -> None:
 
 def _evaluate(recipe: config.EvaluateRecipe) -> None:
     from potstill import pipeline
-    from potstill.evaluation import MEASURES
+    from potstill.evaluation import as_table
 
     measured = pipeline.evaluate(recipe)
-    if recipe.json:
-        print(json.dumps(measured, indent=1))
-        return
-    print(f"{'':<22}{'teacher':>10}{'student':>10}   95 % interval")
-    for name in MEASURES:
-        values = [measured[who][name] for who in ("teacher", "student")]
-        interval = measured["student"]["ci95"][name]
-        shown = "".join(f"{'–' if value is None else f'{value:.4f}':>10}" for value in values)
-        print(f"{name:<22}{shown}   {'' if interval is None else f'{interval[0]:.4f} to {interval[1]:.4f}'}")
+    print(json.dumps(measured, indent=1) if recipe.json else as_table(measured))
 
 
 def _report(recipe: config.ReportRecipe) -> None:

@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers.trainer_callback import ProgressCallback
 
 from potstill.config import DistillRecipe, EvaluateRecipe
 from potstill.data import read_conversations, without_answer
 from potstill.data.chat_templates import set_chat_template
 from potstill.doctor import quick_check
 from potstill.errors import ConfigError, DataError
-from potstill.evaluation import gap_closed, summarize
-from potstill.evaluation.held_out import HeldOut, fingerprint
+from potstill.evaluation import HeldOut, as_table, fingerprint, gap_closed, summarize
 from potstill.generation import answer_prompts
 from potstill.models import dtype_of, load_model, load_tokenizer, pick_device
 from potstill.report import write_report
 from potstill.run_folder import RunFolder, whole_folder, write_json
 from potstill.students import save_student
-from potstill.training import DistillationConfig, DistillationTrainer, MetricsFile, make_objective
+from potstill.training import DistillationConfig, DistillationTrainer, MetricsFile, ProgressBar, make_objective
 
 REHEARSED_STEPS = 3
 SAMPLES = 8
@@ -42,7 +42,9 @@ def distill(recipe: DistillRecipe) -> Path:
         _train(run, recipe)
     if not run.evaluation.is_file():
         _say("evaluating the student before and after, and the teacher")
-        write_json(run.evaluation, _evaluate_run(run, recipe))
+        evaluation = _evaluate_run(run, recipe)
+        write_json(run.evaluation, evaluation)
+        _say("\n" + as_table({name: evaluation[name] for name in ("teacher", "before", "after")}) + "\n")
     page = write_report(run.path)
     _say(f"report: {page}")
     return page
@@ -94,6 +96,8 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
     training = trainer(max_steps=max_steps, save_steps=max(1, -(-max_steps // 4)))
     run.begin(planned)
     training.add_callback(MetricsFile(run.metrics, training))
+    training.remove_callback(ProgressCallback)
+    training.add_callback(ProgressBar())
     checkpoint = run.last_checkpoint()
     _say(f"training for {max_steps} steps" + (f", from {checkpoint.name} on" if checkpoint else ""))
     training.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

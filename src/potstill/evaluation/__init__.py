@@ -2,11 +2,13 @@
 
 from potstill.evaluation.held_out import HeldOut, fingerprint, last_question
 from potstill.evaluation.scores import MEASURES, TokenScores, conversation_sums, gap_closed, measure_ratios, score_tokens, summarize
+from potstill.evaluation.table import as_table
 
 __all__ = [
     "MEASURES",
     "HeldOut",
     "TokenScores",
+    "as_table",
     "conversation_sums",
     "fingerprint",
     "gap_closed",

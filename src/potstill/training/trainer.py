@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
 from potstill.data.conversations import as_conversation
 from potstill.errors import ConfigError, NonFiniteLoss
@@ -223,6 +224,15 @@ class MetricsFile(TrainerCallback):
         row["tokens_per_second"] = round(self.trainer.tokens_seen / seconds, 1)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+class ProgressBar(ProgressCallback):
+    """transformers' bar with the loss at its end, and not a line for every step: those are rows of the file above."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Show the loss."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
 
 
 def _encoded(dataset: Any, objective: Objective, max_length: int) -> Any:
