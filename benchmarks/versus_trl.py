@@ -150,7 +150,7 @@ def run(options: Any, method: str, seed: int) -> Rows:
     from potstill.data import tokenize_conversations
 
     torch.set_num_threads(options.threads)
-    facts = {"method": method, "seed": seed, "machine": machine(), "threads": options.threads}
+    facts = {"method": method, "seed": seed, "made_with": made_with(options)}
     judge, rows = Judge(options), []
     if method == "before":
         return [{**facts, "time": 0, **judge()}]
@@ -286,7 +286,7 @@ def difference(ours: dict[int, Any], theirs: dict[int, Any]) -> str:
 
 def print_table(rows: Rows, times: list[float]) -> None:
     before = next((kl(row) for row in rows if row["method"] == "before"), math.nan)
-    print(f"\n{rows[0]['machine']}, {rows[0]['threads']} threads; {versions()}; held-out KL before {before:.3f} nats a token\n")
+    print("", *sorted({row["made_with"] for row in rows}), f"held-out KL before training: {before:.3f} nats a token\n", sep="\n")
     heads = [f"KL at {at:g} s, to TRL" for at in times]
     print("| " + " | ".join(["", "seeds", *heads, "steps", "tokens/s", "of them learned", "cores had", "peak MB"]) + " |")
     print("|---" * (7 + len(times)) + "|")
@@ -307,9 +307,7 @@ def print_table(rows: Rows, times: list[float]) -> None:
         more = [f"{np.mean([row['step'] for row in last]):.0f}", *(f"{speed:.0f}" for speed in speeds), f"{share:.2f}", f"{peak}"]
         print("| " + " | ".join([name, str(len(last)), *cells, *more]) + " |")
     stood_still = sum(row["stood_still_seconds"] for row in rows if row["time"] == times[-1])
-    print(
-        f"\nIntervals 95 %, paired, over seeds and conversations; {stood_still:.0f} s in which a process stood still not counted."
-    )
+    print(f"\nIntervals 95 %, paired, over seeds and conversations; {stood_still:.0f} s of standing still not counted.")
 
 
 def draw_plot(rows: Rows, times: list[float], file: Path) -> None:
@@ -335,14 +333,13 @@ def draw_plot(rows: Rows, times: list[float], file: Path) -> None:
     print(f"plot: {file}")
 
 
-def machine() -> str:
+def made_with(options: Any) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.is_file() else None
-    return f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores"
-
-
-def versions() -> str:
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl"))
+    cores = f"{found[1] if found else platform.processor()}, {options.threads} threads on {os.cpu_count()} cores"
+    installed = [name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in installed)
+    return f"{cores}; {versions}; learning rate {options.learning_rate:g}"
 
 
 def main() -> None:
