@@ -203,6 +203,7 @@ def settings(options: Any, seed: int) -> dict[str, Any]:
         "use_cpu": True,
         "activation_checkpointing": False,
         "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
         "seed": seed,
         "report_to": [],
         "save_strategy": "no",
