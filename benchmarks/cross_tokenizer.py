@@ -37,8 +37,10 @@ from potstill.students import change_tokenizer, choose_layers
 
 METHODS: dict[str, dict[str, Any]] = {
     "text": {"method": "text"},
-    "cells": {"method": "cross"},
-    "cells_without_within": {"method": "cross", "within_weight": 0.0},
+    "pieces": {"method": "cross", "alignment": "pieces"},
+    "pieces_alone": {"method": "cross", "alignment": "pieces", "within_weight": 0.0},
+    "cells": {"method": "cross", "alignment": "cells"},
+    "cells_without_within": {"method": "cross", "alignment": "cells", "within_weight": 0.0},
     **{name: {"method": "cross", "alignment": name} for name in ("push_forward", "bpm", "alm", "uld", "strict_topk")},
     "last_token_padded": {"method": "cross", "alignment": "last_token_padded"},
 }

@@ -97,6 +97,7 @@ def arguments(options: Any) -> dict[str, Any]:
         "learning_rate": 1e-4,
         "bf16": True,
         "use_cpu": True,
+        "activation_checkpointing": False,  # TRL has it on unless told
         "report_to": [],
         "save_strategy": "no",
         "logging_steps": 1000,

@@ -4,8 +4,8 @@
     python examples/distiller_llama32_3B_to_tinyllama_logits.py --demo   # SmolLM2-135M → itself with other tokens: 2 CPU cores
 
 Asked for in every forum, and mostly done as `last_token_padded`: the logits of the last token, ids as they are, what does not fit
-filled up with zeros. Of the ids that both have, 8 mean the same bytes. `cells` cuts both vocabularies into the same cells and
-compares masses wherever both read the same bytes (docs/across-tokenizers.md). Same student, same answers, same steps: expect the
+filled up with zeros. Of the ids that both have, 8 mean the same bytes. `pieces` reads each of the teacher's tokens as the student
+would spell it, wherever both read the same bytes (docs/across-tokenizers.md). Same student, same answers, same steps: expect the
 first to leave it no better, or worse, and the second to bring it towards its teacher.
 """
 
@@ -45,7 +45,7 @@ def measure(model):
 
 # 3. The same student, twice.
 print(f"before: {measure(student)}", flush=True)
-for alignment in ("last_token_padded", "cells"):
+for alignment in ("last_token_padded", "pieces"):
     settings = DistillationConfig(
         "runs/tinyllama_logits", method="cross", alignment=alignment, max_steps=25 if DEMO else 500, warmup_steps=2, bf16=True,
         learning_rate=1e-4 if DEMO else 2e-5, lr_scheduler_type="cosine", report_to=[], save_strategy="no",

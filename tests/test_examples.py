@@ -25,14 +25,14 @@ def test_the_demo_brings_the_student_closer_to_its_teacher(script: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_across_tokenizers_cells_help_and_the_padded_last_token_does_not(tmp_path: Path) -> None:
+def test_across_tokenizers_pieces_help_and_the_padded_last_token_does_not(tmp_path: Path) -> None:
     (script,) = (path for path in EXAMPLES if path.stem == ACROSS)
     run = subprocess.run(
         [sys.executable, str(script), "--demo"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=900
     )
     found = {name: float(bits) for name, bits in re.findall(r"^(\w+): ([\d.]+) bits per byte", run.stdout, re.MULTILINE)}
-    assert found["cells"] < 0.9 * found["before"]
-    assert found["last_token_padded"] > found["cells"]
+    assert found["pieces"] < 0.9 * found["before"]
+    assert found["last_token_padded"] > found["pieces"]
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)

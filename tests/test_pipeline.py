@@ -272,7 +272,7 @@ def bad(place: Path, name: str) -> list[str]:
         ("wrong type", "learning"),
         ("unknown trainer setting", "trainer.optimiser"),
         ("unknown method", "osmosis"),
-        ("unknown alignment", "alignment 'stars' is not known; use one of cells, push_forward"),
+        ("unknown alignment", "alignment 'stars' is not known; use one of pieces, cells, push_forward"),
         ("unknown precision", "fp12"),
         ("absent model", "not in the hub's cache"),
         ("folder not empty", "full: not empty"),

@@ -145,8 +145,9 @@ class DistillRecipe:
     method: str = "logits"
     """logits: the teacher's whole distribution (same tokenizer). cross: what it lets two different tokenizers know of it. text:
     cross-entropy on the teacher's text (any tokenizers)."""
-    alignment: str = "cells"
-    """What cross compares: cells, or one of the literature's: push_forward, bpm, alm, uld, strict_topk, last_token_padded."""
+    alignment: str = "pieces"
+    """What cross compares: pieces; cells (coarser); or one of the literature's: push_forward, bpm, alm, uld, strict_topk,
+    last_token_padded."""
     eval_data: str | None = None
     """Held-out conversations. Without it, a part of the data is held out."""
     eval_fraction: float = 0.1
@@ -170,7 +171,7 @@ class DistillRecipe:
     teacher_temperature: float = 1.0
     """cross: the temperature at which the teacher's text was sampled."""
     within_weight: float = 1.0
-    """cross: share of cross-entropy inside the observed cell, between 0 and 1."""
+    """cross: share of what the text says beyond the teacher's distribution, between 0 and 1 (unbiased)."""
     hard_label_weight: float = 0.0
     """Share of cross-entropy on the text itself, mixed into the divergence, between 0 and 1."""
     freeze_embeddings: bool = False

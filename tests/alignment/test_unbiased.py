@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alignment.toys import by_range, letters
-from potstill.alignment import VocabularyCells, align, token_bytes
+from potstill.alignment import PieceCells, VocabularyCells, align, token_bytes
 
 DOUBLE = torch.float64
 WORDS = ("- a", "- b", "-a b", "-ab a", "-ab b", "a a", "-b aa", "-b a")
@@ -25,6 +25,7 @@ PAIRS = {
     "tokens for letters": (letters("ab", "a b", "b b", "ab b"), letters("ab")),
     "the same tokens": (letters("-ab", "- a", "- b", "-a b", words=True), letters("-ab", "- a", "- b", "-a b", words=True)),
 }
+CELLS = {"cells": lambda cells: cells, "pieces": PieceCells}
 LENGTH = 3
 
 
@@ -70,10 +71,10 @@ def completed_target(t: Tensor, p: Tensor, u: int, seen: int, cells: VocabularyC
     return t[cell] * within + chosen - same * within
 
 
-def gradients(pair: tuple[Any, Any], student: Any = any_student) -> Iterator[tuple[Any, float, int, Tensor, Tensor]]:
+def gradients(pair: tuple[Any, Any], kind: str, student: Any = any_student) -> Iterator[tuple[Any, float, int, Tensor, Tensor]]:
     """For every text and position: what precedes, the text's probability, the token, and the gradients of text and of cells."""
     teacher_tokenizer, student_tokenizer = pair
-    cells = VocabularyCells(*pair)
+    cells = CELLS[kind](VocabularyCells(*pair))
     strings, pieces = token_bytes(teacher_tokenizer), token_bytes(student_tokenizer)
     usable = [v for v, string in enumerate(strings) if string and (string.startswith(b"-") or b"-" not in strings)]
     teacher = Teacher(teacher_tokenizer, usable)
@@ -96,10 +97,36 @@ def gradients(pair: tuple[Any, Any], student: Any = any_student) -> Iterator[tup
             yield before, probability, u, p - chosen, p - target
 
 
-@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
-def test_the_mean_gradient_is_that_of_text_and_the_variance_at_each_position_is_never_larger(pair: tuple[Any, Any]) -> None:
+every_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+both_kinds = pytest.mark.parametrize("kind", CELLS)
+
+
+def noise(pair: tuple[Any, Any], kind: str) -> tuple[float, float]:
+    """Variance of the gradient of text and of the gradient over cells, summed over positions as often as they are met."""
     totals: dict[Any, Any] = defaultdict(lambda: [0.0, 0, 0, 0, 0])
-    for before, probability, _, text, cell in gradients(pair):
+    for before, probability, _, text, cell in gradients(pair, kind):
+        for place, term in enumerate((1.0, text, cell, text**2, cell**2)):
+            totals[before][place] = totals[before][place] + probability * term
+    of_text = sum(float((square - mean**2 / weight).sum()) for weight, mean, _, square, _ in totals.values())
+    of_cells = sum(float((square - mean**2 / weight).sum()) for weight, _, mean, _, square in totals.values())
+    return of_text, of_cells
+
+
+@every_pair
+def test_pieces_are_no_noisier_than_cells_and_half_as_noisy_where_words_are_cut_in_pieces(pair: tuple[Any, Any]) -> None:
+    (text, cells), (_, pieces) = (noise(pair, kind) for kind in CELLS)
+    assert pieces <= cells + 1e-12
+    if pair is PAIRS["whole words for pieces of words"]:
+        assert pieces < 0.55 * cells < 0.55 * text
+
+
+@every_pair
+@both_kinds
+def test_the_mean_gradient_is_that_of_text_and_the_variance_at_each_position_is_never_larger(
+    pair: tuple[Any, Any], kind: str
+) -> None:
+    totals: dict[Any, Any] = defaultdict(lambda: [0.0, 0, 0, 0, 0])
+    for before, probability, _, text, cell in gradients(pair, kind):
         one = totals[before]
         for place, term in enumerate((1.0, text, cell, text**2, cell**2)):
             one[place] = one[place] + probability * term
@@ -113,13 +140,14 @@ def test_the_mean_gradient_is_that_of_text_and_the_variance_at_each_position_is_
     assert with_less > 5
 
 
-@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
-def test_a_student_equal_to_the_teacher_over_bytes_has_no_expected_gradient(pair: tuple[Any, Any]) -> None:
+@every_pair
+@both_kinds
+def test_a_student_equal_to_the_teacher_over_bytes_has_no_expected_gradient(pair: tuple[Any, Any], kind: str) -> None:
     writes: dict[Any, Tensor] = defaultdict(lambda: torch.zeros(len(pair[1]), dtype=DOUBLE))
-    for before, probability, u, _, _ in gradients(pair):
+    for before, probability, u, _, _ in gradients(pair, kind):
         writes[before][u] += probability
     totals: dict[Any, Any] = defaultdict(float)
-    for before, probability, _, _, cell in gradients(pair, lambda before, _: writes[before] / writes[before].sum()):
+    for before, probability, _, _, cell in gradients(pair, kind, lambda before, _: writes[before] / writes[before].sum()):
         totals[before] = totals[before] + probability * cell
     for total in totals.values():
         torch.testing.assert_close(total, torch.zeros_like(total), rtol=0, atol=1e-12)

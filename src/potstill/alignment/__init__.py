@@ -5,6 +5,7 @@ from potstill.alignment.cells import cached_cells as cached_cells
 from potstill.alignment.literature import BytePrefixCells as BytePrefixCells
 from potstill.alignment.literature import PushForwardCells as PushForwardCells
 from potstill.alignment.literature import StrictCells as StrictCells
+from potstill.alignment.pieces import PieceCells as PieceCells
 from potstill.alignment.positions import Positions as Positions
 from potstill.alignment.positions import align as align
 from potstill.alignment.spans import groups as groups
@@ -17,6 +18,7 @@ from potstill.alignment.vocabulary import shared_rows as shared_rows
 
 __all__ = [
     "BytePrefixCells",
+    "PieceCells",
     "Positions",
     "PushForwardCells",
     "StrictCells",

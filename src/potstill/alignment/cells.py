@@ -189,6 +189,12 @@ def cached_cells(
     return cells
 
 
+def own_cells(cells: Tensor) -> Tensor:
+    """``[V]`` → ``[V]``: every id that has a cell gets one of its own."""
+    known = cells >= 0
+    return torch.where(known, known.cumsum(0) - 1, -1)
+
+
 def _student_cells(
     tokens: list[bytes | None], shared: dict[bytes, int], segmentation: list[tuple[int, ...]], backward: list[tuple[int, ...]]
 ) -> list[int]:

@@ -14,7 +14,7 @@ from bisect import bisect_left
 import torch
 from torch import Tensor
 
-from potstill.alignment.cells import VocabularyCells
+from potstill.alignment.cells import VocabularyCells, own_cells
 
 STRICT_MOST = 64
 
@@ -34,7 +34,7 @@ class PushForwardCells(VocabularyCells):
     keeps_endings = True
 
     def __init__(self, base: VocabularyCells) -> None:
-        self._settle(base.segmentation, _own_numbers(base.student_cells))
+        self._settle(base.segmentation, own_cells(base.student_cells))
         self._lengths = torch.tensor([len(pieces) for pieces in self._sorted])
 
     def seen(self, teacher_token: int, emitted: tuple[int, ...], token: int) -> int | None:
@@ -85,7 +85,7 @@ class BytePrefixCells(PushForwardCells):
         longest = max(map(len, known))
         matches = [_longest_matches(string or b"", known, longest) for string in self._spelled]
         first = [tuple(found[:1]) or pieces[:1] for found, pieces in zip(matches, base.segmentation, strict=True)]
-        self._settle(first, _own_numbers(base.student_cells))
+        self._settle(first, own_cells(base.student_cells))
         order = sorted((v for v, found in enumerate(matches) if found), key=lambda v: self._spelled[v] or b"")
         self.order = torch.tensor(order)
         self._bytes = [self._spelled[v] or b"" for v in order]
@@ -134,17 +134,11 @@ class StrictCells(VocabularyCells):
         shared = torch.full_like(base.student_cells, -1)
         shared[sorted({pieces[0] for pieces in in_one if pieces})] = 0
         self.most = most
-        self._settle(in_one, _own_numbers(shared))
+        self._settle(in_one, own_cells(shared))
 
     def seen(self, teacher_token: int, emitted: tuple[int, ...], token: int) -> int | None:
         """That of ``token``, if it is the teacher's very token; no target otherwise."""
         return self.student_cell(token) if self.segmentation[teacher_token] == (token,) else None
-
-
-def _own_numbers(cells: Tensor) -> Tensor:
-    """Every id that has a cell gets one of its own."""
-    known = cells >= 0
-    return torch.where(known, known.cumsum(0) - 1, -1)
 
 
 def _ids_of(tokens: list[bytes | None], base: VocabularyCells) -> dict[bytes, int]:

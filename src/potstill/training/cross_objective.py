@@ -3,8 +3,10 @@
 B batch, T time, N supervised tokens of the student, M of the teacher. What differs from one ``alignment`` to the next is which of
 the teacher's predictions are compared with which of the student's, and how:
 
-    cells              distributions over cells that both vocabularies are cut into (losses/cross_tokenizer.py): the default
-    push_forward, bpm  over the student's own tokens, the teacher's mass pushed to first pieces (alignment/literature.py)
+    pieces             distributions over the student's tokens, each teacher token standing for its next piece, and the text where
+                       it is spelled otherwise (alignment/pieces.py, losses/cross_tokenizer.py): the default
+    cells              distributions over cells that both vocabularies are cut into, and the text inside a cell (alignment/cells.py)
+    push_forward, bpm  as pieces, but what ends keeps its mass and the text is not looked at (alignment/literature.py)
     strict_topk        over the tokens that both have, where one covers one
     alm                the likelihood of each chunk of text (losses/chunk_likelihoods.py)
     uld                sorted probabilities, whatever their tokens (losses/sorted_probabilities.py)
@@ -21,7 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from potstill.alignment import BytePrefixCells, PushForwardCells, StrictCells, VocabularyCells, cached_cells, token_bytes
+from potstill.alignment import (
+    BytePrefixCells,
+    PieceCells,
+    PushForwardCells,
+    StrictCells,
+    VocabularyCells,
+    cached_cells,
+    token_bytes,
+)
 from potstill.data import PairLayout, TokenCounts, tokenize_pairs
 from potstill.data.pairs import PLACES
 from potstill.heads import hidden_states, model_inputs, output_head, supervised
@@ -36,13 +46,15 @@ from potstill.losses import (
 from potstill.models import cache_folder
 from potstill.teachers import LocalTeacher, Teacher
 
-ALIGNMENTS = ("cells", "push_forward", "bpm", "alm", "uld", "strict_topk", "last_token_padded")
-OVER_CELLS = ("cells", "push_forward", "bpm", "strict_topk")
+ALIGNMENTS = ("pieces", "cells", "push_forward", "bpm", "alm", "uld", "strict_topk", "last_token_padded")
+OVER_CELLS = ("pieces", "cells", "push_forward", "bpm", "strict_topk")
 
 
 def choose_cells(alignment: str, teacher_tokenizer: Any, student_tokenizer: Any) -> VocabularyCells:
     """The cells of an alignment; those without cells of their own find their positions by the default's."""
     base = cached_cells(teacher_tokenizer, student_tokenizer, cache_folder() / "cells")
+    if alignment == "pieces":
+        return PieceCells(base)
     if alignment == "push_forward":
         return PushForwardCells(base)
     if alignment == "bpm":
@@ -59,7 +71,7 @@ class CrossObjective:
     layout: PairLayout
     teacher: Teacher
     cells: VocabularyCells
-    alignment: str = "cells"
+    alignment: str = "pieces"
     settings: dict[str, Any] = field(default_factory=dict)
     """``divergence`` and its shape, ``teacher_temperature`` and ``within_weight``: what the alignment has a use for."""
 

@@ -42,14 +42,14 @@ class DistillationConfig(TrainingArguments):
         default="logits",
         metadata={"help": "text: cross-entropy on the teacher's text. logits: a divergence. cross: one across tokenizers."},
     )
-    alignment: str = field(default="cells", metadata={"help": f"cross: one of {', '.join(ALIGNMENTS)}."})
+    alignment: str = field(default="pieces", metadata={"help": f"cross: one of {', '.join(ALIGNMENTS)}."})
     divergence: str = field(default="forward_kl", metadata={"help": f"One of {', '.join(DIVERGENCES)}."})
     temperature: float = field(default=1.0, metadata={"help": "Divides both models' logits. No temperature² factor."})
     teacher_weight: float = field(default=0.5, metadata={"help": "The teacher's share w of jensen_shannon's mixture."})
     skew: float = field(default=0.1, metadata={"help": "The admixture a of the two skew divergences."})
     hard_label_weight: float = field(default=0.0, metadata={"help": "Share of cross-entropy on the text, between 0 and 1."})
     teacher_temperature: float = field(default=1.0, metadata={"help": "cross: the temperature at which the text was sampled."})
-    within_weight: float = field(default=1.0, metadata={"help": "cross: share of cross-entropy inside the observed cell."})
+    within_weight: float = field(default=1.0, metadata={"help": "cross: share of what the text adds to the teacher's distribution."})
     compile_loss: bool = field(default=False, metadata={"help": "logits: torch.compile the loss; for long runs on a GPU."})
     max_length: int = field(default=2048, metadata={"help": "Tokens a conversation is cut at (counted and reported)."})
     packed: bool = field(default=True, metadata={"help": "Lay a batch out in one line without padding."})
