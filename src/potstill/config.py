@@ -221,6 +221,20 @@ class ReportRecipe:
     """Folder of the run."""
 
 
+@dataclass(frozen=True)
+class PlayRecipe:
+    """Talk to a run in the browser: teacher, student before and after side by side, and their next tokens (potstill[play])."""
+
+    run_dir: str
+    """Folder of a finished run of distill or demo."""
+    host: str = "127.0.0.1"
+    """Address to serve at: this machine alone. 0.0.0.0 lets others in, and asks them for no password."""
+    port: int = 7860
+    """Port to serve at."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps: of all three models."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompareRecipe(DistillRecipe):
     """Train several methods on the same data, order and budget, and say which is better, by how much, and whether by chance."""
