@@ -151,6 +151,9 @@ class DistillRecipe:
     """Held-out conversations. Without it, a part of the data is held out."""
     eval_fraction: float = 0.1
     """The part that is held out where there is no eval-data."""
+    tasks: str | None = None
+    """Asked of the teacher and of the student before and after: lm-evaluation-harness's tasks and .jsonl files of questions,
+    separated by commas (needs potstill[lm-eval])."""
     max_steps: int | None = None
     """Optimizer steps. Without it and without seconds, three times through the data."""
     seconds: float | None = None
@@ -199,6 +202,8 @@ class EvaluateRecipe:
     """The same, for the teacher."""
     data: str
     """Held-out conversations: a .jsonl file, or anything the datasets library opens."""
+    tasks: str | None = None
+    """Asked of both: lm-evaluation-harness's tasks and .jsonl files of questions, separated by commas (needs potstill[lm-eval])."""
     max_length: int = 1024
     """Tokens at which a conversation is cut."""
     chat_template: str | None = None
