@@ -42,6 +42,8 @@ test: setup  ## the quick tests
 	$(BIN)/pytest
 
 test-rest: setup tokenizers  ## the slow tests and those in a browser
+	@# Too large for every set-up: it brings scipy and scikit-learn.
+	$(PIP) --editable '.[lm-eval]'
 	$(BIN)/pytest -m 'slow or browser'
 
 check: lint test  ## what must be green before a change goes in

@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_every_command_in_the_readme_parses() -> None:
     commands = re.findall(r"^potstill (.+)$", README, re.MULTILINE)
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command in commands:
         cli.parse(command.split())
 

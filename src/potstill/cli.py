@@ -27,6 +27,7 @@ RECIPES: dict[str, tuple[type, tuple[str, ...]]] = {
     "compare": (config.CompareRecipe, ("teacher", "student")),
     "evaluate": (config.EvaluateRecipe, ("student",)),
     "report": (config.ReportRecipe, ("run_dir",)),
+    "play": (config.PlayRecipe, ("run_dir",)),
 }
 """What each command takes, and which of it stands without a flag."""
 
@@ -245,6 +246,12 @@ def _report(recipe: config.ReportRecipe) -> None:
     print(f"report: {write_report(Path(recipe.run_dir).expanduser())}")
 
 
+def _play(recipe: config.PlayRecipe) -> None:
+    from potstill.play.serve import play
+
+    play(recipe.run_dir, host=recipe.host, port=recipe.port, device=recipe.device)
+
+
 COMMANDS: dict[str, Callable[[Any], None]] = {
     "demo": _demo,
     "doctor": _doctor,
@@ -254,4 +261,5 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "compare": _compare,
     "evaluate": _evaluate,
     "report": _report,
+    "play": _play,
 }

@@ -152,6 +152,9 @@ class DistillRecipe:
     """Held-out conversations. Without it, a part of the data is held out."""
     eval_fraction: float = 0.1
     """The part that is held out where there is no eval-data."""
+    tasks: str | None = None
+    """Asked of the teacher and of the student before and after: lm-evaluation-harness's tasks and .jsonl files of questions,
+    separated by commas (needs potstill[lm-eval])."""
     max_steps: int | None = None
     """Optimizer steps. Without it and without seconds, three times through the data."""
     seconds: float | None = None
@@ -200,6 +203,8 @@ class EvaluateRecipe:
     """The same, for the teacher."""
     data: str
     """Held-out conversations: a .jsonl file, or anything the datasets library opens."""
+    tasks: str | None = None
+    """Asked of both: lm-evaluation-harness's tasks and .jsonl files of questions, separated by commas (needs potstill[lm-eval])."""
     max_length: int = 1024
     """Tokens at which a conversation is cut."""
     chat_template: str | None = None
@@ -220,6 +225,20 @@ class ReportRecipe:
 
     run_dir: str
     """Folder of the run."""
+
+
+@dataclass(frozen=True)
+class PlayRecipe:
+    """Talk to a run in the browser: teacher, student before and after side by side, and their next tokens (potstill[play])."""
+
+    run_dir: str
+    """Folder of a finished run of distill or demo."""
+    host: str = "127.0.0.1"
+    """Address to serve at: this machine alone. 0.0.0.0 lets others in, and asks them for no password."""
+    port: int = 7860
+    """Port to serve at."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps: of all three models."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from potstill.data import read_conversations, without_answer
 from potstill.data.chat_templates import set_chat_template
 from potstill.doctor import quick_check
 from potstill.errors import ConfigError, DataError
-from potstill.evaluation import HeldOut, as_table, fingerprint, gap_closed, summarize
+from potstill.evaluation import HeldOut, Tasks, as_table, fingerprint, gap_closed, summarize
 from potstill.generation import answer_prompts
 from potstill.models import dtype_of, load_model, load_tokenizer, pick_device
 from potstill.report import write_report
@@ -38,27 +38,40 @@ def distill(recipe: DistillRecipe) -> Path:
     """Train, evaluate before and after, report. Called again it goes on where it stopped. Returns the report's path."""
     run = RunFolder(recipe.output_dir)
     run.refuse_other(dataclasses.asdict(recipe))
+    tasks = Tasks("" if run.evaluation.is_file() else recipe.tasks)
     if not run.student.is_dir():
         _train(run, recipe)
     if not run.evaluation.is_file():
         _say("evaluating the student before and after, and the teacher")
-        evaluation = _evaluate_run(run, recipe)
+        evaluation = _evaluate_run(run, recipe, tasks)
         write_json(run.evaluation, evaluation)
-        _say("\n" + as_table({name: evaluation[name] for name in ("teacher", "before", "after")}) + "\n")
+        _say(
+            "\n"
+            + as_table({name: evaluation[name] for name in ("teacher", "before", "after", "tasks") if name in evaluation})
+            + "\n"
+        )
     page = write_report(run.path)
     _say(f"report: {page}")
     return page
 
 
 def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
-    """Measure a student and its teacher on held-out conversations: ``{"teacher": M, "student": M}`` (potstill.evaluation)."""
+    """Measure a student and its teacher on held-out conversations: ``{"teacher": M, "student": M}`` (potstill.evaluation).
+
+    With tasks also ``{"tasks": {"teacher": …, "student": …}}``, as `Tasks.measure` gives them.
+    """
     opening: dict[str, Any] = {"device": recipe.device, "trust_remote_code": recipe.trust_remote_code}
     conversations = list(read_conversations(recipe.data))
+    tasks = Tasks(recipe.tasks)
     pair = _held_out(recipe, conversations)
     dtype = dtype_of(recipe.precision)
     teacher, _ = load_model(recipe.teacher, dtype=dtype, **opening)
     student, _ = load_model(recipe.student, dtype=dtype, **opening)
-    return {"teacher": pair.measure_teacher(teacher), "student": summarize(pair.score_student(student, teacher))}
+    measured = {"teacher": pair.measure_teacher(teacher), "student": summarize(pair.score_student(student, teacher))}
+    if not recipe.tasks:
+        return measured
+    abilities = {"teacher": tasks.measure(teacher, pair.teacher_tokenizer), "student": tasks.measure(student, pair.tokenizer)}
+    return {**measured, "tasks": abilities}
 
 
 def _train(run: RunFolder, recipe: DistillRecipe) -> None:
@@ -205,7 +218,7 @@ def _held_out(recipe: DistillRecipe | EvaluateRecipe, conversations: list[Any]) 
     return HeldOut(*tokenizers, conversations, max_length=recipe.max_length)
 
 
-def _evaluate_run(run: RunFolder, recipe: DistillRecipe) -> dict[str, Any]:
+def _evaluate_run(run: RunFolder, recipe: DistillRecipe, tasks: Tasks) -> dict[str, Any]:
     opening: dict[str, Any] = {
         "dtype": dtype_of(recipe.precision),
         "device": recipe.device,
@@ -216,16 +229,19 @@ def _evaluate_run(run: RunFolder, recipe: DistillRecipe) -> dict[str, Any]:
     asked = [without_answer(row["messages"]) for row in held_out[:SAMPLES] if "messages" in row]
     teacher, _ = load_model(recipe.teacher, **opening)
     measures, scores, answers = {"teacher": pair.measure_teacher(teacher)}, {}, {}
+    abilities = {"teacher": tasks.measure(teacher, pair.teacher_tokenizer)}
     answers["teacher"] = _sample_answers(teacher, pair.teacher_tokenizer, asked, recipe.seed)
     for name, source in (("before", recipe.student), ("after", str(run.student))):
         student, _ = load_model(source, **opening)
         scores[name] = pair.score_student(student, teacher)
         measures[name] = summarize(scores[name])
+        abilities[name] = tasks.measure(student, pair.tokenizer)
         answers[name] = _sample_answers(student, pair.tokenizer, asked, recipe.seed)
     samples = [{"prompt": prompt[-1]["content"], **{name: answers[name][i] for name in answers}} for i, prompt in enumerate(asked)]
     return {
         **measures,
         "gap_closed": gap_closed(**measures),
+        **({"tasks": abilities} if recipe.tasks else {}),
         "samples": samples,
         "token_view": pair.token_view(scores, samples),
         "conversations": {**pair.per_conversation(scores), "train_prompts": fingerprint(train, of_prompts=True)},

@@ -68,11 +68,12 @@ def _rows(source: str | os.PathLike[str], split: str, streaming: bool) -> Iterat
     """Each row with the place it stands, for error messages."""
     path = Path(source).expanduser()
     if path.suffix in (".jsonl", ".ndjson"):
-        return _json_lines(path)
+        return json_lines(path)
     return ((f"{source}, row {number}", row) for number, row in enumerate(_open_dataset(source, split, streaming), 1))
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file with the place each stands at, ``FILE:LINE``. Raises: DataError for what is none."""
     try:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):

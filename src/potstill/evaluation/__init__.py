@@ -1,12 +1,14 @@
-"""Was the student helped? Scores of tokens and their summary (scores.py), on the conversations held out (held_out.py)."""
+"""Was the student helped? Scores of tokens and their summary (scores.py), on the conversations held out (held_out.py); tasks.py."""
 
 from potstill.evaluation.held_out import HeldOut, fingerprint, last_question
 from potstill.evaluation.scores import MEASURES, TokenScores, conversation_sums, gap_closed, measure_ratios, score_tokens, summarize
 from potstill.evaluation.table import as_table
+from potstill.evaluation.tasks import Tasks
 
 __all__ = [
     "MEASURES",
     "HeldOut",
+    "Tasks",
     "TokenScores",
     "as_table",
     "conversation_sums",
