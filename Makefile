@@ -8,7 +8,7 @@ CODE := src tests examples benchmarks docs
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: setup tokenizers demo test test-rest docs lint check format clean
+.PHONY: setup tokenizers axe demo test test-rest docs lint check format clean
 
 setup: $(READY)
 
@@ -35,13 +35,24 @@ $(TOKENIZERS)/.ready:
 	done
 	touch $@
 
+# The accessibility checker that tests/report/test_page_browser.py runs on both pages.
+AXE := .cache/axe/axe.min.js
+
+axe: $(AXE)  ## download axe-core
+
+$(AXE):
+	mkdir -p $(@D)
+	file=$$(cd $(@D) && npm pack --silent axe-core@4.14.1) && \
+		tar -xzf $(@D)/$$file -C $(@D) --strip-components=1 package/axe.min.js package/LICENSE && rm $(@D)/$$file
+	touch $@
+
 demo: setup  ## a teacher, a student, distillation and a report, in under ten minutes on two cores
 	$(BIN)/potstill demo
 
 test: setup  ## the quick tests
 	$(BIN)/pytest
 
-test-rest: setup tokenizers  ## the slow tests and those in a browser
+test-rest: setup tokenizers axe  ## the slow tests and those in a browser
 	@# Too large for every set-up: it brings scipy and scikit-learn.
 	$(PIP) --editable '.[lm-eval]'
 	$(BIN)/pytest -m 'slow or browser'

@@ -68,7 +68,16 @@ def test_methods_are_trained_measured_and_told_apart(place: Path, capsys: pytest
     printed = capsys.readouterr().out
     assert re.search(r"^logits +\d\.\d{3}", printed, re.MULTILINE)
     assert any(pair["verdict"] in printed for pair in found["pairs"])
-    assert "<script" not in (place / "out" / "comparison.html").read_text()
+    page = (place / "out" / "comparison.html").read_text()
+    assert 'href="text-seed1/report.html"' in page
+    assert "potstill compare --config out/config.yaml --output-dir out-again" in page
+    for heading in (
+        "The loss during training",
+        "What the models answer",
+        "Answers, token by token",
+        "Where the students are worst",
+    ):
+        assert f">{heading}</h2>" in page
 
 
 def test_an_interrupted_comparison_goes_on_and_keeps_what_is_finished(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +219,8 @@ def test_what_a_model_or_a_prompt_says_is_escaped_in_the_page() -> None:
 
     evil = "<script>alert(1)</script>"
     worst = {"prompt": evil, "before": 1.0, "after": 2.0}
+    pair: dict[str, Any] = {"one": evil, "other": "b", "verdict": evil, "certain": True}
+    pair["differences"] = {"bits_per_byte": {"difference": -0.1, "ci95": [-0.2, -0.05]}}
     page = as_html(
         {
             "measure": "bits_per_byte",
@@ -219,9 +230,10 @@ def test_what_a_model_or_a_prompt_says_is_escaped_in_the_page() -> None:
             "notes": [evil],
             "teacher": {"bits_per_byte": 0.5},
             "methods": {evil: {"bits_per_byte": 1.0}},
-            "pairs": [{"verdict": evil, "certain": True}],
+            "pairs": [pair],
             "regressions": {evil: {"share": 0.5, "worst": [worst]}},
-        }
+        },
+        {},
     )
-    assert "<script" not in page
+    assert page.count("<script") == 1
     assert page.count("&lt;script&gt;") >= 5

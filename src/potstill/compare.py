@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -58,8 +60,19 @@ def compare(recipe: CompareRecipe, recipes: Plan | None = None) -> dict[str, Any
     comparison = compare_runs(entrants, untouched_answers=untouched, text_measures=text_measures)
     folder.path.mkdir(parents=True, exist_ok=True)
     write_json(folder.path / "comparison.json", comparison)
-    write_whole(folder.path / "comparison.html", as_html(comparison))
+    page = as_html(
+        comparison, entrants, untouched, folder=folder.path, settings=dataclasses.asdict(recipe), command=_command(folder, recipe)
+    )
+    write_whole(folder.path / "comparison.html", page)
     return comparison
+
+
+def _command(folder: RunFolder, recipe: CompareRecipe) -> str:
+    """What to type to do it again: beside this folder what is to be trained, into it what is trained."""
+    if recipe.runs:
+        return shlex.join(["potstill", "compare", "--runs", recipe.runs, "--output-dir", str(folder.path)])
+    again = os.path.normpath(folder.path / ".." / f"{folder.path.resolve().name}-again")
+    return shlex.join(["potstill", "compare", "--config", str(folder.config), "--output-dir", again])
 
 
 def listed(text: str | None) -> list[str]:

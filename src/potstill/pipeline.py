@@ -22,6 +22,7 @@ from potstill.data.chat_templates import set_chat_template
 from potstill.doctor import quick_check
 from potstill.errors import ConfigError, DataError
 from potstill.evaluation import HeldOut, Tasks, as_table, fingerprint, gap_closed, summarize
+from potstill.evaluation.token_views import token_views
 from potstill.generation import answer_prompts
 from potstill.models import dtype_of, load_model, load_tokenizer, pick_device
 from potstill.report import write_report
@@ -67,7 +68,7 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
     dtype = dtype_of(recipe.precision)
     teacher, _ = load_model(recipe.teacher, dtype=dtype, **opening)
     student, _ = load_model(recipe.student, dtype=dtype, **opening)
-    measured = {"teacher": pair.measure_teacher(teacher), "student": summarize(pair.score_student(student, teacher))}
+    measured = {"teacher": summarize(pair.score_teacher(teacher)), "student": summarize(pair.score_student(student, teacher))}
     if not recipe.tasks:
         return measured
     abilities = {"teacher": tasks.measure(teacher, pair.teacher_tokenizer), "student": tasks.measure(student, pair.tokenizer)}
@@ -228,22 +229,22 @@ def _evaluate_run(run: RunFolder, recipe: DistillRecipe, tasks: Tasks) -> dict[s
     pair = _held_out(recipe, held_out)
     asked = [without_answer(row["messages"]) for row in held_out[:SAMPLES] if "messages" in row]
     teacher, _ = load_model(recipe.teacher, **opening)
-    measures, scores, answers = {"teacher": pair.measure_teacher(teacher)}, {}, {}
+    scores = {"teacher": pair.score_teacher(teacher)}
     abilities = {"teacher": tasks.measure(teacher, pair.teacher_tokenizer)}
-    answers["teacher"] = _sample_answers(teacher, pair.teacher_tokenizer, asked, recipe.seed)
+    answers = {"teacher": _sample_answers(teacher, pair.teacher_tokenizer, asked, recipe.seed)}
     for name, source in (("before", recipe.student), ("after", str(run.student))):
         student, _ = load_model(source, **opening)
         scores[name] = pair.score_student(student, teacher)
-        measures[name] = summarize(scores[name])
         abilities[name] = tasks.measure(student, pair.tokenizer)
         answers[name] = _sample_answers(student, pair.tokenizer, asked, recipe.seed)
+    measures = {name: summarize(one) for name, one in scores.items()}
     samples = [{"prompt": prompt[-1]["content"], **{name: answers[name][i] for name in answers}} for i, prompt in enumerate(asked)]
     return {
         **measures,
         "gap_closed": gap_closed(**measures),
         **({"tasks": abilities} if recipe.tasks else {}),
         "samples": samples,
-        "token_view": pair.token_view(scores, samples),
+        **token_views(pair, scores["before"], scores["after"]),
         "conversations": {**pair.per_conversation(scores), "train_prompts": fingerprint(train, of_prompts=True)},
         "train_conversations": len(train),
         "eval_conversations": len(held_out),

@@ -60,11 +60,13 @@ class RunFolder:
     def read_config(self) -> dict[str, Any]:
         """The run's settings. Raises: RunFolderError if there are none, or they are damaged."""
         try:
-            config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+            config = yaml.safe_load(self.config.read_bytes())
+        except OSError as error:
             raise RunFolderError(f"{self.path}: no readable config.yaml there, so not a run; give a run's folder") from error
+        except (yaml.YAMLError, ValueError) as error:
+            raise RunFolderError(f"{self.config}: damaged (not YAML); mend it by hand, or run again into another folder") from error
         if not isinstance(config, dict):
-            raise RunFolderError(f"{self.config}: damaged; give another --output-dir")
+            raise RunFolderError(f"{self.config}: damaged (no settings); mend it by hand, or run again into another folder")
         return config
 
     def read_evaluation(self) -> dict[str, Any]:
@@ -80,6 +82,20 @@ class RunFolder:
         if not isinstance(evaluation, dict):
             raise RunFolderError(f"{self.evaluation}: damaged (no JSON object); delete it and give the run's command again")
         return evaluation
+
+    def read_metrics(self) -> tuple[list[dict[str, Any]], int]:
+        """The logged rows, and how many lines were not one: a run that was cut off leaves half a line."""
+        rows, unreadable = [], 0
+        for line in self.metrics.read_bytes().splitlines() if self.metrics.is_file() else []:
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict):
+                rows.append(row)
+            else:
+                unreadable += 1
+        return rows, unreadable
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end; unfinished ones are deleted."""

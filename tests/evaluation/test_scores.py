@@ -77,6 +77,27 @@ def test_scores_are_those_of_dense_logits_and_do_not_depend_on_the_batch_size(to
     assert len(one.nll) == counts.supervised_tokens
 
 
+def test_the_likeliest_next_tokens_are_those_of_dense_logits(tokenizer: Any) -> None:
+    student, teacher = tiny_model(layers=2, seed=1), tiny_model()
+    dataset, _ = tokenize_conversations(conversations(3), tokenizer)
+    found = score_tokens(student, dataset, pad_token_id=265, teacher=LocalTeacher(teacher), likeliest=4)
+    for model, kept in ((student, found.likeliest), (teacher, found.teacher_likeliest)):
+        assert kept is not None
+        expected = []
+        for row in dataset:
+            with torch.no_grad():
+                p = model(torch.tensor([row["input_ids"]]), use_cache=False).logits[0].double().softmax(-1)
+            expected += [p[t - 1].sort(descending=True) for t, label in enumerate(row["labels"]) if label != -100]
+        assert kept.ids.tolist() == [order.indices[:4].tolist() for order in expected]
+        torch.testing.assert_close(kept.probabilities.double(), torch.stack([order.values[:4] for order in expected]))
+
+
+def test_nothing_is_kept_of_next_tokens_unless_it_is_asked_for(tokenizer: Any) -> None:
+    dataset, _ = tokenize_conversations(conversations(1), tokenizer)
+    found = score_tokens(tiny_model(), dataset, pad_token_id=265, teacher=LocalTeacher(tiny_model()))
+    assert found.likeliest is found.teacher_likeliest is None
+
+
 def test_a_model_is_no_distance_from_itself(tokenizer: Any) -> None:
     dataset, _ = tokenize_conversations(conversations(3), tokenizer)
     summary = summarize(score_tokens(tiny_model(), dataset, pad_token_id=265, teacher=LocalTeacher(tiny_model())))

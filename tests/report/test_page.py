@@ -1,5 +1,7 @@
 """The page of a run: what it says of each kind of run, and that nothing a model wrote can break it."""
 
+import base64
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 import yaml
 
 from potstill.errors import RunFolderError
-from potstill.report.page import write_report
+from potstill.report import write_report
 
 CONFIG = {"command": "distill", "teacher": "demo", "student": "small", "method": "logits", "train_conversations": 400}
 
@@ -60,9 +62,11 @@ def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
 def test_what_a_model_wrote_is_escaped_wherever_it_stands(tmp_path: Path) -> None:
     evil = "</div></p><script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
     sample = dict.fromkeys(("prompt", "teacher", "before", "after"), evil)
-    view = {"prompt": evil, "tokens": [{"text": evil, "before_kl_nats": 1.0, "after_kl_nats": 0.1}]}
-    html = page(run_folder(tmp_path, evaluated(samples=[sample], token_view=view), config={**CONFIG, "teacher": evil, evil: evil}))
-    assert "<script" not in html
+    said = {name: [[evil, 0.5]] for name in ("teacher", "before", "after")}
+    token = {"text": evil, "before_kl_nats": 1.0, "after_kl_nats": 0.1, "next": said}
+    more = {"token_view": {"prompt": evil, "tokens": [token]}, "worst_tokens": [{**token, "context": evil}]}
+    html = page(run_folder(tmp_path, evaluated(samples=[sample], **more), config={**CONFIG, "teacher": evil, evil: evil}))
+    assert re.findall("<script[^>]*>", html) == ['<script type="application/json">', "<script>"]  # ours
     assert "<img" not in html
     assert html.count("&lt;script&gt;") >= 10
 
@@ -91,7 +95,7 @@ def test_a_token_that_was_not_measured_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "verdict"),
     [
-        (2.0, 1.0, "It helped: the student is closer to its teacher than before."),
+        (2.0, 1.0, "It helped: the student is 50 % closer to its teacher than before."),
         (2.0, 1.95, "Perhaps it helped"),
         (2.0, 2.0, "It did not help"),
         (2.0, 3.0, "It did not help"),
@@ -103,6 +107,75 @@ def test_the_verdict_follows_from_the_figures_and_their_intervals(
     text = words(page(run_folder(tmp_path, evaluated(before, after))))
     assert verdict in text
     assert ("intervals of before and after overlap" in text) == (abs(after - before) <= 0.1)
+
+
+def sums(per_conversation: list[float]) -> dict[str, Any]:
+    """What 10 tokens in each conversation add up to, at so many nats a token of KL."""
+    count = len(per_conversation)
+    kl = [10 * value for value in per_conversation]
+    return {"tokens": [10.0] * count, "bytes": [40.0] * count, "nll_nats": kl, "kl_nats": kl, "agreeing_tokens": [5.0] * count}
+
+
+def kept(before: list[float], after: list[float]) -> dict[str, Any]:
+    prompts = [f"prompt {number}" for number in range(len(before))]
+    return {"prompts": prompts, "before": sums(before), "after": sums(after), "teacher": sums([0.0] * len(before))}
+
+
+@pytest.mark.parametrize(
+    ("gains", "says"),
+    [
+        ([0.05, 0.04, 0.06, 0.05] * 5, "paired over 20 held-out conversations: more than chance"),
+        ([0.5, -0.4, 0.3, -0.35] * 5, "includes no change at all, so it may be chance"),
+        ([0.05, 0.04, 0.06], "over 3 held-out conversations: too few to rule out chance, 10 are needed"),
+    ],
+)
+def test_the_difference_is_paired_where_the_conversations_are_kept(tmp_path: Path, gains: list[float], says: str) -> None:
+    """The conversations lie between 1 and 5 nats apart: unpaired, none of these differences could be seen."""
+    before = [1.0 + 4 * i / len(gains) for i in range(len(gains))]
+    after = [was - gain for was, gain in zip(before, gains, strict=True)]
+    means = [sum(values) / len(values) for values in (before, after)]
+    evaluation = evaluated(*means, conversations=kept(before, after))
+    for model in ("before", "after"):
+        evaluation[model]["ci95"]["kl_nats_per_token"] = [1.5, 4.5]
+    text = words(page(run_folder(tmp_path, evaluation)))
+    assert says in text
+    assert ("It helped" in text) == ("more than chance" in says)
+
+
+def test_the_worst_prompts_come_first_and_are_those_after_training(tmp_path: Path) -> None:
+    conversations = kept(before=[9.0, 1.0, 1.0, 1.0], after=[0.1, 0.7, 0.9, 0.8])
+    text = words(page(run_folder(tmp_path, evaluated(conversations=conversations))))
+    places = [text.index(f"prompt {number} ") for number in (2, 3, 1, 0)]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("damage", [None, [], {"before": 1}, {"prompts": ["a"], "before": {}, "after": {}}])
+def test_sums_that_are_missing_or_damaged_are_left_out(tmp_path: Path, damage: object) -> None:
+    assert "Where the student is worst" not in page(run_folder(tmp_path, evaluated(conversations=damage)))
+
+
+def test_across_tokenizers_tokens_are_shaded_by_surprise_and_only_students_are_asked(tmp_path: Path) -> None:
+    said = {"before": [["a", 0.5]], "after": [["b", 0.6]]}
+    nats = {"before_kl_nats": None, "after_kl_nats": None, "before_nll_nats": 2.0, "after_nll_nats": 0.5}
+    view = {"prompt": "p", "tokens": [{"text": "a", **nats, "next": said}]}
+    html = page(run_folder(tmp_path, evaluated(None, None, token_view=view)))
+    assert 'title="2.000 nats"' in html
+    assert "Surprise (−log p)" in html
+    assert '"names": ["Before training", "After training"]' in html
+
+
+def test_every_answer_that_was_recorded_has_its_own_token_view(tmp_path: Path) -> None:
+    token = {"before_kl_nats": 1.0, "after_kl_nats": 0.1}
+    views = [{"prompt": f"question {n}", "tokens": [{"text": f"t{n}", **token}]} for n in range(3)]
+    html = page(run_folder(tmp_path, evaluated(token_view=views[0], more_token_views=views[1:])))
+    assert html.count('class="view"') == 3
+    assert 'type="application/json"' not in html  # nobody recorded what the models would have said
+
+
+def test_a_folder_that_holds_a_comparison_is_sent_to_its_page(tmp_path: Path) -> None:
+    (run_folder(tmp_path) / "comparison.json").write_text("{}")
+    with pytest.raises(RunFolderError, match=r"comparison\.html"):
+        write_report(tmp_path)
 
 
 def test_without_intervals_the_verdict_is_not_certain(tmp_path: Path) -> None:
@@ -117,8 +190,8 @@ def test_the_story_tells_what_was_done_and_what_came_of_it(tmp_path: Path) -> No
     text = words(page(run_folder(tmp_path, evaluated())))
     done = "The student “small” was trained for 3 steps (6 s) on 400 conversations by matching the next-token distribution"
     assert done in text
-    assert "On 40 held-out conversations, its divergence from the teacher went from 2.000 to 1.000 nats a token" in text
-    assert "which closes 50 % of the gap to the teacher." in text
+    assert "Its divergence went from 2.000 to 1.000 nats a token" in text
+    assert "it has closed 50 % of the gap to the teacher." in text
 
 
 def test_a_gap_that_grew_is_called_so(tmp_path: Path) -> None:
@@ -130,7 +203,7 @@ def test_a_gap_that_grew_is_called_so(tmp_path: Path) -> None:
 def test_where_divergence_has_no_meaning_bits_per_byte_decide(tmp_path: Path) -> None:
     text = words(page(run_folder(tmp_path, evaluated(None, None, gap_closed=None))))
     assert "It helped: the student is better at predicting the held-out text than before." in text
-    assert "went from 1.500 to 1.200 bits a byte." in text
+    assert "Its cost went from 1.500 to 1.200 bits a byte" in text
     assert "not measured" in text
 
 
@@ -164,12 +237,12 @@ def test_an_almost_empty_config_is_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.yaml", None, "has no config.yaml"),
-        ("config.yaml", b"a: [", "not valid YAML"),
-        ("config.yaml", b"- a", "no mapping"),
-        ("evaluation.json", b'{"teacher": ', "not valid JSON"),
+        ("config.yaml", None, "no readable config.yaml"),
+        ("config.yaml", b"a: [", "not YAML"),
+        ("config.yaml", b"- a", "no settings"),
+        ("evaluation.json", b'{"teacher": ', "not JSON"),
         ("evaluation.json", b"[]", "no JSON object"),
-        ("evaluation.json", b"\xff", "not valid JSON"),
+        ("evaluation.json", b"\xff", "not JSON"),
     ],
 )
 def test_a_folder_that_is_no_run_or_is_damaged_is_refused_in_one_line(
@@ -190,9 +263,11 @@ def test_a_page_that_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: P
     assert not list(tmp_path.glob(".report*"))
 
 
-def test_the_page_asks_nothing_of_the_network_and_runs_no_script(tmp_path: Path) -> None:
+def test_the_page_asks_nothing_of_the_network_and_runs_one_script_that_its_policy_names(tmp_path: Path) -> None:
     html = page(run_folder(tmp_path, evaluated()))
-    assert "<script" not in html
+    (script,) = re.findall("<script>(.*?)</script>", html, re.DOTALL)
+    assert f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in html
+    assert not re.search(r" on[a-z]+=", html)
     assert "@import" not in html
     assert "url(http" not in html
     assert all(target.startswith("#") for target in re.findall(r"""\b(?:src|href)=["']?([^"'\s>]*)""", html))
@@ -206,7 +281,7 @@ def test_two_hundred_long_samples_stay_below_three_megabytes(tmp_path: Path) -> 
     sample = dict.fromkeys(("prompt", "teacher", "before", "after"), "seventeen letters " * 1000)
     html = page(run_folder(tmp_path, evaluated(samples=[sample] * 200), steps=20_000))
     assert len(html.encode()) < 3_000_000
-    assert "16000 characters more, in evaluation.json" in html
+    assert "characters more" in html
     assert "195 more" in html
 
 

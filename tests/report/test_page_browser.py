@@ -1,29 +1,26 @@
-"""The page of a run, opened in headless Chromium: it fits, it reads, and it asks nothing of anybody."""
+"""Both pages, of a run and of a comparison, in headless Chromium: they fit, they read, they answer, and ask nothing of anybody."""
 
 import importlib.util
-import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from potstill.report.page import write_report
+from potstill.report import write_report
+from report.hostile import EVIL, QUESTIONS, comparison_page, run_folder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ABSENT = not (CHROMIUM and shutil.which("chromedriver") and importlib.util.find_spec("selenium"))
+AXE = Path(__file__).parents[2] / ".cache" / "axe" / "axe.min.js"
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(ABSENT and os.environ.get("CI") != "true", reason="needs chromium, chromedriver and selenium"),
 ]
 SWITCHES = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 SWITCHES += ["--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
-EVIL = "</span></div><script>document.title = 'owned'</script>"
-LONG = "unbroken" * 60
-
 LEAST_CONTRAST = """
 const luminance = colour => colour.match(/[\\d.]+/g).slice(0, 3).map(Number)
     .map(c => (c /= 255) <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
@@ -31,35 +28,19 @@ const luminance = colour => colour.match(/[\\d.]+/g).slice(0, 3).map(Number)
 const behind = e => { for (; e; e = e.parentElement) {
     const b = getComputedStyle(e).backgroundColor; if (!b.endsWith(', 0)')) return b; } return 'rgb(255, 255, 255)'; };
 return Math.min(...[...document.querySelectorAll('body *')]
-    .filter(e => !e.closest('svg') && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()))
-    .map(e => [luminance(getComputedStyle(e).color), luminance(behind(e))])
+    .filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()))
+    .map(e => [getComputedStyle(e)[e.closest('svg') ? 'fill' : 'color'], behind(e)].map(luminance))
     .map(([a, b]) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)));
 """
+UNFOLD = "document.querySelectorAll('details').forEach(fold => fold.open = true)"
 
-
-def model(kl: float, bits: float, agreement: float) -> dict[str, Any]:
-    values = {"kl_nats_per_token": kl, "nll_nats_per_token": 1 + kl, "bits_per_byte": bits, "top1_agreement": agreement}
-    intervals = {key: [value * 0.96, value * 1.04] for key, value in values.items()}
-    return {**values, "tokens": 8123, "bytes": 33012, "ci95": intervals}
+Opened = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a run whose texts are as wide, as long and as hostile as they come."""
-    folder = tmp_path_factory.mktemp("run")
-    config = {"teacher": "demo", "student": f"runs/{LONG}", "method": "logits", "seed": 0, "nested": {"a": [1, 2]}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    rows = [json.dumps({"step": n, "loss": 2 + 4 / n, "eval_loss": 2.2 + 4 / n, "seconds": 2.5 * n}) for n in range(1, 71)]
-    (folder / "metrics.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    texts = {"prompt": "Why?\nPlease.", "teacher": EVIL, "before": LONG, "after": ""}
-    tokens = [{"text": text, "before_kl_nats": kl, "after_kl_nats": kl / 4}
-              for kl in (0.0, 0.05, 0.2, 0.7, 2.0, 9.0) for text in (" word", LONG, "\n\n", EVIL)]  # fmt: skip
-    evaluation = {
-        "teacher": model(0, 0.71, 1), "before": model(2.3, 1.9, 0.31), "after": model(0.8, 1.1, 0.64),
-        "token_view": {"prompt": EVIL, "tokens": tokens}, "samples": [texts] * 8, "gap_closed": 0.65,
-    }  # fmt: skip
-    (folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
-    return write_report(folder)
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    report = write_report(run_folder(tmp_path_factory.mktemp("run")))
+    return {"report": report, "comparison": comparison_page(tmp_path_factory.mktemp("comparison"))}
 
 
 @pytest.fixture(scope="module")
@@ -77,50 +58,142 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     driver.quit()
 
 
-def open_page(browser: Any, report: Path, width: int, scheme: str = "light") -> None:
-    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    browser.get(report.as_uri())
+@pytest.fixture(params=["report", "comparison"])
+def opened(request: pytest.FixtureRequest, browser: Any, pages: dict[str, Path]) -> Opened:
+    """Opens the page; the browser then stands on it."""
+
+    def opening(width: int = 1280, scheme: str = "light", scripts: bool = True) -> Any:
+        screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not scripts})
+        browser.get(pages[request.param].as_uri())
+        return browser
+
+    return opening
 
 
-@pytest.mark.parametrize("width", [1280, 390, 360])
-def test_the_page_fits_its_window_even_with_everything_unfolded(browser: Any, report: Path, width: int) -> None:
-    open_page(browser, report, width)
-    browser.execute_script("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+def find(browser: Any, selector: str) -> Any:
+    return browser.find_element("css selector", selector)
+
+
+def shown_answers(browser: Any) -> list[str]:
+    found = browser.find_elements("css selector", ".answer .prompt")
+    return [element.text for element in found if element.is_displayed()]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_fits_its_window_even_with_everything_unfolded(opened: Opened, width: int, scheme: str) -> None:
+    browser = opened(width, scheme)
+    browser.execute_script(UNFOLD)
     assert browser.execute_script("return innerWidth") == width
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
-def test_every_part_of_the_page_has_its_heading(browser: Any, report: Path) -> None:
-    open_page(browser, report, 1280)
-    headings = browser.execute_script("return [...document.querySelectorAll('h1, h2')].map(h => h.textContent)")
-    assert headings == [
-        "Distilling demo",
+def test_every_part_of_the_page_has_its_heading(opened: Opened) -> None:
+    headings = opened().execute_script("return [...document.querySelectorAll('h2')].map(h => h.textContent)")
+    assert [heading for heading in headings if heading != "Each against each"] == [
         "What was measured",
         "The loss during training",
         "What the models answer",
-        "One answer, token by token",
+        "Answers, token by token",
+        "Where the student is worst" if "Each against each" not in headings else "Where the students are worst",
         "Where this comes from",
     ]
 
 
-def test_markup_that_a_model_wrote_is_read_as_text(browser: Any, report: Path) -> None:
-    open_page(browser, report, 390)
-    assert EVIL in browser.find_element("css selector", ".answers .teacher dd").text
-    assert browser.title == "Distilling demo · potstill report"
-    assert browser.execute_script("return document.scripts.length") == 0
+def test_markup_that_a_model_wrote_is_read_as_text(opened: Opened) -> None:
+    browser = opened(390)
+    assert EVIL in find(browser, ".answers .teacher dd").text
+    assert "owned" not in browser.title
+    assert browser.execute_script("return [...document.scripts].filter(s => !s.type).length") == 1
 
 
-def test_the_page_asks_nothing_of_the_network_and_complains_of_nothing(browser: Any, report: Path) -> None:
+def test_the_page_asks_nothing_of_the_network_and_complains_of_nothing(opened: Opened, browser: Any) -> None:
     browser.get_log("browser")
-    open_page(browser, report, 1280)
+    opened()
+    browser.execute_script(UNFOLD)
     assert browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)") == []
     assert browser.get_log("browser") == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_text_stands_out_from_its_ground(browser: Any, report: Path, scheme: str) -> None:
-    open_page(browser, report, 1280, scheme)
-    assert browser.execute_script(LEAST_CONTRAST) >= 4.5  # WCAG 2 AA
+def test_every_text_stands_out_from_its_ground(opened: Opened, scheme: str) -> None:
+    assert opened(1280, scheme).execute_script(LEAST_CONTRAST) >= 4.5  # WCAG 2 AA
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_filter_shows_only_the_answers_that_have_the_words(opened: Opened, width: int) -> None:
+    browser = opened(width)
+    before = shown_answers(browser)
+    box = find(browser, ".filter input")
+    box.send_keys("What is RAIN")
+    assert shown_answers(browser) == [question for question in QUESTIONS if "what is rain" in question]
+    assert find(browser, ".filter output").text == "3 of 15"
+    box.clear()
+    box.send_keys("nobody said this")
+    assert shown_answers(browser) == []
+    box.send_keys("\b" * 20)
+    assert shown_answers(browser) == before
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_pointing_at_a_token_shows_what_each_model_held_likeliest(opened: Opened, width: int) -> None:
+    from selenium.webdriver import ActionChains
+
+    browser = opened(width)
+    token = browser.find_elements("css selector", ".tokens span")[4]
+    browser.execute_script("arguments[0].scrollIntoView()", token)
+    ActionChains(browser).move_to_element(token).perform()
+    panel = find(browser, ".next")
+    assert "Token 5 of 24: ·word" in panel.text
+    tables = panel.find_elements("css selector", "table")
+    assert tables[0].find_element("css selector", "caption").text.startswith("Teacher")
+    assert len(tables) == 1 + browser.execute_script("return document.querySelector('.pair').children.length")
+    for table in tables:
+        rows = table.find_elements("css selector", "tr")
+        assert len(rows) == 5
+        assert all("%" in row.text for row in rows)
+    assert tables[0].text.splitlines()[-5:][0].startswith("·teacher's")
+    assert browser.execute_script("return arguments[0].getBoundingClientRect().bottom <= innerHeight", panel)
+
+
+def test_tokens_are_reached_by_the_tab_key_and_walked_by_the_arrows(opened: Opened) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    browser = opened()
+    tokens = browser.find_elements("css selector", ".tokens:first-of-type span")
+    assert browser.execute_script("return document.querySelector('.tokens').querySelectorAll('[tabindex=\"0\"]').length") == 1
+    browser.execute_script("arguments[0].focus()", tokens[0])
+    assert "Token 1 of 24" in find(browser, ".next").text
+    browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    assert "Token 2 of 24" in find(browser, ".next").text
+    browser.switch_to.active_element.send_keys(Keys.END)
+    assert "Token 24 of 24" in find(browser, ".next").text
+    assert browser.execute_script("return document.activeElement.getAttribute('aria-selected')") == "true"
+
+
+def test_without_scripts_only_the_filter_and_the_likeliest_tokens_are_missing(opened: Opened) -> None:
+    browser = opened(scripts=False)
+    for selector in (".filter", ".next", ".scripted"):
+        assert not find(browser, selector).is_displayed()
+    for selector in (".verdict", "table", "svg", ".answer", ".tokens", ".provenance", "pre"):
+        assert find(browser, selector).is_displayed()
+    assert find(browser, ".tokens span").get_attribute("title").endswith(" nats")
+    find(browser, ".more-answers summary").click()
+    assert shown_answers(browser) == QUESTIONS
+
+
+@pytest.mark.skipif(not AXE.is_file(), reason="axe-core is not there: make axe")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_finds_nothing_serious(opened: Opened, width: int, scheme: str) -> None:
+    browser = opened(width, scheme)
+    browser.execute_script(UNFOLD)
+    browser.execute_script(AXE.read_text(encoding="utf-8"))
+    found = browser.execute_async_script("axe.run().then(arguments[0])")
+    assert found["passes"]
+    serious = [(one["id"], one["nodes"][0]["html"]) for one in found["violations"] if one["impact"] in ("serious", "critical")]
+    assert serious == []

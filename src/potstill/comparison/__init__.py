@@ -2,7 +2,8 @@
 
 from potstill.comparison.compare_runs import UNTOUCHED, Answers, Entrants, compare_runs
 from potstill.comparison.finished_runs import ANSWERS, FinishedRun, open_run, read_answers
-from potstill.comparison.page import as_html, as_text
+from potstill.comparison.page import as_html
+from potstill.comparison.table import as_text
 from potstill.comparison.text_measures import measures_against
 
 __all__ = [

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from potstill.comparison.finished_runs import FinishedRun, refuse_unlike, same_tokens
-from potstill.comparison.intervals import Ratios, paired_difference, regressions, verdict
 from potstill.comparison.text_measures import length_words, loops, measures_against, stops
 from potstill.errors import RunFolderError
+from potstill.evaluation.paired import Ratios, interval, paired_difference, regressions, verdict
 from potstill.evaluation.scores import MEASURES, measure_ratios
 from potstill.generation.words import words
 
@@ -122,7 +122,13 @@ def _teacher(run: FinishedRun, *, answered: bool) -> dict[str, Any]:
 
 def _method(name: str, runs: list[FinishedRun], ratios: dict[str, dict[str, Ratios]]) -> dict[str, Any]:
     values = {measure: by_name[name].value for measure, by_name in ratios.items() if name in by_name}
-    return {**values, "steps": [run.config.get("max_steps") for run in runs], "runs": [str(run.folder) for run in runs]}
+    ends = {measure: list(interval(by_name[name])) for measure, by_name in ratios.items() if name in by_name}
+    return {
+        **values,
+        "ci95": ends,
+        "steps": [run.config.get("max_steps") for run in runs],
+        "runs": [str(run.folder) for run in runs],
+    }
 
 
 def _pair(one: str, other: str, ratios: dict[str, dict[str, Ratios]], deciding: str) -> dict[str, Any]:

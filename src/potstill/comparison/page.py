@@ -1,97 +1,135 @@
-"""A comparison as a table for the terminal, and as one HTML page that opens offline and runs no script (comparison.html.j2)."""
+"""A comparison as one HTML page that opens offline (templates/comparison.html.j2), of the same parts as a run's report."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-import jinja2
-
-from potstill.report.page import _printable as printable
-
-COLUMNS = {  # measure: heading, unit, what is better
-    "kl_nats_per_token": ("KL", "nats a token", "lower"),
-    "nll_nats_per_token": ("NLL", "nats a token", "lower"),
-    "bits_per_byte": ("bits/byte", "", "lower"),
-    "top1_agreement": ("top-1", "same likeliest token", "higher"),
-    "chrf": ("chrF", "against the teacher's answer", "higher"),
-    "rouge_l": ("ROUGE-L", "against the teacher's answer", "higher"),
-    "stops": ("stops", "answers that end by themselves", "higher"),
-    "loops": ("loops", "answers that repeat themselves", "lower"),
-    "length_words": ("words", "an answer", ""),
-}
-SHARES = ("top1_agreement", "stops", "loops")
+from potstill.comparison.compare_runs import LOWER_IS_BETTER, UNITS, UNTOUCHED, Answers, Entrants
+from potstill.comparison.finished_runs import FinishedRun
+from potstill.comparison.table import basis, headings, rows
+from potstill.report.answers import Answers as SideBySide
+from potstill.report.answers import side_by_side
+from potstill.report.curves import Curve, panels
+from potstill.report.formatting import duration, figure, number, plural
+from potstill.report.page import settings_rows
+from potstill.report.template import render
+from potstill.report.token_view import token_views, worst_prompts
+from potstill.report.verdict import Verdict
+from potstill.run_folder import RunFolder
 
 
-def as_text(comparison: Mapping[str, Any]) -> str:
-    """The table, a verdict for each pair, and how often each method made the student worse.
-
-    >>> print(as_text({"methods": {"logits": {"bits_per_byte": 0.8}, "text": {"bits_per_byte": 0.9}}, "teacher": {}, "seeds": [0],
-    ...     "conversations": 60, "answers": 0, "regressions": {}, "notes": [],
-    ...     "pairs": [{"verdict": "logits better than text by 0.100 ± 0.020 bits a byte"}]}))
-    60 held-out conversations, seed 0
-    <BLANKLINE>
-            bits/byte
-    logits      0.800
-    text        0.900
-    <BLANKLINE>
-    logits better than text by 0.100 ± 0.020 bits a byte
-    """
-    headings, rows = table(comparison)
-    cells = [["", *(heading for heading, _, _ in headings)], *([name, *values] for name, values in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = [_basis(comparison), ""]
-    for first, *values in cells:
-        columns = (f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True))
-        lines.append("  ".join([f"{first:<{widths[0]}}", *columns]).rstrip())
-    lines += ["", *(pair["verdict"] for pair in comparison["pairs"])]
-    for name, worse in comparison["regressions"].items():
-        lines.append(f"{name}: worse than before on {100 * worse['share']:.0f} % of the prompts")
-    return "\n".join([*lines, *([""] if comparison["notes"] else []), *comparison["notes"]])
-
-
-def as_html(comparison: Mapping[str, Any]) -> str:
-    """The page. Whatever a model or a file name says is shown as text."""
-    environment = jinja2.Environment(
-        autoescape=True, finalize=printable, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(files("potstill.comparison").joinpath("comparison.html.j2").read_text(encoding="utf-8"))
-    headings, rows = table(comparison)
-    return template.render(
-        basis=_basis(comparison),
-        headings=headings,
-        rows=rows,
-        pairs=comparison["pairs"],
-        regressions=comparison["regressions"],
-        notes=comparison["notes"],
-        figure=lambda value: figure(value, comparison["measure"]),
-        unit=COLUMNS[comparison["measure"]][1] or "bits a byte",
-    )
-
-
-def table(comparison: Mapping[str, Any]) -> tuple[list[tuple[str, str, str]], list[tuple[str, list[str]]]]:
-    """Headings of the measures there are, and a row a method, best first, the teacher on top."""
-    methods = comparison["methods"]
-    measures = [name for name in COLUMNS if any(name in values for values in methods.values())]
-    teacher = comparison["teacher"]
-    everybody = {**({"teacher": teacher} if teacher else {}), **methods}
-    return [COLUMNS[name] for name in measures], [
-        (who, [figure(values.get(name), name) for name in measures]) for who, values in everybody.items()
+def as_html(
+    comparison: Mapping[str, Any],
+    entrants: Entrants,
+    untouched_answers: Answers | None = None,
+    *,
+    folder: Path = Path(),
+    settings: Mapping[str, Any] | None = None,
+    command: str = "",
+) -> str:
+    """The page, to stand in ``folder``. Whatever a model or a file name says is shown as text."""
+    best_first = {name: entrants[name] for name in comparison["methods"] if name in entrants}
+    curves = [
+        Curve(name, list(entrants).index(name), run.config, RunFolder(run.folder).read_metrics()[0])
+        for name, runs in best_first.items()
+        for run in runs
     ]
+    models = _models(comparison, best_first)
+    unit, worst = worst_prompts(models) if models else ("", [])
+    return render(
+        "comparison.html.j2",
+        package="potstill.comparison",
+        verdict=verdict(comparison),
+        basis=basis(comparison),
+        headings=list(headings(comparison).values()),
+        rows=rows(comparison),
+        pairs=_advantages(comparison),
+        unit=UNITS[comparison["measure"]],
+        notes=comparison["notes"],
+        panels=panels(curves),
+        answers=_answers(comparison, best_first, untouched_answers),
+        views=token_views(models),
+        seed=comparison["seeds"][0],
+        regressions=comparison["regressions"],
+        shown=lambda value: figure(value, comparison["measure"]),
+        worst_names=list(models),
+        worst_unit=unit,
+        worst_prompts=worst,
+        runs=[_run(name, run, folder) for name, each in best_first.items() for run in each],
+        settings=settings_rows({name: value for name, value in (settings or {}).items() if value not in (None, "", {})}),
+        command=command,
+    )
 
 
-def figure(value: float | None, measure: str) -> str:
-    """A number as it is shown: a share in per cent, words and scores of 100 with one decimal."""
-    if value is None:
-        return "–"
-    if measure in SHARES:
-        return f"{100 * value:.0f} %"
-    return f"{value:.1f}" if measure in ("chrf", "rouge_l", "length_words") else f"{value:.3f}"
+def verdict(comparison: Mapping[str, Any]) -> Verdict:
+    """The best against the next, and the best method against the untouched student."""
+    first = comparison["pairs"][0]
+    said = [f"Paired over {basis(comparison)}; the same data, order of data and budget for each."]
+    methods = [name for name in comparison["methods"] if name != UNTOUCHED]
+    for pair in comparison["pairs"][1:]:
+        if methods and {pair["one"], pair["other"]} == {methods[0], UNTOUCHED}:
+            said.insert(0, f"{_sentence(pair['verdict'])}.")
+    tone = "open" if not first["certain"] else ("bad" if first["one"] == UNTOUCHED else "good")
+    return Verdict(tone, f"{_sentence(first['verdict'])}.", " ".join(said))
 
 
-def _basis(comparison: Mapping[str, Any]) -> str:
-    seeds, answers = comparison["seeds"], comparison["answers"]
-    said = f"{comparison['conversations']} held-out conversations"
-    said += f", {answers} of them answered" if answers else ""
-    return f"{said}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:]
+
+
+def _advantages(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each pair's verdict, and by how much the one is ahead of the other as places on a line that all pairs share, 0 to 100."""
+    measure = comparison["measure"]
+    sign = -1.0 if LOWER_IS_BETTER[measure] else 1.0
+    found = []
+    for pair in comparison["pairs"]:
+        difference = pair["differences"][measure]
+        low, high = sorted(sign * end for end in difference["ci95"])
+        found.append({**pair, "at": sign * difference["difference"], "low": low, "high": high})
+    left, right = min(0.0, *(one["low"] for one in found)), max(0.0, *(one["high"] for one in found))
+    width = (right - left) or 1.0
+    for one in found:
+        one |= {name: 100 * (one[name] - left) / width for name in ("at", "low", "high")} | {"zero": -100 * left / width}
+    return found
+
+
+def _models(comparison: Mapping[str, Any], best_first: Entrants) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Who can be looked at closely, the best last: which measurement of which evaluation."""
+    models: dict[str, tuple[str, Mapping[str, Any]]] = {
+        name: ("after", runs[0].evaluation) for name, runs in reversed(best_first.items())
+    }
+    if UNTOUCHED not in comparison["methods"] or not models:
+        return models
+    return {UNTOUCHED: ("before", next(iter(best_first.values()))[0].evaluation), **models}
+
+
+def _answers(comparison: Mapping[str, Any], best_first: Entrants, untouched: Answers | None) -> SideBySide:
+    """The teacher's answers and each student's, where all were asked the same; of the first seed."""
+    columns = {name: runs[0].answers() or [] for name, runs in best_first.items()}
+    if not comparison["answers"] or not columns:
+        return SideBySide([], [])
+    first = next(iter(columns.values()))
+    given = {"Teacher": [row["teacher"] for row in first]}
+    for name, answered in {**({UNTOUCHED: untouched} if untouched else {}), **dict(reversed(columns.items()))}.items():
+        given[name] = [row["messages"][-1]["content"] for row in answered]
+    return side_by_side([row["prompt"] for row in first], given)
+
+
+def _run(name: str, run: FinishedRun, folder: Path) -> dict[str, str]:
+    """Of one run what a reader can check it by, and the way to its own report."""
+    rows = RunFolder(run.folder).read_metrics()[0]
+    last = rows[-1] if rows else {}
+    tokens, seconds = number(last.get("tokens")), number(last.get("seconds"))
+    report = run.folder / "report.html"
+    return {
+        "name": name,
+        "seed": str(run.seed),
+        "steps": str(run.config.get("max_steps", "–")),
+        "tokens": "–" if tokens is None else plural(tokens, "token"),
+        "time": "–" if seconds is None else duration(seconds),
+        "report": quote(Path(os.path.relpath(report, folder)).as_posix()) if report.is_file() else "",
+    }

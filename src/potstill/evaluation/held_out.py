@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from typing import Any
 
+import torch
+
 from potstill.alignment import shared_rows
 from potstill.data import IGNORED, encode_conversation, tokenize_conversations, without_answer
 from potstill.errors import VocabularyMismatch
-from potstill.evaluation.scores import TokenScores, conversation_sums, score_tokens, summarize
+from potstill.evaluation.scores import TokenScores, conversation_sums, score_tokens
 from potstill.teachers import LocalTeacher
+
+LIKELIEST = 5
+"""Next tokens whose probabilities the report can show."""
 
 
 class HeldOut:
@@ -35,38 +41,24 @@ class HeldOut:
 
     def score_student(self, student: Any, teacher: Any) -> TokenScores:
         """The student's scores, against the teacher where their vocabularies are one."""
-        pad = self.tokenizer.pad_token_id
+        asked: dict[str, Any] = {"pad_token_id": self.tokenizer.pad_token_id, "likeliest": LIKELIEST}
         if self.rows is None:
-            return score_tokens(student, self.dataset, pad_token_id=pad)
+            return score_tokens(student, self.dataset, **asked)
         rows = min(self.rows, len(teacher.get_output_embeddings().weight), len(student.get_output_embeddings().weight))
-        return score_tokens(student, self.dataset, pad_token_id=pad, teacher=LocalTeacher(teacher, rows=rows), rows=rows)
+        return score_tokens(student, self.dataset, teacher=LocalTeacher(teacher, rows=rows), rows=rows, **asked)
 
-    def measure_teacher(self, teacher: Any) -> dict[str, Any]:
-        """The teacher's own measures; from itself it is 0 nats away, and always of its own opinion."""
-        measures = summarize(score_tokens(teacher, self.teacher_dataset, pad_token_id=self.teacher_tokenizer.pad_token_id))
-        if self.rows is not None:
-            measures |= {"kl_nats_per_token": 0.0, "top1_agreement": 1.0}
-            measures["ci95"] |= {"kl_nats_per_token": [0.0, 0.0], "top1_agreement": [1.0, 1.0]}
-        return measures
+    def score_teacher(self, teacher: Any) -> TokenScores:
+        """The teacher's own scores; from itself it is 0 nats away, and always of its own opinion."""
+        scores = score_tokens(teacher, self.teacher_dataset, pad_token_id=self.teacher_tokenizer.pad_token_id)
+        if self.rows is None:
+            return scores
+        return dataclasses.replace(scores, kl=torch.zeros_like(scores.nll), agrees=torch.ones_like(scores.nll))
 
     def per_conversation(self, scores: dict[str, TokenScores]) -> dict[str, Any]:
         """What each model's scores add up to in each conversation, the prompts beside it, and a fingerprint of the whole."""
         sums = {name: conversation_sums(one) for name, one in scores.items()}
         prompts = [last_question(conversation) for conversation in self.conversations]
         return {"fingerprint": fingerprint(self.conversations), "prompts": prompts, **sums}
-
-    def token_view(self, scores: dict[str, TokenScores], samples: list[Any]) -> dict[str, Any] | None:
-        """The first held-out answer token by token: how far the student was from the teacher, before and after."""
-        kl = {name: one.kl[one.conversation == 0].tolist() for name, one in scores.items() if one.kl is not None}
-        if not kl or not samples:
-            return None
-        ids = [label for label in self.dataset[0]["labels"] if label != IGNORED]
-        tokens = [self.tokenizer.decode([token]) for token in ids]
-        rows = zip(tokens, kl["before"], kl["after"], strict=True)
-        return {
-            "prompt": samples[0]["prompt"],
-            "tokens": [{"text": text, "before_kl_nats": before, "after_kl_nats": after} for text, before, after in rows],
-        }
 
 
 def last_question(conversation: dict[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """Was the student helped, and is that more than chance?
 
-N supervised tokens, V vocabulary. On held-out conversations, for each model: KL from the teacher and negative log-likelihood in
-nats a token, bits per byte (which can be compared across tokenizers), and how often its first choice is the teacher's. Sums are
-kept a conversation apart, because tokens of one conversation are not independent: intervals are bootstrapped over conversations.
+N supervised tokens, V vocabulary, k likeliest tokens. On held-out conversations, for each model: KL from the teacher and negative
+log-likelihood in nats a token, bits per byte (which can be compared across tokenizers), and how often its first choice is the
+teacher's. Sums are kept a conversation apart, because tokens of one conversation are not independent: intervals are bootstrapped
+over conversations.
 """
 
 from __future__ import annotations
@@ -26,6 +27,16 @@ RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
+class Likeliest:
+    """The k tokens that a model holds likeliest to come next, the likeliest first."""
+
+    ids: Tensor
+    """``[N, k]``"""
+    probabilities: Tensor
+    """``[N, k]``"""
+
+
+@dataclass(frozen=True)
 class TokenScores:
     """One model on one data set, a number a supervised token, in the data's order; conversation numbers beside them."""
 
@@ -39,6 +50,10 @@ class TokenScores:
     """Which conversation each token is of ``[N]``."""
     answer_bytes: Tensor
     """UTF-8 bytes of text to learn, one number a conversation."""
+    likeliest: Likeliest | None = None
+    """What the model would have said in each token's place; None if it was not asked for."""
+    teacher_likeliest: Likeliest | None = None
+    """What the teacher would have said."""
 
 
 @torch.no_grad()
@@ -50,10 +65,12 @@ def score_tokens(
     teacher: Teacher | None = None,
     rows: int | None = None,
     batch_size: int = 8,
+    likeliest: int = 0,
 ) -> TokenScores:
     """Score every supervised token of tokenized conversations (`potstill.data.tokenize_conversations`).
 
-    ``rows`` cuts the model's vocabulary to what it shares with ``teacher``. Never holds more than a chunk's logits.
+    ``rows`` cuts the model's vocabulary to what it shares with ``teacher``. ``likeliest`` is how many of each model's likeliest
+    tokens are kept. Never holds more than a chunk's logits.
     """
     head = output_head(model, rows=rows)
     layout = BatchLayout(pad_token_id, packed=False)
@@ -64,10 +81,18 @@ def score_tokens(
         hidden, labels = supervised(hidden_states(model, model_inputs(batch)), batch["labels"])
         target = None if teacher is None else teacher.targets(batch)
         conversation = start + (batch["labels"][:, 1:] != -100).nonzero()[:, 0]
-        parts.append((*_score_rows(hidden, head, labels, target), conversation))
-    nll, kl, agrees, conversation = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+        parts.append((conversation, *_score_rows(hidden, head, labels, target, likeliest)))
+    conversation, nll, kl, agrees, *next_tokens = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     known = teacher is not None
-    return TokenScores(nll, kl if known else None, agrees if known else None, conversation, torch.tensor(dataset["answer_bytes"]))
+    return TokenScores(
+        nll,
+        kl if known else None,
+        agrees if known else None,
+        conversation,
+        torch.tensor(dataset["answer_bytes"]),
+        Likeliest(*next_tokens[:2]) if likeliest else None,
+        Likeliest(*next_tokens[2:]) if likeliest and known else None,
+    )
 
 
 def summarize(scores: TokenScores, *, seed: int = 0) -> dict[str, Any]:
@@ -128,17 +153,28 @@ def gap_closed(teacher: dict[str, Any], before: dict[str, Any], after: dict[str,
     return float((before[name] - after[name]) / gap) if gap > 0 else None
 
 
-def _score_rows(hidden: Tensor, head: Head, labels: Tensor, target: LogitsTarget | None) -> tuple[Tensor, Tensor, Tensor]:
-    """NLL, KL and agreement of N tokens, ``[N]`` each, a chunk of logits at a time."""
+def _score_rows(hidden: Tensor, head: Head, labels: Tensor, target: LogitsTarget | None, likeliest: int) -> tuple[Tensor, ...]:
+    """NLL, KL and agreement of N tokens, ``[N]`` each, a chunk of logits at a time; then ids and probabilities ``[N, k]`` of the
+    model's likeliest tokens and of the teacher's."""
     nll, kl, agrees = (torch.zeros(len(labels), device=hidden.device) for _ in range(3))
+    shape = (len(labels), likeliest)
+    ids, teacher_ids = (torch.zeros(shape, dtype=torch.int32, device=hidden.device) for _ in range(2))
+    probabilities, teacher_probabilities = (torch.zeros(shape, device=hidden.device) for _ in range(2))
     teacher = None if target is None else Projection(target.hidden, target.head, observed=labels)
     for rows, logits in Projection(hidden, head, observed=labels).blocks():
         nll[rows] = torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none")
+        ids[rows], probabilities[rows] = _likeliest(logits, likeliest)
         if teacher is not None:
             teacher_logits = teacher.logits(rows)
             kl[rows] = forward_kl(teacher_logits, logits)
             agrees[rows] = (teacher_logits.argmax(-1) == logits.argmax(-1)).float()
-    return nll, kl, agrees
+            teacher_ids[rows], teacher_probabilities[rows] = _likeliest(teacher_logits, likeliest)
+    return nll, kl, agrees, ids, probabilities, teacher_ids, teacher_probabilities
+
+
+def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    values, ids = logits.topk(count)
+    return ids.int(), (values - logits.logsumexp(-1, keepdim=True)).exp()
 
 
 def _ratio(numerator: Any, denominator: Any) -> float:

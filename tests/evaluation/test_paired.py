@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from potstill.comparison.intervals import Difference, Ratios, paired_difference, regressions, verdict
+from potstill.evaluation.paired import Difference, Ratios, interval, paired_difference, regressions, verdict
 
 
 def ratios(values: object, weights: object = None) -> Ratios:
@@ -39,6 +39,14 @@ def test_the_interval_is_that_of_every_possible_resampling(seeds: int) -> None:
     assert found.value == pytest.approx(one.value - other.value)
     low, high = np.percentile(np.repeat(differences, 1000), [2.5, 97.5])  # each as often as it is likely
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.03 * (max(differences) - min(differences)))
+
+
+def test_the_interval_of_one_measure_is_that_of_its_difference_from_zero() -> None:
+    random = np.random.default_rng(0)
+    one = ratios(random.random((2, 12)), random.random((2, 12)) + 1)
+    zero = Ratios(np.zeros_like(one.numerator), one.denominator)
+    found = paired_difference(one, zero)
+    assert interval(one) == pytest.approx((found.low, found.high))
 
 
 def test_what_two_methods_have_in_common_falls_out_of_the_interval() -> None:

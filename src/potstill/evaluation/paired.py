@@ -7,6 +7,7 @@ have in common falls out, and an interval of the difference is far narrower than
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,13 +72,22 @@ def paired_difference(one: Ratios, other: Ratios, *, resamples: int = RESAMPLES,
     """
     if one.numerator.shape != other.numerator.shape:
         raise ValueError(f"not pairs: {one.numerator.shape} seeds and conversations against {other.numerator.shape}")
-    seeds, conversations = one.numerator.shape
+    low, high = _ends(lambda drawn: _resampled(one, drawn) - _resampled(other, drawn), one.numerator.shape, resamples, seed)
+    return Difference(one.value - other.value, low, high, one.numerator.shape[1])
+
+
+def interval(ratios: Ratios, *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of one measure by itself, from the same resampling."""
+    return _ends(lambda drawn: _resampled(ratios, drawn), ratios.numerator.shape, resamples, seed)
+
+
+def _ends(measured: Callable[[Any], Any], shape: tuple[int, int], resamples: int, seed: int) -> tuple[float, float]:
+    seeds, conversations = shape
     random = np.random.default_rng(seed)
     drawn = random.multinomial(conversations, np.full(conversations, 1 / conversations), size=resamples)
     drawn_seeds = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
-    by_seed = _resampled(one, drawn) - _resampled(other, drawn)
-    low, high = np.percentile((by_seed * drawn_seeds).sum(1), [2.5, 97.5])
-    return Difference(one.value - other.value, float(low), float(high), conversations)
+    low, high = np.percentile((measured(drawn) * drawn_seeds).sum(1), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def _resampled(ratios: Ratios, drawn: Any) -> Any:

@@ -1,0 +1,81 @@
+"""A comparison as a table: of text for the terminal, and of cells for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from potstill.report.formatting import figure
+
+COLUMNS = {  # measure: heading, unit, what is better
+    "kl_nats_per_token": ("KL", "nats a token", "lower"),
+    "nll_nats_per_token": ("NLL", "nats a token", "lower"),
+    "bits_per_byte": ("bits/byte", "", "lower"),
+    "top1_agreement": ("top-1", "same likeliest token", "higher"),
+    "chrf": ("chrF", "against the teacher's answer", "higher"),
+    "rouge_l": ("ROUGE-L", "against the teacher's answer", "higher"),
+    "stops": ("stops", "answers that end by themselves", "higher"),
+    "loops": ("loops", "answers that repeat themselves", "lower"),
+    "length_words": ("words", "an answer", ""),
+}
+
+
+def as_text(comparison: Mapping[str, Any]) -> str:
+    """The table, a verdict for each pair, and how often each method made the student worse.
+
+    >>> print(as_text({"methods": {"logits": {"bits_per_byte": 0.8}, "text": {"bits_per_byte": 0.9}}, "teacher": {}, "seeds": [0],
+    ...     "conversations": 60, "answers": 0, "regressions": {}, "notes": [],
+    ...     "pairs": [{"verdict": "logits better than text by 0.100 ± 0.020 bits a byte"}]}))
+    60 held-out conversations, seed 0
+    <BLANKLINE>
+            bits/byte
+    logits      0.800
+    text        0.900
+    <BLANKLINE>
+    logits better than text by 0.100 ± 0.020 bits a byte
+    """
+    columns = [heading for heading, _, _ in headings(comparison).values()]
+    cells = [["", *columns], *([name, *(value for value, _ in values)] for name, values in rows(comparison).items())]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = [basis(comparison), ""]
+    for first, *values in cells:
+        padded = (f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True))
+        lines.append("  ".join([f"{first:<{widths[0]}}", *padded]).rstrip())
+    lines += ["", *(pair["verdict"] for pair in comparison["pairs"])]
+    for name, worse in comparison["regressions"].items():
+        lines.append(f"{name}: worse than before on {100 * worse['share']:.0f} % of the prompts")
+    return "\n".join([*lines, *([""] if comparison["notes"] else []), *comparison["notes"]])
+
+
+def headings(comparison: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
+    """Of the measures there are: heading, unit, what is better."""
+    methods = comparison["methods"].values()
+    return {name: said for name, said in COLUMNS.items() if any(name in values for values in methods)}
+
+
+def rows(comparison: Mapping[str, Any]) -> dict[str, list[tuple[str, list[str]]]]:
+    """By method, the teacher on top and the best first: of each measure the figure, and its interval's ends if it has one."""
+    teacher = comparison["teacher"]
+    everybody = {**({"teacher": teacher} if teacher else {}), **comparison["methods"]}
+    return {
+        who: [(shown(values.get(name), name), [figure(end, name) for end in _ends(values, name)]) for name in headings(comparison)]
+        for who, values in everybody.items()
+    }
+
+
+def shown(value: float | None, measure: str) -> str:
+    """A figure, or a dash for what was not measured."""
+    return "–" if value is None else figure(value, measure)
+
+
+def basis(comparison: Mapping[str, Any]) -> str:
+    """On what the comparison stands."""
+    seeds, answers = comparison["seeds"], comparison["answers"]
+    said = f"{comparison['conversations']} held-out conversations"
+    said += f", {answers} of them answered" if answers else ""
+    return f"{said}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def _ends(values: Mapping[str, Any], measure: str) -> list[float]:
+    ends: list[float] = (values.get("ci95") or {}).get(measure) or []
+    return ends

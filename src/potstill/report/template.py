@@ -1,0 +1,28 @@
+"""Templates → a page: one file, its style and its script inside it, and a policy that lets nothing else run or be fetched."""
+
+import base64
+import hashlib
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import markupsafe
+
+from potstill.report.formatting import figure, printable
+from potstill.report.token_view import KL_STEPS_NATS, as_json
+
+
+def render(template: str, *, package: str = "potstill.report", **context: Any) -> str:
+    """``template`` of ``package``, which may build on the report's base.html.j2 and parts.html.j2."""
+    environment = jinja2.Environment(
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package), jinja2.PackageLoader("potstill.report")]),
+        autoescape=True,
+        finalize=printable,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(kl_steps=KL_STEPS_NATS, figure=figure, as_json=as_json)
+    script = files("potstill.report").joinpath("templates", "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(template).render(script=markupsafe.Markup(script), script_hash=f"sha256-{digest}", **context)
