@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from potstill.report.formatting import figure
+from potstill.report.formatting import ends, figure
 
 COLUMNS = {  # measure: heading, unit, what is better
     "kl_nats_per_token": ("KL", "nats a token", "lower"),
@@ -58,7 +58,7 @@ def rows(comparison: Mapping[str, Any]) -> dict[str, list[tuple[str, list[str]]]
     teacher = comparison["teacher"]
     everybody = {**({"teacher": teacher} if teacher else {}), **comparison["methods"]}
     return {
-        who: [(shown(values.get(name), name), [figure(end, name) for end in _ends(values, name)]) for name in headings(comparison)]
+        who: [(shown(values.get(name), name), ends(_interval(values, name), name)) for name in headings(comparison)]
         for who, values in everybody.items()
     }
 
@@ -76,6 +76,6 @@ def basis(comparison: Mapping[str, Any]) -> str:
     return f"{said}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
-def _ends(values: Mapping[str, Any], measure: str) -> list[float]:
-    ends: list[float] = (values.get("ci95") or {}).get(measure) or []
-    return ends
+def _interval(values: Mapping[str, Any], measure: str) -> list[float]:
+    interval: list[float] = (values.get("ci95") or {}).get(measure) or []
+    return interval

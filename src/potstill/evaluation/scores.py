@@ -163,12 +163,14 @@ def _score_rows(hidden: Tensor, head: Head, labels: Tensor, target: LogitsTarget
     teacher = None if target is None else Projection(target.hidden, target.head, observed=labels)
     for rows, logits in Projection(hidden, head, observed=labels).blocks():
         nll[rows] = torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none")
-        ids[rows], probabilities[rows] = _likeliest(logits, likeliest)
+        if likeliest:
+            ids[rows], probabilities[rows] = _likeliest(logits, likeliest)
         if teacher is not None:
             teacher_logits = teacher.logits(rows)
             kl[rows] = forward_kl(teacher_logits, logits)
             agrees[rows] = (teacher_logits.argmax(-1) == logits.argmax(-1)).float()
-            teacher_ids[rows], teacher_probabilities[rows] = _likeliest(teacher_logits, likeliest)
+            if likeliest:
+                teacher_ids[rows], teacher_probabilities[rows] = _likeliest(teacher_logits, likeliest)
     return nll, kl, agrees, ids, probabilities, teacher_ids, teacher_probabilities
 
 

@@ -18,7 +18,7 @@ from potstill.report.formatting import figure, number
 
 Points = list[tuple[float, float]]
 MOST_POINTS = 600  # of a curve
-SMOOTHED_SHARE = 1 / 20  # of a curve, in the running median
+SMOOTHED_SHARE, FEWEST_SMOOTHED = 1 / 20, 5  # of a curve's points, in the running median
 LABEL_GAP = 0.075  # of the drawing's height, between the names at the ends of two curves
 INK = "#010203"  # stand-ins in the drawing for the page's own colours
 COLOURS = tuple(f"#0405{n:02x}" for n in range(6, 12))
@@ -88,7 +88,7 @@ def _panel(name: str, curves: list[Curve]) -> Panel:
             subject = f"{curve.name}: " if curve.name else ""
             said.append(f"{subject}{figure(losses[0][1])} at first, {figure(losses[-1][1])} at step {losses[-1][0]:.0f}")
         seen.add(curve.name)
-    caption = f"{'; '.join(said)}. Thin: each logged step; bold: the running median of a twentieth of them."
+    caption = f"{'; '.join(said)}. Thin: each logged step; bold: their running median."
     caption += " Dashed: the loss on held-out text." if held_out else ""
     return Panel(name, [_draw(x, curves) for x in axes if any(_points(curve.rows, x, "loss") for curve in curves)], caption)
 
@@ -105,7 +105,8 @@ def _thinned(points: Points) -> Points:
 
 def _smoothed(points: Points) -> Points:
     """The running median over the points on both sides, fewer near the ends: a single hard batch leaves no trace."""
-    reach, losses = int(len(points) * SMOOTHED_SHARE / 2), np.asarray([y for _, y in points])
+    window = max(len(points) * SMOOTHED_SHARE, FEWEST_SMOOTHED)
+    reach, losses = int(window / 2), np.asarray([y for _, y in points])
     smooth = []
     for i, (x, _) in enumerate(points):
         near = min(reach, i, len(points) - 1 - i)

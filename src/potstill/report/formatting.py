@@ -1,6 +1,7 @@
 """Numbers and texts as the pages print them."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import markupsafe
@@ -55,6 +56,15 @@ def figure(value: float, measure: str = "") -> str:
     else:
         text = f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2g}"
     return text.replace("-", "\u2212", 1)
+
+
+def ends(interval: Sequence[float], measure: str = "") -> list[str]:
+    """Both ends of an interval, the unit said once.
+
+    >>> ends([0.5, 0.625], "top1_agreement")
+    ['50.0', '62.5\\xa0%']
+    """
+    return [figure(end, measure) if place else figure(end, measure).removesuffix("\u00a0%") for place, end in enumerate(interval)]
 
 
 def plural(count: float, noun: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from potstill.evaluation import measure_ratios
 from potstill.evaluation.paired import FEWEST_CONVERSATIONS, Difference, Ratios, paired_difference
-from potstill.report.formatting import duration, figure, number, plural
+from potstill.report.formatting import duration, ends, figure, number, plural
 
 MEASURES = (  # key, name, unit, what is better, the teacher's value where it follows from the definition
     ("kl_nats_per_token", "Divergence from the teacher", "KL, nats a token", "lower", 0.0),
@@ -159,9 +159,9 @@ def measure_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
             if model == "teacher" and of_teacher is not None:
                 cells.append((figure(of_teacher, key), [], "by definition"))
                 continue
-            found, ends = value(evaluation, model, key), interval(evaluation, model, key) or ()
+            found, between = value(evaluation, model, key), interval(evaluation, model, key) or ()
             note = "not measured" if found is None else ""
-            cells.append(("" if found is None else figure(found, key), [figure(end, key) for end in ends], note))
+            cells.append(("" if found is None else figure(found, key), ends(between, key), note))
         change = paired_change(evaluation, key)
         changed = None if change is None else (figure(change.value, key), figure(change.half_width, key))
         rows.append({"name": name, "unit": unit, "better": better, "cells": cells, "change": changed})
