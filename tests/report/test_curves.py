@@ -29,6 +29,7 @@ def test_seeds_and_recipes_of_one_quantity_share_a_drawing_over_tokens_and_over_
     [
         {"method": "text"},
         {"method": "cross"},
+        {"method": "cross", "alignment": "cells"},
         {"divergence": "reverse_kl"},
         {"temperature": 2.0},
         {"hard_label_weight": 0.5},

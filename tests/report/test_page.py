@@ -154,6 +154,16 @@ def test_sums_that_are_missing_or_damaged_are_left_out(tmp_path: Path, damage: o
     assert "Where the student is worst" not in page(run_folder(tmp_path, evaluated(conversations=damage)))
 
 
+def test_tasks_stand_among_the_measures(tmp_path: Path) -> None:
+    def answered(accuracy: float) -> dict[str, Any]:
+        return {"arc_easy": {"questions": 40, "acc": accuracy, "stderr": {"acc": 0.1}}}
+
+    tasks = {"teacher": answered(0.75), "before": answered(0.25), "after": answered(0.5)}
+    text = words(page(run_folder(tmp_path, evaluated(tasks=tasks))))
+    assert "arc_easy acc, 40 questions ↑ higher is better 0.250 0.054 to 0.446 0.500 0.304 to 0.696 0.750" in text
+    assert "arc_easy" not in page(run_folder(tmp_path, evaluated(tasks={"after": {"arc_easy": 1}})))
+
+
 def test_across_tokenizers_tokens_are_shaded_by_surprise_and_only_students_are_asked(tmp_path: Path) -> None:
     said = {"before": [["a", 0.5]], "after": [["b", 0.6]]}
     nats = {"before_kl_nats": None, "after_kl_nats": None, "before_nll_nats": 2.0, "after_nll_nats": 0.5}

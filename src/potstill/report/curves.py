@@ -71,8 +71,7 @@ def quantity(config: Mapping[str, Any]) -> str:
         return "−log p of the text"
     name = DIVERGENCES.get(str(config.get("divergence", "forward_kl")), str(config.get("divergence")))
     if config.get("method") == "cross":
-        alignment = config.get("alignment", "cells")
-        return f"{name} over cells of equal bytes" if alignment == "cells" else f"{name}, aligned by {alignment}"
+        return f"{name} across tokenizers, by {config.get('alignment')}"
     temperature, hard = number(config.get("temperature")), number(config.get("hard_label_weight"))
     name += f" at temperature {temperature:g}" if temperature not in (None, 1.0) else ""
     return name + (f", {100 * hard:g} % cross-entropy mixed in" if hard else "")

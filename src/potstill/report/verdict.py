@@ -165,4 +165,22 @@ def measure_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
         change = paired_change(evaluation, key)
         changed = None if change is None else (figure(change.value, key), figure(change.half_width, key))
         rows.append({"name": name, "unit": unit, "better": better, "cells": cells, "change": changed})
-    return rows
+    return rows + _task_rows(evaluation.get("tasks"))
+
+
+def _task_rows(tasks: Any) -> list[dict[str, Any]]:
+    """What the models can do (potstill.evaluation.tasks): a row a metric of a task, with the interval of its standard error."""
+    try:
+        rows = []
+        for task, measured in tasks["after"].items():
+            for metric in measured["stderr"]:
+                cells: list[tuple[str, list[str], str]] = []
+                for model in ("before", "after", "teacher"):
+                    found, error = tasks[model][task][metric], tasks[model][task]["stderr"][metric]
+                    between = [] if error is None else ends((found - 1.96 * error, found + 1.96 * error))
+                    cells.append((figure(found), between, ""))
+                unit = f"{metric}, {plural(measured['questions'], 'question')}"
+                rows.append({"name": str(task), "unit": unit, "better": "higher", "cells": cells, "change": None})
+        return rows
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return []
