@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from potstill import cli
-from potstill.generation import LocalEngine
+from potstill.generation import LocalEngine, Sampling
 
 KEEP = "cut_off,repetition_loop,empty"
 
@@ -70,6 +71,11 @@ def test_a_second_call_asks_for_nothing_and_may_filter_otherwise(place: Path, mo
     assert cli.main(command("--min-characters", str(1 + min(len(row["messages"][1]["content"]) for row in first)))) == 0
     assert 0 < len(rows("out")) < len(first)
     assert {row["reason"] for row in rows("out", "dropped.jsonl")} == {"too_short"}
+
+
+def test_the_commands_defaults_are_those_of_sampling() -> None:
+    recipe = cli.parse(["generate", "teacher", "--prompts", "p", "--output-dir", "o"])[1]
+    assert {name: getattr(recipe, name) for name in Sampling.__dataclass_fields__} == asdict(Sampling())
 
 
 @pytest.mark.parametrize("stops_at", [0, 1])
