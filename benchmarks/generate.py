@@ -1,89 +1,231 @@
-"""Local generation: the refilled batch against a plain loop of `model.generate` over padded batches of 32.
+"""The teacher's answers a second: our refilled batch against its rivals, and our client against a bare one.
 
-    python benchmarks/generate.py [--prompts 400] [--max-new-tokens 256]
+    python benchmarks/generate.py [--prompts 400] [--max-new-tokens 256] [--continuous]
+    python benchmarks/generate.py --server [--concurrency 8] [--prompts 96] [--max-new-tokens 64]
 
-SmolLM2-135M-Instruct in bfloat16 answers the demo's prompts, in the file's order, at temperature 0.7 and top-p 0.95. Ours answers
-first; then the plain loop, whose every row is made to stop at the length that ours had for that prompt, so that both do the same
-work. A token is one of the answers' own, the end token included. Both run in one process, after a warm-up.
+SmolLM2-135M-Instruct in bfloat16 answers the demo's prompts at temperature 0.7 and top-p 0.95, 256 of them at a time. Ours answers
+first, then a plain loop of `model.generate` over padded batches of 32 in the file's order, and with --continuous transformers' own
+continuous batching. In both each answer is made to stop at the length that ours had for that prompt: all do the same work. They
+take turns, so that a machine which others use disturbs all alike, and CPU seconds stand beside seconds. A token is one of the
+answers' own, the end token included.
+
+--server starts `transformers serve --continuous-batching` on this machine and asks it greedily, by turns, with our engine and with
+the `openai` package's asyncio client, as many requests in flight. Needs `pip install 'transformers[serving]'`.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+import transformers
+from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from potstill import load_model
 from potstill.data import read_prompts
 from potstill.data.chat_templates import render
-from potstill.generation import LocalEngine, Request, Sampling, requests
+from potstill.generation import LocalEngine, Request, Sampling, ServerEngine, requests
+from potstill.models import load_tokenizer
 
+OURS = "potstill"
 BATCH = 32
+TURN, SERVER_TURN = 256, 32  # prompts; 256 is the local engine's own unit
+
+
+class Stopwatch:
+    """Seconds, this process's CPU seconds, and tokens, by contender; ours is the first."""
+
+    def __init__(self) -> None:
+        self.seconds, self.cpu, self.tokens = Counter[str](), Counter[str](), Counter[str]()
+
+    def time(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        begun, begun_cpu = time.perf_counter(), time.process_time()
+        result = function(*arguments)
+        self.seconds[name] += time.perf_counter() - begun
+        self.cpu[name] += time.process_time() - begun_cpu
+        return result
+
+    def table(self) -> str:
+        """Tokens a second, and how many times faster ours is."""
+        ours = self.tokens[OURS] / self.seconds[OURS]
+        lines = ["| contender | tokens | seconds | CPU seconds | tokens/s | ours is × faster |", "|---|---|---|---|---|---|"]
+        for name in sorted(self.seconds, key=lambda name: name != OURS):
+            tokens, seconds = self.tokens[name], self.seconds[name]
+            numbers = f"{tokens} | {seconds:.0f} | {self.cpu[name]:.0f} | {tokens / seconds:.1f} | {ours * seconds / tokens:.2f}"
+            lines.append(f"| {name} | {numbers} |")
+        return "\n".join(lines)
 
 
 class Lengths(StoppingCriteria):
     """Stops each row at a length of its own, counted from the end of the prompts."""
 
-    def __init__(self, prompt_columns: int, lengths: list[int]) -> None:
+    def __init__(self, prompt_columns: int, lengths: Sequence[int]) -> None:
         self.prompt_columns, self.lengths = prompt_columns, torch.tensor(lengths)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
         return input_ids.shape[1] - self.prompt_columns >= self.lengths
 
 
-def plain_loop(model: Any, tokenizer: Any, asked: list[Request], lengths: list[int], sampling: Sampling) -> None:
-    texts = [render(tokenizer, request.messages, for_answer=True) for request in asked]
+@torch.inference_mode()
+def plain_loop(model: Any, tokenizer: Any, texts: list[str], lengths: list[int], settings: GenerationConfig) -> int:
+    said = 0
     for start in range(0, len(texts), BATCH):
-        encoded = tokenizer(
-            texts[start : start + BATCH], add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left"
+        batch = slice(start, start + BATCH)
+        encoded = tokenizer(texts[batch], add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left")
+        columns = encoded["input_ids"].shape[1]
+        stop = StoppingCriteriaList([Lengths(columns, lengths[batch])])
+        rows = model.generate(**encoded, generation_config=settings, stopping_criteria=stop)
+        said += sum(min(length, rows.shape[1] - columns) for length in lengths[batch])
+    return said
+
+
+def continuous(model: Any, tokenizer: Any, texts: list[str], lengths: list[int], settings: GenerationConfig) -> int:
+    """transformers' own refilled batch, over a paged cache."""
+    config = ContinuousBatchingConfig(max_memory_percent=0.1, max_requests_per_batch=BATCH, page_size=16)  # its fastest here
+    manager_of = model.continuous_batching_context_manager
+    said = 0
+    with manager_of(generation_config=settings, continuous_batching_config=config, timeout=5) as manager:
+        for text, length in zip(texts, lengths, strict=True):
+            manager.add_request(tokenizer(text, add_special_tokens=False)["input_ids"], max_new_tokens=length, eos_token_id=-1)
+        finished = 0
+        while finished < len(texts) and manager.is_running():
+            answer = manager.get_result(timeout=1)
+            if answer is not None and answer.is_finished():
+                finished += 1
+                said += len(answer.generated_tokens)
+    return said
+
+
+def compare_local(asked: list[Request], sampling: Sampling, with_continuous: bool) -> None:
+    model, tokenizer = load_model("demo", dtype="bfloat16", device="cpu")
+    engine = LocalEngine(model, tokenizer, sampling, batch_size=BATCH, unit_size=TURN)
+    chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    settings = GenerationConfig(**chosen, max_new_tokens=sampling.max_new_tokens, pad_token_id=tokenizer.pad_token_id)
+    rivals = {f"model.generate, batches of {BATCH}": (plain_loop, model)}
+    if with_continuous:  # which gives a model other attention, hence one of its own
+        rivals["transformers' continuous batching"] = (continuous, load_model("demo", dtype="bfloat16", device="cpu")[0])
+
+    def take_turns(watch: Stopwatch, unit: list[Request]) -> list[int]:
+        answers = watch.time(OURS, engine.answer_unit, unit)
+        lengths = [len(answer.teacher_ids) for answer in answers]
+        watch.tokens[OURS] += sum(lengths)
+        texts = [render(tokenizer, request.messages, for_answer=True) for request in unit]
+        for name, (rival, its_model) in rivals.items():
+            watch.tokens[name] += watch.time(name, rival, its_model, tokenizer, texts, lengths, settings)
+        return lengths
+
+    take_turns(Stopwatch(), asked[:2])
+    watch, lengths = Stopwatch(), list[int]()
+    for unit in turns(asked, TURN):
+        lengths += take_turns(watch, unit)
+        print(
+            f"{len(lengths)} prompts, {sum(lengths)} tokens, {min(lengths)} to {max(lengths)} an answer\n{watch.table()}",
+            flush=True,
         )
-        stop = Lengths(encoded["input_ids"].shape[1], lengths[start : start + BATCH])
-        model.generate(
-            **encoded,
-            do_sample=True,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=0,
-            eos_token_id=None,
-            pad_token_id=tokenizer.pad_token_id,
-            max_new_tokens=sampling.max_new_tokens,
-            stopping_criteria=StoppingCriteriaList([stop]),
-        )
+
+
+def compare_served(asked: list[Request], sampling: Sampling, concurrency: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for part in load_model("demo", dtype="bfloat16", device="cpu"):
+            part.save_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
+        with server(folder) as url:
+            engine = ServerEngine(url, folder, sampling, concurrency=concurrency)
+            rivals = {
+                OURS: lambda unit: [answer.text for (answer,) in engine.answer([request] for request in unit)],
+                "openai's asyncio client": lambda unit: asyncio.run(bare_client(url, folder, unit, sampling, concurrency)),
+            }
+            for rival in rivals.values():
+                rival(asked[:2])
+            watch = Stopwatch()
+            for number, unit in enumerate(turns(asked, SERVER_TURN)):
+                # Who comes second finds the prompts in the server's cache.
+                for name in sorted(rivals, reverse=number % 2 == 1):
+                    said = watch.time(name, rivals[name], unit)
+                    watch.tokens[name] += sum(len(ids) for ids in tokenizer(said, add_special_tokens=False)["input_ids"])
+                print(f"{SERVER_TURN * number + len(unit)} prompts, {concurrency} in flight\n{watch.table()}", flush=True)
+
+
+async def bare_client(url: str, model: str, unit: list[Request], sampling: Sampling, concurrency: int) -> list[str]:
+    """No retries, no checks, connections kept: what the server does alone."""
+    import openai
+
+    gate = asyncio.Semaphore(concurrency)
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
+
+        async def ask(request: Request) -> str:
+            async with gate:
+                reply = await client.chat.completions.create(
+                    model=model,
+                    messages=request.messages,  # type: ignore[arg-type]
+                    max_tokens=sampling.max_new_tokens,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    seed=request.seed % 2**31,
+                )
+                return reply.choices[0].message.content or ""
+
+        return await asyncio.gather(*map(ask, unit))
+
+
+@contextlib.contextmanager
+def server(folder: str) -> Iterator[str]:
+    """`transformers serve` on a free port of this machine, its address given once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", folder, "--device", "cpu", "--host", "127.0.0.1"]
+    more = ["--port", str(port), "--continuous-batching", "--cb-max-memory-percent", "0.1"]
+    with open(Path(folder) / "server.log", "w") as log:
+        process = subprocess.Popen([*command, *more], stdout=log, stderr=log, start_new_session=True)
+    try:
+        for _ in range(240):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+                break
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def turns(asked: list[Request], size: int) -> Iterator[list[Request]]:
+    return (asked[start : start + size] for start in range(0, len(asked), size))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--continuous", action="store_true")
+    parser.add_argument("--server", action="store_true")
+    parser.add_argument("--concurrency", type=int, default=8)
     options = parser.parse_args()
-    model, tokenizer = load_model("demo", dtype="bfloat16", device="cpu")
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    sampling = Sampling(max_new_tokens=options.max_new_tokens)
+    sampling = Sampling(max_new_tokens=options.max_new_tokens, temperature=0 if options.server else 0.7)
     with resources.as_file(resources.files("potstill.data") / "demo_prompts.jsonl") as path:
         prompts = [row["messages"] for row in read_prompts(path)][-options.prompts :]
-    engine = LocalEngine(model, tokenizer, sampling, batch_size=BATCH)
     asked = list(requests(prompts, sampling, {}))
-    plain_loop(model, tokenizer, asked[:2], [3, 3], sampling)
-    seconds = {}
-    begun = time.perf_counter()
-    units = (asked[start : start + engine.unit_size] for start in range(0, len(asked), engine.unit_size))
-    answers = [answer for unit in engine.answer(units) for answer in unit]
-    seconds["potstill, refilled batch"] = time.perf_counter() - begun
-    lengths = [len(answer.teacher_ids or ()) for answer in answers]
-    model.generation_config.eos_token_id = None
-    begun = time.perf_counter()
-    with torch.inference_mode():
-        plain_loop(model, tokenizer, asked, lengths, sampling)
-    seconds["model.generate, batches of 32"] = time.perf_counter() - begun
-    slowest = max(seconds.values())
-    print(f"{len(asked)} prompts, {sum(lengths)} tokens, {min(lengths)} to {max(lengths)} an answer; torch {torch.__version__}")
-    print("| contender | seconds | tokens/s | × faster |\n|---|---|---|---|")
-    for name, value in seconds.items():
-        print(f"| {name} | {value:.1f} | {sum(lengths) / value:.0f} | {slowest / value:.2f} |")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads")
+    if options.server:
+        compare_served(asked, sampling, options.concurrency)
+    else:
+        compare_local(asked, sampling, options.continuous)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from potstill import cli
-from potstill.generation import LocalEngine
+from potstill.generation import LocalEngine, Sampling
 
 KEEP = "cut_off,repetition_loop,empty"
 
@@ -70,6 +71,11 @@ def test_a_second_call_asks_for_nothing_and_may_filter_otherwise(place: Path, mo
     assert cli.main(command("--min-characters", str(1 + min(len(row["messages"][1]["content"]) for row in first)))) == 0
     assert 0 < len(rows("out")) < len(first)
     assert {row["reason"] for row in rows("out", "dropped.jsonl")} == {"too_short"}
+
+
+def test_the_commands_defaults_are_those_of_sampling() -> None:
+    recipe = cli.parse(["generate", "teacher", "--prompts", "p", "--output-dir", "o"])[1]
+    assert {name: getattr(recipe, name) for name in Sampling.__dataclass_fields__} == asdict(Sampling())
 
 
 @pytest.mark.parametrize("stops_at", [0, 1])
@@ -127,6 +133,8 @@ def test_several_samples_and_the_users_functions(place: Path) -> None:
         (["--similarity", "0"], "similarity 0.0"),
         (["--script", "klingon"], "script 'klingon'"),
         (["--prompts", "broken.jsonl"], "broken.jsonl:2: not JSON"),
+        (["--prompts", "answered.jsonl"], "answered.jsonl:1: no prompt there"),
+        (["--prompts", "roles.jsonl"], "roles.jsonl:1: message 1 needs a role"),
         (["--prompts", "empty.jsonl"], "empty.jsonl: no prompt there"),
         (["--prompts", "gone.jsonl"], "gone.jsonl: cannot be read"),
         (["--max-characters", "0"], r"no answer is left (20 too_long)"),
@@ -137,6 +145,8 @@ def test_several_samples_and_the_users_functions(place: Path) -> None:
 def test_what_the_user_can_mend_is_one_line(place: Path, capsys: pytest.CaptureFixture[str], flags: list[str], line: str) -> None:
     write_prompts(place / "others.jsonl", 3)
     (place / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (place / "answered.jsonl").write_text('{"messages": [{"role": "assistant", "content": "a"}]}\n')
+    (place / "roles.jsonl").write_text('{"messages": [{"role": "judge", "content": "a"}]}\n')
     (place / "empty.jsonl").touch()
     assert cli.main(command()) == 0
     before = rows("out")
@@ -149,18 +159,25 @@ def test_what_the_user_can_mend_is_one_line(place: Path, capsys: pytest.CaptureF
     assert rows("out") == before
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(place: Path) -> None:
+@pytest.mark.parametrize("fills_up_at", ["answers", "conversations"])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(place: Path, fills_up_at: str) -> None:
     """A limit on a file's size stands for the disk: what is written beyond it fails in the middle of a row."""
+    assert cli.main(command(output="whole")) == 0
+    answers = (place / "whole" / "answers" / "00000.jsonl").stat().st_size
+    assert answers + 100 < (place / "whole" / "conversations.jsonl").stat().st_size
+    limit = answers + 100 if fills_up_at == "conversations" else answers // 2
     program = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); from potstill import cli; sys.exit(cli.main(sys.argv[1:]))"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
+        "from potstill import cli; sys.exit(cli.main(sys.argv[1:]))"
     )
     full = subprocess.run([sys.executable, "-c", program, *command()], capture_output=True, text=True, env=environment())
     assert full.returncode == 2
     assert full.stderr.splitlines()[-1].startswith("potstill: ")
+    assert full.stderr.splitlines()[-1].endswith("free space or choose another folder")
     assert "Traceback" not in full.stderr
+    assert not [path.name for path in (place / "out").iterdir() if path.suffix == ".jsonl" or "unfinished" in path.name]
     assert cli.main(command()) == 0
-    assert cli.main(command(output="whole")) == 0
     assert rows("out") == rows("whole")
 
 

@@ -81,7 +81,7 @@ class GenerateRecipe:
     output_dir: str
     """Folder for the data set. The same command goes on with an interrupted one."""
     engine: str = "local"
-    """local: transformers in this process. vllm: vLLM in this process. ray: local ones on many machines."""
+    """local: transformers in this process. vllm: vLLM in this process. ray, ray-vllm: many of these, on many machines."""
     server: str | None = None
     """Address of an OpenAI-compatible server to ask instead. Its key is read from POTSTILL_API_KEY or OPENAI_API_KEY."""
     max_new_tokens: int = 256
@@ -117,7 +117,7 @@ class GenerateRecipe:
     batch_size: int = 32
     """Prompts answered side by side; with --server, requests in flight."""
     workers: int = 2
-    """Actors of the ray engine."""
+    """Actors of the ray engines, each with a GPU where there are any."""
     patience: float = 300
     """Seconds to go on asking a server that does not answer."""
     chat_template: str | None = None

@@ -5,9 +5,10 @@ Like the pipeline this is the application: it knows recipes, prints, and leaves 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -126,54 +127,60 @@ def _answer_all(wanted: Iterator[Request], count: int, engine: Engine, store: An
 
 
 def _engine(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
-    nats = recipe.choose == "likeliest"
     if recipe.server:
         return ServerEngine(
-            recipe.server, recipe.teacher, sampling, concurrency=recipe.batch_size, patience_seconds=recipe.patience, nats=nats
+            recipe.server,
+            recipe.teacher,
+            sampling,
+            concurrency=recipe.batch_size,
+            patience_seconds=recipe.patience,
+            nats=recipe.choose == "likeliest",
         )
     dtype_of(recipe.precision)  # refused before anything is opened
-    if recipe.engine == "local":
-        return _Local(recipe, sampling)()
-    if recipe.engine == "ray":
-        from potstill.generation.ray import RayEngine
+    makers = {"local": _local, "vllm": _vllm, "ray": _local, "ray-vllm": _vllm}
+    if recipe.engine not in makers:
+        raise ConfigError(f"engine {recipe.engine!r} is not known; use {', '.join(makers)}, or give --server")
+    make = functools.partial(makers[recipe.engine], recipe, sampling)
+    if not recipe.engine.startswith("ray"):
+        return make()
+    from potstill.generation.ray import RayEngine
 
-        return RayEngine(_Local(recipe, sampling), workers=recipe.workers)
-    if recipe.engine == "vllm":
-        from potstill.generation.vllm import VllmEngine
+    return RayEngine(make, workers=recipe.workers, gpus=0 if recipe.device == "cpu" else None)
 
-        tokenizer = load_tokenizer(recipe.teacher, trust_remote_code=recipe.trust_remote_code)
+
+def _local(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
+    model, tokenizer = load_model(
+        recipe.teacher, dtype=dtype_of(recipe.precision), device=recipe.device, trust_remote_code=recipe.trust_remote_code
+    )
+    return LocalEngine(
+        model,
+        _with_template(tokenizer, recipe),
+        sampling,
+        source=recipe.teacher,
+        batch_size=recipe.batch_size,
+        unit_size=8 * recipe.batch_size,
+        nats=recipe.choose == "likeliest",
+    )
+
+
+def _vllm(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
+    from potstill.generation.vllm import VllmEngine
+
+    return VllmEngine(
+        recipe.teacher,
+        locate(recipe.teacher),
+        _with_template(load_tokenizer(recipe.teacher, trust_remote_code=recipe.trust_remote_code), recipe),
+        sampling,
+        dtype=dtype_of(recipe.precision),
+        trust_remote_code=recipe.trust_remote_code,
+        nats=recipe.choose == "likeliest",
+    )
+
+
+def _with_template(tokenizer: Any, recipe: GenerateRecipe) -> Any:
+    if not tokenizer.chat_template:
         set_chat_template(tokenizer, recipe.chat_template)
-        return VllmEngine(recipe.teacher, locate(recipe.teacher), tokenizer, sampling, nats=nats)
-    raise ConfigError(f"engine {recipe.engine!r} is not known; use local, vllm or ray, or give --server")
-
-
-@dataclass(frozen=True)
-class _Local:
-    """Makes the local engine where it is called: here, or in an actor of Ray's."""
-
-    recipe: GenerateRecipe
-    sampling: Sampling
-
-    def __call__(self) -> LocalEngine:
-        recipe = self.recipe
-        model, tokenizer = load_model(
-            recipe.teacher,
-            dtype=dtype_of(recipe.precision),
-            device=recipe.device,
-            trust_remote_code=recipe.trust_remote_code,
-        )
-        if not tokenizer.chat_template:
-            set_chat_template(tokenizer, recipe.chat_template)
-        nats = recipe.choose == "likeliest"
-        return LocalEngine(
-            model,
-            tokenizer,
-            self.sampling,
-            source=recipe.teacher,
-            batch_size=recipe.batch_size,
-            unit_size=8 * recipe.batch_size,
-            nats=nats,
-        )
+    return tokenizer
 
 
 def _filters(recipe: GenerateRecipe) -> dict[str, Filter]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from potstill.errors import ConfigError
 from potstill.generation import Answer, LocalEngine, Request, Sampling, requests
 
 SAMPLING = Sampling(max_new_tokens=24)
@@ -38,6 +39,10 @@ class Make:
         return engine
 
 
+def refuses() -> LocalEngine:
+    raise ConfigError("no such teacher")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")
@@ -51,6 +56,8 @@ def test_a_worker_that_dies_takes_no_answer_with_it(
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
     try:
+        with pytest.raises(ConfigError, match="^no such teacher$"):
+            RayEngine(refuses)
         make = Make(model_folder(), tmp_path)
         wanted = list(requests([[{"role": "user", "content": f"the rain {i}"}] for i in range(320)], SAMPLING, {}))
         units: list[list[Request]] = [wanted[start : start + 8] for start in range(0, 320, 8)]

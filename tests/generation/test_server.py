@@ -168,7 +168,16 @@ def test_a_server_that_will_not_do_is_refused_at_once(server: tuple[Server, str]
 
 
 @pytest.mark.parametrize(
-    "reply", [{}, [], {"choices": []}, {"choices": [{"message": {}}]}, {"choices": [{"message": {"content": "a"}}]}, b"{"]
+    "reply",
+    [
+        {},
+        [],
+        {"choices": []},
+        {"choices": [{"message": {}}]},
+        {"choices": [{"message": {"content": "a"}}]},
+        {"choices": [{"message": {"content": [{"text": "a"}]}, "finish_reason": "stop"}]},
+        b"{",
+    ],
 )
 def test_a_reply_that_is_not_the_protocols_is_shown(server: tuple[Server, str], reply: Any) -> None:
     state, url = server

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from potstill.errors import ConfigError
+from potstill.errors import ConfigError, PotstillError
 from potstill.generation.engine import Answer, Engine, Request, Unit
 
 WINDOW = 16
@@ -16,19 +16,27 @@ WINDOW = 16
 
 
 class RayEngine:
-    """Answers with ``workers`` actors, each holding the engine that ``make`` makes there. ``gpus``: of each actor.
+    """Answers with ``workers`` actors, each holding the engine that ``make`` makes there.
 
-    Raises: ConfigError if Ray is not installed.
+    ``gpus``: of each actor, which sees no others; without it one, if the machines have any. Raises: ConfigError if Ray is not
+    installed; PotstillError if ``make`` raises one.
     """
 
-    def __init__(self, make: Callable[[], Engine], *, workers: int = 1, gpus: float = 0) -> None:
+    def __init__(self, make: Callable[[], Engine], *, workers: int = 1, gpus: float | None = None) -> None:
         try:
             import ray.data
         except ImportError:
             raise ConfigError("--engine ray needs the package ray: pip install 'potstill[ray]'") from None
-        self.ray, self.make, self.workers, self.gpus = ray, make, workers, gpus
-        about = ray.remote(num_gpus=gpus)(_about)
-        self.identity, self.unit_size = ray.get(about.remote(make))
+        ray.init(ignore_reinit_error=True)  # joins the machines that RAY_ADDRESS names, or is alone on this one
+        self.ray, self.make, self.workers = ray, make, workers
+        self.gpus = min(1.0, ray.cluster_resources().get("GPU", 0)) if gpus is None else gpus
+        about = ray.remote(num_gpus=self.gpus)(_about)
+        try:
+            self.identity, self.unit_size = ray.get(about.remote(make))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, PotstillError):
+                raise error.cause from error
+            raise
 
     def answer(self, units: Iterable[Unit]) -> Iterator[list[Answer]]:
         """Units in the order in which workers finish them."""

@@ -98,17 +98,15 @@ class ServerEngine:
     def _read(self, request: Request, reply: Any) -> Answer:
         try:
             choice = reply["choices"][0]
-            text, reason = choice["message"]["content"] or "", choice["finish_reason"]
+            text, reason = (choice["message"]["content"] or "").strip(), choice["finish_reason"]
             nats = [-token["logprob"] for token in choice["logprobs"]["content"]] if self.nats else []
-        except (KeyError, IndexError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
             shown = json.dumps(reply, ensure_ascii=False)[:120]
             raise ServerError(
-                f"{self.url}: a reply that is not a chat completion ({error!r} is missing in {shown}); a server is needed that "
+                f"{self.url}: a reply that is not a chat completion ({error!r} in {shown}); a server is needed that "
                 "speaks OpenAI's protocol" + (" and gives logprobs" if self.nats else "")
             ) from error
-        return Answer(
-            request.key, text.strip(), reason == "length", choice.get("token_ids"), sum(nats) / len(nats) if nats else None
-        )
+        return Answer(request.key, text, reason == "length", choice.get("token_ids"), sum(nats) / len(nats) if nats else None)
 
     def _insist(self, path: str, body: dict[str, Any]) -> Any:
         """The reply, asked for again and again while that may help. Raises: ServerError."""
@@ -156,12 +154,12 @@ class ServerEngine:
             raise ServerError(f"{self.url}{path}: answered {content[:60]!r}, which is not JSON; check --server") from error
 
     def _explained(self, error: urllib.error.HTTPError) -> Exception:
-        said = " ".join(error.read(300).decode(errors="replace").split())
         if error.code in WORTH_ASKING_AGAIN or error.code >= 500:
             after = error.headers.get("Retry-After", "")
             return _Retry(f"status {error.code}", float(after) if after.isdigit() else None)
         if error.code in (401, 403):
             return ServerError(f"{self.url}: refuses the key (status {error.code}); set {KEY_VARIABLE} in the environment")
+        said = " ".join(error.read(300).decode(errors="replace").split())
         return ServerError(f"{self.url}: status {error.code}: {said[:200]}")
 
 

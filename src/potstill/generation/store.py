@@ -57,8 +57,10 @@ class AnswerStore:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._out.close()
-        self._lock.close()
+        try:
+            self._out.close()  # which writes, where the disk was full, what could not be written
+        finally:
+            self._lock.close()
 
     def __contains__(self, key: str) -> bool:
         return key in self._place
