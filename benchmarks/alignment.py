@@ -5,9 +5,9 @@
 
 Prose is paragraphs of the standard library's docstrings, code its modules, scripts a few sentences in ten others. Columns: seconds
 to compute the cells and how many there are; student tokens for one of the teacher's; of the student's tokens, those that have a
-target (at a root or inside a token they have followed); of the roots, those where the text spells the teacher's token otherwise than
-by its pieces, and those where it is not even in the same cell; milliseconds to encode and align 2 048 student tokens, both tokenizers
-included.
+target (at a root or inside a token they have followed); of the roots, those where the text spells the teacher's token otherwise
+than by its pieces, and those where it is not even in the same cell; milliseconds to encode and align 2 048 student tokens, both
+tokenizers included.
 """
 
 from __future__ import annotations

@@ -49,9 +49,7 @@ class DistillationConfig(TrainingArguments):
     skew: float = field(default=0.1, metadata={"help": "The admixture a of the two skew divergences."})
     hard_label_weight: float = field(default=0.0, metadata={"help": "Share of cross-entropy on the text, between 0 and 1."})
     teacher_temperature: float = field(default=1.0, metadata={"help": "cross: the temperature at which the text was sampled."})
-    within_weight: float = field(
-        default=1.0, metadata={"help": "cross: share of what the text adds to the teacher's distribution."}
-    )
+    within_weight: float = field(default=1.0, metadata={"help": "cross: share of what the text adds to the teacher's word."})
     compile_loss: bool = field(default=False, metadata={"help": "logits: torch.compile the loss; for long runs on a GPU."})
     max_length: int = field(default=2048, metadata={"help": "Tokens a conversation is cut at (counted and reported)."})
     packed: bool = field(default=True, metadata={"help": "Lay a batch out in one line without padding."})
