@@ -42,8 +42,11 @@ def weights(run: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("method", ["logits", "text"])
-def test_a_run_leaves_student_metrics_evaluation_and_report(place: Path, method: str) -> None:
+def test_a_run_leaves_student_metrics_evaluation_and_report(place: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert distill("--method", method, "--max-steps", "8") == 0
+    printed = capsys.readouterr().out
+    assert "kl_nats_per_token" in printed
+    assert "the student" in printed.splitlines()[-3]  # the verdict, before the report's path
     evaluation = json.loads((place / "run" / "evaluation.json").read_text())
     measure = {"logits": "kl_nats_per_token", "text": "nll_nats_per_token"}[method]
     assert evaluation["after"][measure] < evaluation["before"][measure]
@@ -133,7 +136,7 @@ def other(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place / "other"
 
 
-@pytest.mark.parametrize("alignment", ["cells", "uld"])
+@pytest.mark.parametrize("alignment", ["pieces", "uld"])
 def test_a_student_with_other_tokens_learns_by_cross(
     place: Path, other: Path, alignment: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

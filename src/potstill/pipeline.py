@@ -26,6 +26,7 @@ from potstill.evaluation.token_views import token_views
 from potstill.generation import answer_prompts
 from potstill.models import dtype_of, load_model, load_tokenizer, pick_device
 from potstill.report import write_report
+from potstill.report.verdict import verdict
 from potstill.run_folder import RunFolder, whole_folder, write_json
 from potstill.students import save_student
 from potstill.training import DistillationConfig, DistillationTrainer, MetricsFile, ProgressBar, make_objective
@@ -46,11 +47,9 @@ def distill(recipe: DistillRecipe) -> Path:
         _say("evaluating the student before and after, and the teacher")
         evaluation = _evaluate_run(run, recipe, tasks)
         write_json(run.evaluation, evaluation)
-        _say(
-            "\n"
-            + as_table({name: evaluation[name] for name in ("teacher", "before", "after", "tasks") if name in evaluation})
-            + "\n"
-        )
+        table = as_table({name: evaluation[name] for name in ("teacher", "before", "after", "tasks") if name in evaluation})
+        found = verdict(evaluation)
+        _say(f"\n{table}\n\n{found.headline} {found.reason}\n")
     page = write_report(run.path)
     _say(f"report: {page}")
     return page
