@@ -183,7 +183,11 @@ def _arguments(run: RunFolder, recipe: DistillRecipe, **overrides: Any) -> Disti
     for name in chosen:
         if name not in known:
             raise ConfigError(f"trainer.{name}: transformers.TrainingArguments has no such setting; check its name")
-    return DistillationConfig(**chosen)
+    try:
+        return DistillationConfig(**chosen)
+    except (TypeError, ValueError) as error:  # in YAML a bare no is False
+        said = " ".join(str(error).split())
+        raise ConfigError(f"trainer: transformers says: {said}; check {', '.join(recipe.trainer)}") from error
 
 
 def check_pair(recipe: DistillRecipe) -> None:
