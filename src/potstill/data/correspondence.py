@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from potstill.alignment import VocabularyCells, token_bytes
+from potstill.alignment import PieceCells, VocabularyCells, token_bytes
 from potstill.data import IGNORED, tokenize_conversations, tokenize_pairs
 from potstill.data.conversations import Conversation
 
@@ -50,7 +50,7 @@ class MeasuredText:
     interiors: int = 0
     """Of the supervised: with a target, inside a teacher token."""
     disagreeing_roots: int = 0
-    """At a boundary of both, but with a token that the teacher's does not begin with."""
+    """Of the roots: with another token than the piece that the teacher's begins with."""
     split_differently: int = 0
     """Conversations that tokenizers of the same tokens nevertheless split into different ids."""
     not_alignable: int = 0
@@ -69,8 +69,8 @@ class MeasuredText:
 
     @property
     def disagreeing(self) -> float:
-        """The share of roots at which the cells disagree."""
-        return self.disagreeing_roots / max(1, self.roots + self.disagreeing_roots)
+        """The share of roots at which the text spells otherwise."""
+        return self.disagreeing_roots / max(1, self.roots)
 
 
 def measure_text(
@@ -88,7 +88,7 @@ def measure_text(
         taught |= {"teacher_tokens": counts.tokens, "teacher_supervised_tokens": everything}
         taught["split_differently"] = sum(not _split_alike(row, teacher_tokenizer, student_tokenizer) for row in chosen)
     else:
-        cells = VocabularyCells(teacher_tokenizer, student_tokenizer)
+        cells = PieceCells(VocabularyCells(teacher_tokenizer, student_tokenizer))
         dataset, counts = tokenize_pairs(chosen, teacher_tokenizer, student_tokenizer, cells, max_length=max_length)
         taught = _taught_across(dataset, token_bytes(teacher_tokenizer), token_bytes(student_tokenizer))
         taught |= {name: getattr(counts, name) for name in ("roots", "interiors", "disagreeing_roots", "not_alignable")}

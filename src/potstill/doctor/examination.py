@@ -28,7 +28,7 @@ from potstill.models import load_config, load_generation_config, load_model, loa
 TALK = [{"role": "user", "content": "Why does it rain?"}, {"role": "assistant", "content": "Vapour cools and falls."}]
 ENOUGH_TARGETS = 0.5
 """With fewer positions than that, a loss across tokenizers is mostly plain cross-entropy, and the teacher not worth its price."""
-FEW_TARGETS, MANY_DISAGREEING = 0.97, 0.01
+FEW_TARGETS, MANY_DISAGREEING = 0.97, 0.02
 """Where a pair is worse than prose and code usually are, it is said why."""
 SCORED_CONVERSATIONS = 32
 EPOCHS, HELD_OUT = 3, 0.1

@@ -62,12 +62,11 @@ def _positions(diagnosis: Diagnosis) -> list[str]:
     if diagnosis.vocabularies.first_difference is None:
         lines.append(_share("logits", text.roots, total, ""))
     else:
-        boundaries = text.roots + text.disagreeing_roots
         lines += [
             _share("cross", text.roots + text.interiors, total, f"{text.interiors} of them inside a teacher token"),
             _share("one to one", text.one_to_one, total, "single tokens over the same bytes, all that strict matching would teach"),
             _share("the last", count, total, "one position a conversation, all that padding logits at the end would teach"),
-            _share("disagree", text.disagreeing_roots, boundaries, "of the boundaries of both: spelled differently there"),
+            _share("disagree", text.disagreeing_roots, text.roots, "of the boundaries of both: spelled differently there"),
         ]
     return lines
 
