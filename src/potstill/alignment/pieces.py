@@ -6,11 +6,11 @@ V_s the student's ids. seg(v): the student's tokens for the bytes of teacher tok
 
 Nearly always the student writes v as seg(v), and then t is what it should learn: no token of the text is needed, and no sampling
 noise is left. Now and then it spells otherwise (" docstring" over " doc" and "string"). There the text says u where t counted
-w* = seg(v)[d], and the gradient is corrected by just that difference,
+w′ = seg(v)[d], and the gradient is corrected by just that difference,
 
-    p − t − [u] + [w*]
+    p − t − [u] + [w′]
 
-whose expectation is that of text distillation, because t is the expectation of [w*] over the teacher's next token.
+whose expectation is that of text distillation, because t is the expectation of [w′] over the teacher's next token.
 """
 
 from __future__ import annotations
