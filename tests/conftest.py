@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,10 @@ def conversations(count: int = 12) -> list[dict[str, Any]]:
     return rows
 
 
+def write_rows(path: Path, rows: list[Any]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return toy_tokenizer()
@@ -125,3 +130,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         return folder
 
     return make
+
+
+@pytest.fixture
+def pair_folder(tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to stand in, with a teacher of four layers and a student of two; what a run lets them answer is short."""
+    from potstill import pipeline
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "SAMPLE_TOKENS", 4)
+    (tmp_path / "teacher").symlink_to(model_folder(layers=4))
+    (tmp_path / "student").symlink_to(model_folder(layers=2, seed=1))
+    return tmp_path

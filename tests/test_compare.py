@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from alignment.toys import sentencepiece
-from conftest import conversations, tiny_model
+from conftest import conversations, tiny_model, write_rows
 from potstill import cli, pipeline
 from potstill.training.trainer import DistillationTrainer
 
 
 @pytest.fixture
-def place(tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to stand in, with a teacher, a student, and data to train on and to hold out."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "SAMPLE_TOKENS", 4)
-    (tmp_path / "teacher").symlink_to(model_folder(layers=4))
-    (tmp_path / "student").symlink_to(model_folder(layers=2, seed=1))
-    write_rows(tmp_path / "data.jsonl", [{**row, "reference": "a on the"} for row in conversations(16)])
-    write_rows(tmp_path / "held_out.jsonl", conversations(12))
-    return tmp_path
-
-
-def write_rows(path: Path, rows: list[Any]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def place(pair_folder: Path) -> Path:
+    """A teacher, a student, and data to train on and to hold out."""
+    write_rows(pair_folder / "data.jsonl", [{**row, "reference": "a on the"} for row in conversations(16)])
+    write_rows(pair_folder / "held_out.jsonl", conversations(12))
+    return pair_folder
 
 
 FLAGS = ["--device", "cpu", "--precision", "fp32", "--learning-rate", "0.01"]

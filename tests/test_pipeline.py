@@ -12,24 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 from alignment.toys import sentencepiece
-from conftest import conversations, sentencepiece_tokenizer, tiny_model, toy_tokenizer
+from conftest import conversations, sentencepiece_tokenizer, tiny_model, toy_tokenizer, write_rows
 from potstill import cli, pipeline
 from potstill.training.trainer import DistillationTrainer
 
 
 @pytest.fixture
-def place(tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to stand in, with a teacher, a student, and data."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "SAMPLE_TOKENS", 4)
-    (tmp_path / "teacher").symlink_to(model_folder(layers=4))
-    (tmp_path / "student").symlink_to(model_folder(layers=2, seed=1))
-    write_rows(tmp_path / "data.jsonl", conversations(20))
-    return tmp_path
-
-
-def write_rows(path: Path, rows: list[Any]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def place(pair_folder: Path) -> Path:
+    """A teacher, a student, and data."""
+    write_rows(pair_folder / "data.jsonl", conversations(20))
+    return pair_folder
 
 
 def distill(*more: str, data: str = "data.jsonl", output: str = "run", student: str = "student") -> int:
