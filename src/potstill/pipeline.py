@@ -82,6 +82,8 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
     if not held_out:
         raise DataError("no conversation is left to hold out for evaluation; give --eval-data or more data")
     _say_if_temperatures_differ(train, recipe)
+    if recipe.precision == "fp16" and pick_device(recipe.device).type == "cpu":
+        _say("note: no float16 is computed on a CPU; training is in float32")
     arguments, tokenizer = _arguments(run, recipe), open_tokenizer(recipe.student, recipe)
     student, _ = load_model(recipe.student, dtype="float32", **opening)
     if recipe.freeze_embeddings:
