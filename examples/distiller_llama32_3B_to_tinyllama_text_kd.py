@@ -4,8 +4,8 @@
     python examples/distiller_llama32_3B_to_tinyllama_text_kd.py --demo  # half its layers, other tokens: 2 CPU cores
 
 The two models need share nothing, not even a tokenizer: what passes between them is text. In bf16, or with --precision fp16 or
-fp32 (a CPU takes both for fp32). The student learns by cross-entropy on the answers, right on average and noisy: it sees one sampled
-token where the teacher knew a distribution. Expect its nats a token on held-out answers to fall, and its words to come nearer.
+fp32 (a CPU takes fp16 for fp32). The student learns by cross-entropy on the answers, right on average and noisy: it sees one
+sampled token where the teacher knew a distribution. Expect its nats a token on held-out answers to fall, its words to come nearer.
 """
 
 import sys
