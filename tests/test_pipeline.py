@@ -128,6 +128,11 @@ def other(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place / "other"
 
 
+def test_no_bar_is_drawn_for_who_wants_none(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert distill("--max-steps", "2", "--trainer", '{"disable_tqdm": true}') == 0
+    assert "2/2" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("alignment", ["pieces", "uld"])
 def test_a_student_with_other_tokens_learns_by_cross(
     place: Path, other: Path, alignment: str, capsys: pytest.CaptureFixture[str]

@@ -18,7 +18,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from potstill.config import DistillRecipe, EvaluateRecipe
 from potstill.data import read_conversations, without_answer
-from potstill.data.chat_templates import set_chat_template
+from potstill.data.chat_templates import ensure_chat_template
 from potstill.doctor import quick_check
 from potstill.errors import ConfigError, DataError
 from potstill.evaluation import HeldOut, Tasks, as_table, fingerprint, gap_closed, summarize
@@ -34,6 +34,8 @@ from potstill.training import DistillationConfig, DistillationTrainer, MetricsFi
 REHEARSED_STEPS = 3
 SAMPLES = 8
 SAMPLE_TOKENS = 80
+LIKELIEST = 5
+"""Next tokens whose probabilities the report can show."""
 
 
 def distill(recipe: DistillRecipe) -> Path:
@@ -111,8 +113,8 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
     training = trainer(max_steps=max_steps, save_steps=max(1, -(-max_steps // 4)))
     run.begin(planned)
     training.add_callback(MetricsFile(run.metrics, training))
-    training.remove_callback(ProgressCallback)
-    training.add_callback(ProgressBar())
+    if training.pop_callback(ProgressCallback):  # there is none where the recipe's trainer settings want no bar
+        training.add_callback(ProgressBar())
     checkpoint = run.last_checkpoint()
     _say(f"training for {max_steps} steps" + (f", from {checkpoint.name} on" if checkpoint else ""))
     training.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -214,8 +216,7 @@ def split_data(recipe: DistillRecipe) -> tuple[list[dict[str, Any]], list[dict[s
 def open_tokenizer(source: str, recipe: DistillRecipe | EvaluateRecipe) -> Any:
     """The tokenizer that comes with a model, with the recipe's chat template if it has none."""
     tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
-    if not tokenizer.chat_template:
-        set_chat_template(tokenizer, recipe.chat_template)
+    ensure_chat_template(tokenizer, recipe.chat_template)
     return tokenizer
 
 
@@ -239,7 +240,7 @@ def _evaluate_run(run: RunFolder, recipe: DistillRecipe, tasks: Tasks) -> dict[s
     answers = {"teacher": _sample_answers(teacher, pair.teacher_tokenizer, asked, recipe.seed)}
     for name, source in (("before", recipe.student), ("after", str(run.student))):
         student, _ = load_model(source, **opening)
-        scores[name] = pair.score_student(student, teacher)
+        scores[name] = pair.score_student(student, teacher, likeliest=LIKELIEST)
         abilities[name] = tasks.measure(student, pair.tokenizer)
         answers[name] = _sample_answers(student, pair.tokenizer, asked, recipe.seed)
     measures = {name: summarize(one) for name, one in scores.items()}

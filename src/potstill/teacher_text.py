@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from potstill.config import GenerateRecipe
 from potstill.data import read_prompts
-from potstill.data.chat_templates import set_chat_template
+from potstill.data.chat_templates import ensure_chat_template
 from potstill.errors import ConfigError, DataError
 from potstill.generation import (
     AnswerStore,
@@ -178,8 +178,7 @@ def _vllm(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
 
 
 def _with_template(tokenizer: Any, recipe: GenerateRecipe) -> Any:
-    if not tokenizer.chat_template:
-        set_chat_template(tokenizer, recipe.chat_template)
+    ensure_chat_template(tokenizer, recipe.chat_template)
     return tokenizer
 
 

@@ -12,6 +12,7 @@ from conftest import conversations, tiny_model, toy_tokenizer
 from potstill.evaluation import HeldOut
 from potstill.evaluation import token_views as module
 from potstill.evaluation.token_views import speller, token_views
+from potstill.pipeline import LIKELIEST
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def seen() -> dict[str, Any]:
     tokenizer, teacher = toy_tokenizer(), tiny_model()
     pair = HeldOut(tokenizer, tokenizer, conversations(6), max_length=100)
     students = {"before": tiny_model(layers=2, seed=1), "after": tiny_model(layers=2, seed=2)}
-    scores = {name: pair.score_student(model, teacher) for name, model in students.items()}
+    scores = {name: pair.score_student(model, teacher, likeliest=LIKELIEST) for name, model in students.items()}
     return {"pair": pair, "models": {"teacher": teacher, **students}, "scores": scores, "views": token_views(pair, **scores)}
 
 
@@ -61,7 +62,7 @@ def test_across_tokenizers_there_is_surprise_but_no_divergence_and_no_teacher() 
     tokenizer.pad_token = tokenizer.eos_token
     pair = HeldOut(toy_tokenizer(), tokenizer, conversations(3), max_length=100)
     student = tiny_model(layers=2, rows=len(tokenizer))
-    scores = pair.score_student(student, tiny_model())
+    scores = pair.score_student(student, tiny_model(), likeliest=LIKELIEST)
     views = token_views(pair, scores, scores)
     token = views["token_view"]["tokens"][0]
     assert token["after_kl_nats"] is None
@@ -73,7 +74,7 @@ def test_across_tokenizers_there_is_surprise_but_no_divergence_and_no_teacher() 
 def test_plain_text_is_seen_from_its_second_token_on() -> None:
     tokenizer = toy_tokenizer()
     pair = HeldOut(tokenizer, tokenizer, [{"text": "the rain"}], max_length=100)
-    scores = pair.score_student(tiny_model(layers=2), tiny_model())
+    scores = pair.score_student(tiny_model(layers=2), tiny_model(), likeliest=LIKELIEST)
     view = token_views(pair, scores, scores)["token_view"]
     assert view["prompt"] == ""
     assert len(view["tokens"]) == len(scores.nll)

@@ -13,9 +13,9 @@ from potstill.errors import RunFolderError
 from potstill.evaluation.paired import Ratios, interval, paired_difference, regressions, verdict
 from potstill.evaluation.scores import MEASURES, measure_ratios
 from potstill.generation.words import words
+from potstill.report.verdict import UNITS
 
 UNTOUCHED = "untouched"
-UNITS = {"kl_nats_per_token": "nats a token", "nll_nats_per_token": "nats a token", "bits_per_byte": "bits a byte"}
 LOWER_IS_BETTER = {
     "kl_nats_per_token": True,
     "nll_nats_per_token": True,

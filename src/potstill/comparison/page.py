@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from potstill.comparison.compare_runs import LOWER_IS_BETTER, UNITS, UNTOUCHED, Answers, Entrants
+from potstill.comparison.compare_runs import LOWER_IS_BETTER, UNTOUCHED, Answers, Entrants
 from potstill.comparison.finished_runs import FinishedRun
 from potstill.comparison.table import basis, headings, rows
 from potstill.report.answers import Answers as SideBySide
@@ -18,7 +18,7 @@ from potstill.report.formatting import duration, figure, number, plural
 from potstill.report.page import settings_rows
 from potstill.report.template import render
 from potstill.report.token_view import token_views, worst_prompts
-from potstill.report.verdict import Verdict
+from potstill.report.verdict import UNITS, Verdict
 from potstill.run_folder import RunFolder
 
 

@@ -43,6 +43,12 @@ def set_chat_template(tokenizer: Any, chat_template: str | None) -> None:
         raise ChatTemplateError(f"{chat_template}: no such chat template; give plain, or the path of a Jinja file") from error
 
 
+def ensure_chat_template(tokenizer: Any, chat_template: str | None) -> None:
+    """`set_chat_template`, for a tokenizer that has none of its own."""
+    if not tokenizer.chat_template:
+        set_chat_template(tokenizer, chat_template)
+
+
 def render(tokenizer: Any, messages: list[dict[str, Any]], *, for_answer: bool = False) -> str:
     """The text of a conversation; ``for_answer`` ends it where the assistant's next turn would begin.
 

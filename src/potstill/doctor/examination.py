@@ -17,7 +17,7 @@ from typing import Any
 
 from potstill.alignment import VocabularyComparison, compare_vocabularies, shared_rows, stop_tokens, token_bytes
 from potstill.data import read_conversations, tokenize_conversations
-from potstill.data.chat_templates import answer_spans, set_chat_template
+from potstill.data.chat_templates import answer_spans, ensure_chat_template
 from potstill.data.conversations import Conversation
 from potstill.data.correspondence import PROBE, MeasuredText, measure_text, splits_alike
 from potstill.doctor.cost import CARDS, Cost, ModelSize, Plan, estimate, find_card, model_size
@@ -173,8 +173,7 @@ def _side(source: str, tokenizer: Any, chat_template: str | None, trust_remote_c
     """Gives the tokenizer the chat template if it has none, as a run does. Raises: ChatTemplateError if it loses the answer."""
     config = load_config(source, trust_remote_code=trust_remote_code)
     template = "its own" if tokenizer.chat_template else chat_template
-    if not tokenizer.chat_template:
-        set_chat_template(tokenizer, chat_template)
+    ensure_chat_template(tokenizer, chat_template)
     opening, ends_turn = "", None
     if tokenizer.chat_template:
         rendered, _ = answer_spans(tokenizer, TALK)

@@ -15,9 +15,6 @@ from potstill.errors import VocabularyMismatch
 from potstill.evaluation.scores import TokenScores, conversation_sums, score_tokens
 from potstill.teachers import LocalTeacher
 
-LIKELIEST = 5
-"""Next tokens whose probabilities the report can show."""
-
 
 class HeldOut:
     """``conversations`` for a pair, and how much of their vocabularies is one. Raises: as `tokenize_conversations`."""
@@ -39,9 +36,9 @@ class HeldOut:
         self.dataset, _ = tokenize_conversations(conversations, tokenizer, max_length=max_length)
         self.teacher_dataset, _ = tokenize_conversations(conversations, teacher_tokenizer, max_length=max_length)
 
-    def score_student(self, student: Any, teacher: Any) -> TokenScores:
-        """The student's scores, against the teacher where their vocabularies are one."""
-        asked: dict[str, Any] = {"pad_token_id": self.tokenizer.pad_token_id, "likeliest": LIKELIEST}
+    def score_student(self, student: Any, teacher: Any, *, likeliest: int = 0) -> TokenScores:
+        """The student's scores, against the teacher where their vocabularies are one. ``likeliest`` as in `score_tokens`."""
+        asked: dict[str, Any] = {"pad_token_id": self.tokenizer.pad_token_id, "likeliest": likeliest}
         if self.rows is None:
             return score_tokens(student, self.dataset, **asked)
         rows = min(self.rows, len(teacher.get_output_embeddings().weight), len(student.get_output_embeddings().weight))

@@ -18,12 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from potstill.data import BatchLayout
+from potstill.evaluation.paired import Ratios, interval
 from potstill.heads import hidden_states, model_inputs, output_head, supervised
 from potstill.losses import Head, Projection, forward_kl
 from potstill.teachers import LogitsTarget, Teacher
 
 MEASURES = ("kl_nats_per_token", "nll_nats_per_token", "bits_per_byte", "top1_agreement")
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,10 @@ def summarize(scores: TokenScores, *, seed: int = 0) -> dict[str, Any]:
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
     """
     sums = conversation_sums(scores)
-    ratios = measure_ratios(sums)
-    count = len(scores.answer_bytes)
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    summary: dict[str, Any] = {name: None if pair is None else _ratio(*pair) for name, pair in ratios.items()}
+    ratios = {name: pair and Ratios(pair[0][None], pair[1][None]) for name, pair in measure_ratios(sums).items()}
+    summary: dict[str, Any] = {name: ratio and ratio.value for name, ratio in ratios.items()}
     summary |= {"tokens": int(sum(sums["tokens"])), "bytes": int(sum(sums["bytes"]))}
-    summary["ci95"] = {name: None if pair is None else _interval(*pair, drawn) for name, pair in ratios.items()}
+    summary["ci95"] = {name: ratio and list(interval(ratio, seed=seed)) for name, ratio in ratios.items()}
     return summary
 
 
@@ -177,12 +175,3 @@ def _score_rows(hidden: Tensor, head: Head, labels: Tensor, target: LogitsTarget
 def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     values, ids = logits.topk(count)
     return ids.int(), (values - logits.logsumexp(-1, keepdim=True)).exp()
-
-
-def _ratio(numerator: Any, denominator: Any) -> float:
-    return float(numerator.sum() / denominator.sum())
-
-
-def _interval(numerator: Any, denominator: Any, drawn: Any) -> list[float]:
-    resampled = (drawn @ numerator) / (drawn @ denominator)
-    return [float(bound) for bound in np.percentile(resampled, [2.5, 97.5])]

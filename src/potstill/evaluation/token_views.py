@@ -70,19 +70,23 @@ class _Rows:
 
 
 def speller(tokenizer: Any) -> Callable[[int], str]:
-    """From an id to its text: blanks kept, special tokens by name, bytes that are no whole character as ``\\\\xe2``."""
+    """`spelled` for one tokenizer; where bytes cannot be recovered, as it decodes a token by itself."""
     try:
-        spelled = token_bytes(tokenizer)
+        tokens = token_bytes(tokenizer)
     except OpaqueTokenizer:
         return lambda token: str(tokenizer.decode([token]))
+    return lambda token: spelled(token, tokens, tokenizer)
 
-    def spell(token: int) -> str:
-        known = spelled[token] if token < len(spelled) else None
-        if known is not None:
-            return known.decode("utf-8", "backslashreplace")
-        return str(tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else "")
 
-    return spell
+def spelled(token: int, tokens: list[bytes | None], tokenizer: Any) -> str:
+    """The text of an id: blanks kept, special tokens by name, bytes that are no whole character as ``\\xe2``; else nothing.
+
+    ``tokens`` is what `token_bytes` gives.
+    """
+    known = tokens[token] if token < len(tokens) else None
+    if known is not None:
+        return known.decode("utf-8", "backslashreplace")
+    return str(tokenizer.convert_ids_to_tokens(token) or "") if token < len(tokenizer) else ""
 
 
 def _worst(pair: HeldOut, rows: _Rows) -> list[dict[str, Any]]:

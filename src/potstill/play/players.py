@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from potstill.alignment import token_bytes
-from potstill.data.chat_templates import set_chat_template
+from potstill.data.chat_templates import ensure_chat_template
 from potstill.errors import OpaqueTokenizer, RunFolderError
+from potstill.evaluation.token_views import spelled
 from potstill.models import dtype_of, load_model
 from potstill.run_folder import RunFolder
 
@@ -27,11 +28,8 @@ class Player:
     tokens: list[bytes | None]
 
     def spell(self, token: int) -> str:
-        """One token by itself: a special one by its name, bytes that are no whole character as ``\\xNN``."""
-        piece = self._piece(token)
-        if piece is not None:
-            return piece.decode("utf-8", "backslashreplace")
-        return str(self.tokenizer.convert_ids_to_tokens(token) or f"token {token}")  # a padded head has rows without a token
+        """One token by itself, as the report spells it; a padded head has rows without a token."""
+        return spelled(token, self.tokens, self.tokenizer) or f"token {token}"
 
     def read(self, tokens: Sequence[int]) -> list[str]:
         """The text of tokens in a row, a part for each: a character that several make up stands with the last of them."""
@@ -71,8 +69,7 @@ def _moved(source: str, output_dir: str, path: Path) -> str:
 def _open(name: str, source: str, config: dict[str, Any], device: str) -> Player:
     dtype = dtype_of(config.get("precision", "bf16"))
     model, tokenizer = load_model(source, dtype=dtype, device=device, trust_remote_code=bool(config.get("trust_remote_code")))
-    if not tokenizer.chat_template:
-        set_chat_template(tokenizer, config.get("chat_template") or "plain")
+    ensure_chat_template(tokenizer, config.get("chat_template") or "plain")
     try:
         tokens = token_bytes(tokenizer)
     except OpaqueTokenizer:  # blanks between its tokens are lost, the rest reads
