@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,15 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # models this small only lose by sharing the work
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ABSENT = not (CHROMIUM and shutil.which("chromedriver") and importlib.util.find_spec("selenium"))
+IN_CHROMIUM = [
+    pytest.mark.browser,
+    pytest.mark.skipif(ABSENT and os.environ.get("CI") != "true", reason="needs chromium, chromedriver and selenium"),
+]
+SWITCHES = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+SWITCHES += ["--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -142,3 +153,19 @@ def pair_folder(tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: 
     (tmp_path / "teacher").symlink_to(model_folder(layers=4))
     (tmp_path / "student").symlink_to(model_folder(layers=2, seed=1))
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Headless Chromium, which logs what pages say and what they ask for."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM or "chromium"
+    for switch in (*SWITCHES, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(switch)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()

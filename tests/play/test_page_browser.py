@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,18 +15,14 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from conftest import IN_CHROMIUM
 from play.test_players import make_run
 from potstill import cli
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ABSENT = not (CHROMIUM and shutil.which("chromedriver") and importlib.util.find_spec("selenium"))
 pytestmark = [
-    pytest.mark.browser,
+    *IN_CHROMIUM,
     pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio"),
-    pytest.mark.skipif(ABSENT and os.environ.get("CI") != "true", reason="needs chromium, chromedriver and selenium"),
 ]
-SWITCHES = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-SWITCHES += ["--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
 ALL_HAVE_ENDED = """return [...document.querySelectorAll('.answer')]
     .every(answer => answer.children.length === 64 || answer.lastElementChild?.textContent === '<|im_end|>')"""
 NAMES = ["teacher", "student before", "student after"]
@@ -78,21 +72,6 @@ def playground(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[
     folder = tmp_path_factory.mktemp("folder")
     with Playground(make_run(folder / "<b>toys", model_folder), folder / "log") as serving:
         yield serving
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM or "chromium"
-    for switch in (*SWITCHES, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(switch)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
 
 
 def wait(browser: Any, condition: Callable[[], Any]) -> Any:

@@ -1,26 +1,17 @@
 """Both pages, of a run and of a comparison, in headless Chromium: they fit, they read, they answer, and ask nothing of anybody."""
 
-import importlib.util
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from conftest import IN_CHROMIUM
 from potstill.report import write_report
 from report.hostile import EVIL, QUESTIONS, comparison_page, run_folder
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ABSENT = not (CHROMIUM and shutil.which("chromedriver") and importlib.util.find_spec("selenium"))
 AXE = Path(__file__).parents[2] / ".cache" / "axe" / "axe.min.js"
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(ABSENT and os.environ.get("CI") != "true", reason="needs chromium, chromedriver and selenium"),
-]
-SWITCHES = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-SWITCHES += ["--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
+pytestmark = IN_CHROMIUM
 LEAST_CONTRAST = """
 const luminance = colour => colour.match(/[\\d.]+/g).slice(0, 3).map(Number)
     .map(c => (c /= 255) <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
@@ -41,21 +32,6 @@ Opened = Callable[..., Any]
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     report = write_report(run_folder(tmp_path_factory.mktemp("run")))
     return {"report": report, "comparison": comparison_page(tmp_path_factory.mktemp("comparison"))}
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM or "chromium"
-    for switch in (*SWITCHES, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(switch)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(params=["report", "comparison"])
