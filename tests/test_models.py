@@ -89,8 +89,8 @@ def test_the_demo_model_is_converted_once_and_then_opened_from_the_cache(
 ) -> None:
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path))
     load_model("demo", dtype="bfloat16", device="cpu")
-    assert "converting" in capsys.readouterr().out
+    assert "converting" in capsys.readouterr().err
     model, tokenizer = load_model("demo", dtype="bfloat16", device="cpu")
-    assert "converting" not in capsys.readouterr().out
+    assert "converting" not in capsys.readouterr().err
     assert model.num_parameters() == 134_515_008
     assert tokenizer.chat_template

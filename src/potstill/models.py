@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -221,7 +222,7 @@ def _converted(gguf: Path) -> Path:
     folder = cache_folder() / "gguf" / f"{gguf.stem}-{key}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        print(f"converting {gguf.name} to safetensors, once ({folder})", flush=True)
+        print(f"converting {gguf.name} to safetensors, once ({folder})", file=sys.stderr, flush=True)
         unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
         try:
             _convert(gguf, unfinished)
