@@ -16,7 +16,7 @@ from potstill.losses import (
     fused_linear_sorted,
 )
 from potstill.losses.chunk_likelihoods import binary_divergence
-from potstill.losses.closed_forms import CLOSED_FORMS
+from potstill.losses.closed_forms import CLOSED_FORMS, finite
 from potstill.losses.cross_tokenizer import CellPartition, ResidualPartition
 from potstill.losses.partitions import on_support, partition_loss
 
@@ -150,7 +150,7 @@ def test_a_divergence_on_the_support_is_finite_and_its_gradient_is_autograds(nam
     masses[:, 2] = masses[0, 4] = 0
     masses = masses / masses.sum(-1, keepdim=True)
     logits = torch.randn(4, 6, generator=generator, dtype=torch.float64)
-    loss, gradient = on_support(CLOSED_FORMS[name])(masses.log(), logits.log_softmax(-1))
+    loss, gradient = on_support(CLOSED_FORMS[name])(finite(masses.log()), logits.log_softmax(-1))
     leaf = logits.clone().requires_grad_()
     supported = masses > 0
     share = (leaf.softmax(-1) * supported).sum(-1)
@@ -164,8 +164,8 @@ def test_a_divergence_on_the_support_is_finite_and_its_gradient_is_autograds(nam
 def test_on_the_support_forward_kl_is_forward_kl() -> None:
     masses = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
     log_p = torch.randn(1, 3, dtype=torch.float64).log_softmax(-1)
-    plain = CLOSED_FORMS["forward_kl"](masses.log(), log_p.clone())
-    for one, other in zip(on_support(CLOSED_FORMS["forward_kl"])(masses.log(), log_p.clone()), plain, strict=True):
+    plain = CLOSED_FORMS["forward_kl"](finite(masses.log()), log_p.clone())
+    for one, other in zip(on_support(CLOSED_FORMS["forward_kl"])(finite(masses.log()), log_p.clone()), plain, strict=True):
         torch.testing.assert_close(one, other)
 
 

@@ -37,6 +37,14 @@ def test_blocks_follow_one_another_without_gap() -> None:
     assert [i for block in rows for i in range(block.start, block.stop)] == list(range(N))
 
 
+def test_whoever_asks_need_not_know_where_a_chunk_ends() -> None:
+    """Regression: of a block that lay across the end of the teacher's chunk, only the rows before it came."""
+    hidden, weight = torch.randn(N, H), torch.randn(V, H)
+    projection = Projection(hidden, Head(weight), chunk_tokens=4)
+    for start, stop in ((0, 3), (3, 6), (6, 7), (7, 17), (17, 24)):
+        torch.testing.assert_close(projection.logits(slice(start, stop)), hidden[start:stop] @ weight.T)
+
+
 def test_a_block_has_a_row_for_each_thread_even_of_a_vocabulary_beyond_the_cache() -> None:
     assert block_rows("cpu", 10**9) == torch.get_num_threads()
     assert block_rows("cuda", 50_000) > 10**6

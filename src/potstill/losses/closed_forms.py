@@ -2,7 +2,7 @@
 
 b tokens, V vocabulary. q is the teacher's distribution, p the student's, t and s their logits. Each function takes
 logits ``[b, V]`` in float32 or wider, **which it may write over**, and returns the loss ``[b]`` in nats and its gradient
-with respect to s, ``[b, V]``.
+with respect to s, ``[b, V]``. Logits are finite: a token that cannot be has `LOWEST`, not −inf (`finite`).
 
 For every divergence D the chain rule through the softmax reads ∂D/∂s = u − p·Σu with u = p ⊙ ∂D/∂p, and in forward KL
 it shrinks to p − q. What autograd would keep of the way there (six tensors of b × V) is never made. Logarithms of
@@ -27,6 +27,11 @@ LOWEST = -1e30
 """Stands for a logit of −inf: its softmax is 0 just the same, and 0 · −1e30 is 0 where 0 · −inf is NaN."""
 
 
+def finite(logits: Tensor) -> Tensor:
+    """The same logits, `LOWEST` where they are −inf, written over."""
+    return logits.clamp_(min=LOWEST)
+
+
 def cross_entropy(labels: Tensor, student_logits: Tensor) -> LossAndGradient:
     """−log p(label), and p − onehot(label). ``labels [b]``, ``student_logits [b, V]``."""
     p, log_normalizer = _softmax(student_logits)
@@ -36,37 +41,41 @@ def cross_entropy(labels: Tensor, student_logits: Tensor) -> LossAndGradient:
 
 def forward_kl(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGradient:
     """KL(q‖p), and p − q."""
-    difference, q, p, log_normalizers = _compared(teacher_logits, student_logits)
-    loss = _dot(q, difference) - log_normalizers
-    return _infinite(loss), p.sub_(q)
+    q, teacher_normalizer = _softmax(teacher_logits)
+    p, student_normalizer = _softmax(student_logits)
+    expected = _dot(q, teacher_logits.sub_(student_logits))
+    return _infinite(expected - teacher_normalizer + student_normalizer), p.sub_(q)
 
 
 def reverse_kl(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGradient:
     """KL(p‖q), and p ⊙ (log p − log q − KL(p‖q)), in which the normalizers cancel."""
-    difference, _, p, log_normalizers = _compared(teacher_logits, student_logits)
+    _, teacher_normalizer = _softmax(teacher_logits)
+    p, student_normalizer = _softmax(student_logits)
+    difference = student_logits.sub_(teacher_logits)
     expected = _dot(p, difference)
-    return _infinite(log_normalizers - expected), difference.neg_().add_(expected[:, None]).mul_(p)
+    return _infinite(expected - student_normalizer + teacher_normalizer), difference.sub_(expected[:, None]).mul_(p)
 
 
 def jensen_shannon(teacher_logits: Tensor, student_logits: Tensor, *, teacher_weight: float = 0.5) -> LossAndGradient:
     """w·KL(q‖m) + (1−w)·KL(p‖m) with m = w·q + (1−w)·p, and (1−w)·p ⊙ (log p − log m − KL(p‖m))."""
     w = inside_unit_interval("teacher_weight", teacher_weight)
-    log_q, log_p, q, p = _log_probabilities(teacher_logits, student_logits)
-    log_m = _log(torch.lerp(p, q, w))
-    log_ratio = log_p.sub_(log_m)
-    student_part = _dot(p, log_ratio)
-    loss = w * _dot(q, log_q.sub_(log_m)) + (1 - w) * student_part
-    return loss, log_ratio.sub_(student_part[:, None]).mul_(p).mul_(1 - w)
+    q, teacher_normalizer = _softmax(teacher_logits)
+    p, student_normalizer = _softmax(student_logits)
+    log_m = _mixture(p, q, w).log_()
+    teacher_part = _dot(q, teacher_logits.sub_(log_m)) - teacher_normalizer
+    log_ratio = student_logits.sub_(log_m)  # but for the normalizer, which the gradient does not see
+    expected = _dot(p, log_ratio)
+    loss = w * teacher_part + (1 - w) * (expected - student_normalizer)
+    return loss, log_ratio.sub_(expected[:, None]).mul_(p).mul_(1 - w)
 
 
 def skew_forward_kl(teacher_logits: Tensor, student_logits: Tensor, *, skew: float = 0.1) -> LossAndGradient:
     """KL(q‖m) with m = a·q + (1−a)·p, whose p·∂/∂p is −(1−a)·p·q/m."""
     a = inside_unit_interval("skew", skew)
     log_q, _, q, p = _log_probabilities(teacher_logits, student_logits)
-    m = torch.lerp(p, q, a)
-    loss = _dot(q, log_q.sub_(_log(m)))
-    # q/m ≤ 1/a wherever m > 0; where m is 0, so is p.
-    u = q.div_(m.clamp_min_(torch.finfo(m.dtype).tiny)).mul_(p).mul_(-(1 - a))
+    m = _mixture(p, q, a)
+    loss = _dot(q, log_q.sub_(m.log()))
+    u = q.div_(m).mul_(p).mul_(-(1 - a))  # q/m ≤ 1/a
     return loss, _through_softmax(p, u)
 
 
@@ -74,10 +83,10 @@ def skew_reverse_kl(teacher_logits: Tensor, student_logits: Tensor, *, skew: flo
     """KL(p‖m) with m = (1−a)·q + a·p, whose p·∂/∂p is p·(log p − log m + 1 − a·p/m)."""
     a = inside_unit_interval("skew", skew)
     _, log_p, q, p = _log_probabilities(teacher_logits, student_logits)
-    m = q.lerp_(p, a)
-    log_ratio = log_p.sub_(_log(m))
+    m = _mixture(q, p, a)
+    log_ratio = log_p.sub_(m.log())
     loss = _dot(p, log_ratio)
-    share = torch.div(p, m.clamp_min_(torch.finfo(m.dtype).tiny))
+    share = torch.div(p, m)
     return loss, _through_softmax(p, log_ratio.sub_(share, alpha=a).mul_(p))
 
 
@@ -117,27 +126,17 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     return probabilities, logits.amax(-1) - probabilities.amax(-1).log()
 
 
-def _compared(teacher_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """t − s, q, p, and log Σeᵗ − log Σeˢ."""
-    teacher_logits.clamp_(min=LOWEST)
-    student_logits.clamp_(min=LOWEST)
-    q, teacher_normalizer = _softmax(teacher_logits)
-    p, student_normalizer = _softmax(student_logits)
-    return teacher_logits.sub_(student_logits), q, p, teacher_normalizer - student_normalizer
-
-
 def _log_probabilities(teacher_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log q, log p, q, p; a logarithm is finite even where its probability is 0."""
-    teacher_logits.clamp_(min=LOWEST)
-    student_logits.clamp_(min=LOWEST)
     q, teacher_normalizer = _softmax(teacher_logits)
     p, student_normalizer = _softmax(student_logits)
     return teacher_logits.sub_(teacher_normalizer[:, None]), student_logits.sub_(student_normalizer[:, None]), q, p
 
 
-def _log(probabilities: Tensor) -> Tensor:
-    """Their logarithms, with something finite where one is 0 (it is then multiplied by 0)."""
-    return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log_()
+def _mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """(1 − weight)·a + weight·b, and the least there is where that is 0: its logarithm is finite, and will be multiplied by 0."""
+    mixture = torch.lerp(a, b, weight)
+    return mixture.clamp_min_(torch.finfo(mixture.dtype).tiny)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -150,7 +150,9 @@ def fused_linear_loss(
     # validation pass pays for gradients that nobody reads.
     differentiate = torch.is_grad_enabled()
     head = projection.head
-    total: Tensor = _FusedLinear.apply(hidden, head.weight, head.bias, projection, score, weights, differentiate)  # type: ignore[no-untyped-call]
+    # What autocast asks of the products, the projection has noted. Left on, it would round the scores' dot products as well.
+    with torch.autocast(hidden.device.type, enabled=False):
+        total: Tensor = _FusedLinear.apply(hidden, head.weight, head.bias, projection, score, weights, differentiate)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -210,9 +212,10 @@ class _Gradients:
         wide, rows = wide_dtype(hidden.dtype), len(projection.head)
         self.hidden = torch.zeros_like(hidden, dtype=wide) if needs[0] else None
         self.bias = hidden.new_zeros(rows, dtype=wide) if bias is not None and needs[2] else None
+        one_chunk = 0 < len(hidden) <= projection.chunk
         self.weight = None
-        if needs[1] and not len(hidden):
-            self.weight = torch.zeros_like(projection.weight)
+        if needs[1] and not one_chunk:
+            self.weight = torch.zeros_like(projection.weight, dtype=wide_dtype(projection.dtype))
 
     def add_chunk(self) -> None:
         """∂loss/∂logits ``[c, V]`` stands in the projection's room; what follows from it is added up."""
@@ -231,12 +234,11 @@ class _Gradients:
         """``weight += gradient [V, c] @ inputs [c, H]``."""
         if self.weight is None:
             self.weight = gradient @ inputs
-        elif self.weight.dtype == wide_dtype(inputs.dtype) == inputs.dtype:
+        elif self.weight.dtype == inputs.dtype:
             torch.addmm(self.weight, gradient, inputs, out=self.weight)
         else:  # summed over a chunk in half precision's own accumulators, over chunks in float32
-            self.weight = self.weight.to(wide_dtype(inputs.dtype))
-            for part, addend in _pieces(self.weight, gradient @ inputs):
-                part += addend
+            for part, words in _pieces(self.weight, gradient):
+                part += words @ inputs
 
 
 def _scaled(gradient: Tensor, factor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -26,7 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from potstill.losses.closed_forms import LossAndGradient
+from potstill.losses.closed_forms import LOWEST, LossAndGradient, finite
 from potstill.losses.fused import Divergence, as_head, closed_form, fused_linear_loss
 from potstill.losses.projection import Head
 
@@ -67,7 +67,7 @@ def partition_loss(
     own = seen[:, None]
     log_of_observed = p.gather(-1, observed[:, None]).clamp_min(tiny).log()
     log_of_own = pooled.gather(-1, own).clamp_min(tiny).log()
-    between, gradient = compare(masses.log(), pooled.log())
+    between, gradient = compare(finite(masses.log()), finite(pooled.log()))
     within = within_weight * (log_of_own - log_of_observed).squeeze(-1)
     factor = gradient.div_(pooled.clamp_min(tiny))
     factor.scatter_add_(-1, own, within_weight / pooled.gather(-1, own).clamp_min(tiny))
@@ -88,10 +88,10 @@ def on_support(compare: Callable[[Tensor, Tensor], LossAndGradient]) -> Callable
     """
 
     def restricted(log_masses: Tensor, log_pooled: Tensor) -> LossAndGradient:
-        supported = log_masses > -torch.inf
+        supported = log_masses > LOWEST
         p = log_pooled.exp()
         share = (p * supported).sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
-        loss, gradient = compare(log_masses, log_pooled.masked_fill(~supported, -torch.inf))
+        loss, gradient = compare(log_masses, log_pooled.masked_fill(~supported, LOWEST))
         return loss - share.squeeze(-1).log(), gradient + p - p * supported / share
 
     return restricted

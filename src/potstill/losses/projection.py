@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from potstill.losses.closed_forms import finite
+
 # One chunk's product, or half the weight if that is more: wide enough that the weight's gradient, which is read and written once
 # a chunk, costs little beside the products, and small beside dense logits.
 CHUNK_BYTES = {"cpu": 96 * 2**20, "cuda": 256 * 2**20}
@@ -49,7 +51,7 @@ class Head:
         """``hidden @ weight.T`` → logits, in float32 or wider."""
         logits = product
         if self.bias is not None:
-            logits = logits + self.bias[: len(self)].detach()
+            logits = finite(logits + self.bias[: len(self)].detach())  # a bias of −inf cuts a token off
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -74,11 +76,10 @@ class Projection:
         self.hidden = hidden.detach().to(self.dtype)
         self.weight = head.weight[: len(head)].detach().to(self.dtype)
         self.wide_products = hidden.device.type == "cuda" and self.dtype in (torch.bfloat16, torch.float16)
-        stored = torch.float32 if self.wide_products else self.dtype
-        self.chunk = _chunk_size(self.weight, stored, chunk_tokens)
-        anchored = observed is not None and stored in (torch.bfloat16, torch.float16)
-        self.anchors = self._logits_of(observed) if anchored and observed is not None else None
-        self.room = self.hidden.new_empty(min(self.chunk, len(hidden)), len(head), dtype=stored)
+        self.stored = torch.float32 if self.wide_products else self.dtype
+        self.observed = observed if self.stored in (torch.bfloat16, torch.float16) else None
+        self.chunk = _chunk_size(self.weight, self.stored, chunk_tokens)
+        self.room = self.hidden.new_empty(min(self.chunk, len(hidden)), len(head), dtype=self.stored)
         self.start = self.stop = 0
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -92,33 +93,35 @@ class Projection:
 
     def logits(self, rows: slice) -> Tensor:
         """The logits of some tokens, ``[b, V]`` in float32 or wider. Ask in order: a chunk is gone when the next is begun."""
-        if rows.start >= self.stop:
-            self._project(rows.start)
+        if rows.stop > self.stop:
+            self._project(rows.start, max(rows.stop, rows.start + self.chunk))
         product = self.product(rows)
-        if self.anchors is None:
+        if self.observed is None:
             return self.head.bend(product.to(wide_dtype(self.dtype)))
-        return self.head.bend(torch.add(product, self.anchors[rows].float()))
+        return self.head.bend(torch.add(product, self.anchors[rows.start - self.start : rows.stop - self.start].float()))
 
     def product(self, rows: slice) -> Tensor:
         """The room ``[b, V]`` in which the product of these tokens stands, to be written over when it has been used."""
         return self.room[rows.start - self.start : rows.stop - self.start]
 
-    def _project(self, start: int) -> None:
-        self.start, self.stop = start, min(start + self.chunk, len(self.hidden))
+    def _project(self, start: int, stop: int) -> None:
+        self.start, self.stop = start, min(stop, len(self.hidden))
         rows = slice(self.start, self.stop)
+        if self.stop - self.start > len(self.room):  # somebody asks for more at once than a chunk holds
+            self.room = self.room.new_empty(self.stop - self.start, len(self.head))
         room, hidden, weight = self.product(rows), self.hidden[rows], self.weight.T
-        if self.anchors is not None:
-            room.copy_(-self.anchors[rows])
-            torch.addmm(room, hidden, weight, out=room)
+        if self.observed is not None:
+            self.anchors = self._greatest_logit(hidden, self.observed[rows])
+            torch.addmm(room.copy_(-self.anchors), hidden, weight, out=room)
         elif self.wide_products:
             room.copy_(torch.mm(hidden, weight, out_dtype=torch.float32))
         else:
             torch.mm(hidden, weight, out=room)
 
-    def _logits_of(self, tokens: Tensor) -> Tensor:
-        """One logit a token, ``[N, 1]``, rounded to what a product's dtype can hold: any number near it serves."""
-        rows = self.weight[tokens.clamp(max=len(self.head) - 1)]
-        return (self.hidden.float() * rows.float()).sum(-1, keepdim=True).to(self.dtype)
+    def _greatest_logit(self, hidden: Tensor, observed: Tensor) -> Tensor:
+        """Each token's greatest logit among the words that the chunk's text has: ``[c, H]`` → ``[c, 1]``."""
+        words = torch.unique(observed.clamp(max=len(self.head) - 1))
+        return (hidden @ self.weight[words].T).amax(-1, keepdim=True)
 
 
 def _chunk_size(weight: Tensor, dtype: torch.dtype, chunk_tokens: int | None) -> int:
@@ -127,8 +130,8 @@ def _chunk_size(weight: Tensor, dtype: torch.dtype, chunk_tokens: int | None) ->
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens = {chunk_tokens}: must be at least 1, or None to fit the chunk to memory")
         return chunk_tokens
-    budget = CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cuda"])
-    return max(1, max(budget, dtype.itemsize * weight.numel() // 2) // (dtype.itemsize * max(1, len(weight))))
+    room = max(CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cuda"]), dtype.itemsize * weight.numel() // 2)
+    return max(1, room // (dtype.itemsize * max(1, len(weight))))
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
