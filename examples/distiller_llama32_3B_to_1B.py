@@ -1,6 +1,6 @@
 """Logit distillation within a family: Llama-3.2-3B → Llama-3.2-1B, one tokenizer, KL(teacher ‖ student).
 
-    python examples/distiller_llama32_3B_to_1B.py           # the models of its name: one 24 GB GPU and access to Llama
+    python examples/distiller_llama32_3B_to_1B.py           # the models of its name: one 48 GB GPU and access to Llama
     python examples/distiller_llama32_3B_to_1B.py --demo    # SmolLM2-135M → half its layers: two CPU cores, about 3 minutes
 
 The cleanest case. Both models read the same tokens, so at every position the teacher says how likely each next token is, and the

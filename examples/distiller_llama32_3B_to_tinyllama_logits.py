@@ -1,6 +1,6 @@
 """Logit distillation across tokenizers: Llama-3.2-3B-Instruct (128 000 tokens) → TinyLlama-1.1B (32 000 others).
 
-    python examples/distiller_llama32_3B_to_tinyllama_logits.py          # the models of its name: one 24 GB GPU
+    python examples/distiller_llama32_3B_to_tinyllama_logits.py          # the models of its name: one 48 GB GPU
     python examples/distiller_llama32_3B_to_tinyllama_logits.py --demo   # SmolLM2-135M → itself with other tokens: 2 CPU cores
 
 Asked for in every forum, and mostly done as `last_token_padded`: the logits of the last token, ids as they are, what does not fit

@@ -1,6 +1,6 @@
 """Text distillation, between any two models: Llama-3.2-3B-Instruct writes, TinyLlama-1.1B learns to write so.
 
-    python examples/distiller_llama32_3B_to_tinyllama_text_kd.py         # the models of its name: one 24 GB GPU
+    python examples/distiller_llama32_3B_to_tinyllama_text_kd.py         # the models of its name: one 48 GB GPU
     python examples/distiller_llama32_3B_to_tinyllama_text_kd.py --demo  # half its layers, other tokens: 2 CPU cores
 
 The two models need share nothing, not even a tokenizer: what passes between them is text. In bf16, or with --precision fp16 or

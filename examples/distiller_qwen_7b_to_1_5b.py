@@ -1,6 +1,6 @@
 """Logit distillation in a family whose vocabularies differ a little: Qwen2.5-7B (152 064 rows) → Qwen2.5-1.5B (151 936 rows).
 
-    python examples/distiller_qwen_7b_to_1_5b.py            # the models of its name: one 40 GB GPU
+    python examples/distiller_qwen_7b_to_1_5b.py            # the models of its name: one 80 GB GPU
     python examples/distiller_qwen_7b_to_1_5b.py --demo     # SmolLM2 with 128 padded rows → half its layers: CPU, about 3 minutes
 
 Both tokenizers are the same 151 665 tokens. The rows beyond are padding: no text produces them, and the two sizes pad differently.

@@ -71,6 +71,21 @@ def test_methods_are_trained_measured_and_told_apart(place: Path, capsys: pytest
         assert f">{heading}</h2>" in page
 
 
+def test_what_tasks_found_stands_in_the_table(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare("--methods", "text,logits", "--answers", "0") == 0
+    assert comparison()["tasks"] == {}
+    for number, folder in enumerate(("out/text-seed0", "out/logits-seed0")):
+        file = place / folder / "evaluation.json"
+        evaluation = json.loads(file.read_text())
+        quiz = {"questions": 40, "acc": 0.5 + number / 4, "stderr": {"acc": 0.05}, "lower_is_better": []}
+        file.write_text(json.dumps(evaluation | {"tasks": {name: {"quiz": quiz} for name in ("teacher", "before", "after")}}))
+    capsys.readouterr()
+    assert cli.main(["compare", "--runs", "out/text-seed0,out/logits-seed0", "--output-dir", "again"]) == 0
+    assert re.search(r"quiz acc\n", capsys.readouterr().out)
+    assert comparison("again")["methods"]["out/logits"]["quiz acc"] == 0.75
+    assert "quiz acc" in (place / "again" / "comparison.html").read_text()
+
+
 def test_an_interrupted_comparison_goes_on_and_keeps_what_is_finished(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = DistillationTrainer.training_step
 

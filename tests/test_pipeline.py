@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -321,3 +325,110 @@ def test_help_explains_every_flag_in_dashes(capsys: pytest.CaptureFixture[str]) 
     assert "--learning-rate" in printed
     assert "Peak learning rate" in printed
     assert "--output_dir" not in printed
+
+
+def launched(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`potstill` in two processes on this machine, by torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m", "potstill"]
+    return subprocess.run(
+        [*torchrun, *arguments], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_two_processes_train_the_student_of_one_with_twice_the_batch(
+    place: Path, model_folder: Callable[..., Path], tied: bool
+) -> None:
+    """DDP, over gloo: the loss is divided by the tokens of both, and one of them writes."""
+    student = str(model_folder(layers=2, tied=tied))
+    write_rows(place / "train.jsonl", conversations(24))  # six whole steps: of the last, two processes would make a whole one
+    flags = [
+        "--data",
+        "train.jsonl",
+        "--eval-data",
+        "data.jsonl",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--learning-rate",
+        "0.01",
+        "--max-steps",
+        "6",
+    ]
+    done = launched("distill", "teacher", student, *flags, "--batch-size", "2", "--output-dir", "two")
+    assert done.returncode == 0, done.stderr
+    assert cli.main(["distill", "teacher", student, *flags, "--batch-size", "4", "--output-dir", "one"]) == 0
+    for name, tensor in weights("one").items():
+        torch.testing.assert_close(weights("two")[name], tensor, rtol=1e-3, atol=1e-5)
+    rows = [[json.loads(line) for line in (place / run / "metrics.jsonl").read_text().splitlines()] for run in ("two", "one")]
+    assert [row["step"] for row in rows[0]] == list(range(1, 7))
+    assert rows[0][-1]["tokens"] == pytest.approx(rows[1][-1]["tokens"], rel=0.05)  # a packed line is counted with its padding
+    assert [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]], rel=1e-3)
+    assert done.stdout.count("report:") == 1
+    again = launched("distill", "teacher", student, *flags, "--batch-size", "2", "--output-dir", "two")
+    assert again.returncode == 0, again.stderr
+    refused = launched("generate", "teacher", "--prompts", "data.jsonl", "--output-dir", "answers")
+    assert "generate runs in one process" in refused.stderr
+
+
+def test_data_that_changed_since_a_run_began_are_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_evaluate_run", interrupt)
+        assert distill("--max-steps", "2") == 130
+    before = (place / "data.jsonl").read_text()
+    write_rows(place / "data.jsonl", conversations(19))
+    assert distill("--max-steps", "2") == 2
+    assert "have changed since it began" in capsys.readouterr().err
+    (place / "data.jsonl").write_text(before)
+    assert distill("--max-steps", "2", "--device", "auto") == 0  # where it is computed is no other run
+    assert distill("--max-steps", "2", "--tasks", "questions.jsonl") == 2
+    assert "measured with other tasks" in capsys.readouterr().err
+
+
+def test_the_recipe_says_how_often_a_checkpoint_is_kept(place: Path) -> None:
+    assert distill("--max-steps", "4", "--trainer", '{"save_steps": 3}') == 0
+    assert sorted(path.name for path in (place / "run" / "checkpoints").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--max-steps", "--seconds", "--gradient-accumulation-steps", "--max-length"])
+def test_nought_is_no_number_of_anything(place: Path, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert distill(flag, "0") == 2
+    assert "must be above 0" in capsys.readouterr().err
+    assert distill("--trainer", '{"eval_strategy": "steps"}') == 2
+    assert "measures before and after" in capsys.readouterr().err
+
+
+def test_half_a_line_of_metrics_does_not_stop_a_resumed_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = DistillationTrainer.training_step
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "training_step", interrupted)
+        assert distill("--max-steps", "4") == 130
+    with (place / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert distill("--max-steps", "4") == 0
+    assert [json.loads(line)["step"] for line in (place / "run" / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_full_memory_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", full)
+    assert distill("--max-steps", "2") == 2
+    assert "lower --batch-size" in capsys.readouterr().err.splitlines()[-1]

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser
 
 from potstill import config
 from potstill.errors import ConfigError, PotstillError
+from potstill.processes import process_count
 
 RECIPES: dict[str, tuple[type, tuple[str, ...]]] = {
     "demo": (config.DemoRecipe, ()),
@@ -36,10 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 done, 2 something the user can mend, 130 interrupted."""
     try:
         command, recipe = parse(list(sys.argv[1:] if arguments is None else arguments))
+        _refuse_several_processes(command)
         COMMANDS[command](recipe)
         return 0
     except PotstillError as error:
         print(f"potstill: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch itself is opened only by those who need it
+            raise
+        said = " ".join(str(error).split())[:120]
+        hint = "lower --batch-size and raise --gradient-accumulation-steps as much, or take a smaller --max-length"
+        print(f"potstill: the device's memory is full ({said}); {hint}; what is finished is kept", file=sys.stderr)
         return 2
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
@@ -48,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\npotstill: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
+
+
+def _refuse_several_processes(command: str) -> None:
+    if process_count() > 1 and command != "distill":
+        raise ConfigError(f"{command} runs in one process, and {process_count()} were started; leave torchrun or accelerate away")
 
 
 def parse(arguments: list[str]) -> tuple[str, Any]:

@@ -8,6 +8,7 @@ lets it pass: that goes through every wrapper (DDP, FSDP, PEFT, torch.compile) a
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import ModelError
-from potstill.losses import Head
+from potstill.losses import Head, Projection
+from potstill.losses.fused import as_head
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
@@ -64,9 +66,16 @@ def output_head(model: nn.Module, *, rows: int | None = None) -> Head:
         weight=_effective_weight(module),
         bias=getattr(module, "bias", None),
         scale=_logit_scale(config),
-        softcap=getattr(config, "final_logit_softcapping", None),
+        softcap=_softcap(config),
         rows=rows,
     )
+
+
+def head_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The logits ``[B, T, V]`` as our losses make them, of a few tokens: hidden states, and the head that a loss is given."""
+    hidden = hidden_states(model, inputs)
+    projection = Projection(hidden.flatten(0, 1), as_head(output_head(model)))
+    return projection.logits(slice(0, len(projection.hidden))).view(*hidden.shape[:2], -1)
 
 
 def supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,11 +110,29 @@ def _effective_weight(module: nn.Module) -> Tensor:
     adapters = getattr(module, "active_adapters", None)
     if not adapters or getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
         return base
+    if not hasattr(module, "get_delta_weight"):  # PEFT's modules_to_save: the weight is the trained copy's
+        return base
+    if any(getattr(module, "use_dora", {}).get(name) for name in adapters):
+        raise ModelError(
+            "the head has a DoRA adapter, whose weight is no sum; use plain LoRA, or leave the head out of its targets"
+        )
     return base + torch.stack([module.get_delta_weight(name) for name in adapters]).sum(0)  # type: ignore[operator]
 
 
+FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
+DIVISORS = ("logits_scaling",)  # Granite
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+
+
 def _logit_scale(config: Any) -> float:
-    """Cohere multiplies logits by ``logit_scale``; Granite divides them by ``logits_scaling``."""
-    scale = getattr(config, "logit_scale", None)
-    divisor = getattr(config, "logits_scaling", None)
-    return float(scale if scale is not None else 1.0) / float(divisor if divisor is not None else 1.0)
+    """What logits are multiplied by, in the words of the architectures that do."""
+    return math.prod(_settings(config, FACTORS)) / math.prod(_settings(config, DIVISORS))
+
+
+def _softcap(config: Any) -> float | None:
+    return next(iter(_settings(config, SOFTCAPS)), None)
+
+
+def _settings(config: Any, names: tuple[str, ...]) -> list[float]:
+    found = (getattr(config, name, None) for name in names)
+    return [float(value) for value in found if value is not None]

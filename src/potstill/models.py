@@ -90,12 +90,17 @@ def load_generation_config(source: str | os.PathLike[str], *, trust_remote_code:
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """``auto`` is cuda, else mps, else cpu. Raises: ConfigError for one that is not there."""
+    """``auto`` is cuda, else mps, else cpu; of several cards the one that a launcher gave this process.
+
+    Raises: ConfigError for a device that is not there.
+    """
     import torch
 
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
-        return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]))
+        device = next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         chosen = torch.device(device)
     except RuntimeError:

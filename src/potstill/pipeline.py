@@ -8,11 +8,13 @@ This is the application: it knows recipes and folders, prints what it does, and 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import random
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers.trainer_callback import ProgressCallback
 
@@ -20,11 +22,12 @@ from potstill.config import DistillRecipe, EvaluateRecipe
 from potstill.data import read_conversations, without_answer
 from potstill.data.chat_templates import ensure_chat_template
 from potstill.doctor import quick_check
-from potstill.errors import ConfigError, DataError
+from potstill.errors import ConfigError, DataError, RunFolderError
 from potstill.evaluation import HeldOut, Tasks, as_table, fingerprint, gap_closed, summarize
 from potstill.evaluation.token_views import token_views
 from potstill.generation import answer_prompts
 from potstill.models import dtype_of, load_model, load_tokenizer, pick_device
+from potstill.processes import agreed, is_main_process, process_count, say
 from potstill.report import write_report
 from potstill.report.verdict import verdict
 from potstill.run_folder import RunFolder, whole_folder, write_json
@@ -32,6 +35,8 @@ from potstill.students import save_student
 from potstill.training import DistillationConfig, DistillationTrainer, MetricsFile, ProgressBar, make_objective
 
 REHEARSED_STEPS = 3
+PASSES = 3
+MOST_BETWEEN_CHECKPOINTS = 500
 SAMPLES = 8
 SAMPLE_TOKENS = 80
 LIKELIEST = 5
@@ -39,21 +44,32 @@ LIKELIEST = 5
 
 
 def distill(recipe: DistillRecipe) -> Path:
-    """Train, evaluate before and after, report. Called again it goes on where it stopped. Returns the report's path."""
+    """Train, evaluate before and after, report. Called again it goes on where it stopped. Returns the report's path.
+
+    In several processes all train, and the main one writes and measures.
+    """
+    _refuse_senseless(recipe)
     run = RunFolder(recipe.output_dir)
-    run.refuse_other(dataclasses.asdict(recipe))
-    tasks = Tasks("" if run.evaluation.is_file() else recipe.tasks)
+    measured = run.evaluation.is_file()
+    run.refuse_other(dataclasses.asdict(recipe), but=("device", "tasks"))
+    if measured and run.read_config().get("tasks") != recipe.tasks:
+        raise RunFolderError(f"{run.evaluation}: measured with other tasks; delete it, and the same command measures again")
+    tasks = Tasks("" if measured else recipe.tasks)
     if not run.student.is_dir():
         _train(run, recipe)
-    if not run.evaluation.is_file():
-        _say("evaluating the student before and after, and the teacher")
+        _free_memory()
+    if not is_main_process():
+        return run.path / "report.html"
+    if not measured:
+        say("evaluating the student before and after, and the teacher")
+        run.begin({**run.read_config(), "tasks": recipe.tasks})
         evaluation = _evaluate_run(run, recipe, tasks)
         write_json(run.evaluation, evaluation)
         table = as_table({name: evaluation[name] for name in ("teacher", "before", "after", "tasks") if name in evaluation})
         found = verdict(evaluation)
-        _say(f"\n{table}\n\n{found.headline} {found.reason}\n")
+        say(f"\n{table}\n\n{found.headline} {found.reason}\n")
     page = write_report(run.path)
-    _say(f"report: {page}")
+    say(f"report: {page}")
     return page
 
 
@@ -83,9 +99,11 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
     train, held_out = split_data(recipe)
     if not held_out:
         raise DataError("no conversation is left to hold out for evaluation; give --eval-data or more data")
+    data = {"train": fingerprint(train), "held out": fingerprint(held_out)}
+    run.refuse_other_data(data)
     _say_if_temperatures_differ(train, recipe)
     if recipe.precision == "fp16" and pick_device(recipe.device).type == "cpu":
-        _say("note: no float16 is computed on a CPU; training is in float32")
+        say("note: no float16 is computed on a CPU; training is in float32")
     arguments, tokenizer = _arguments(run, recipe), open_tokenizer(recipe.student, recipe)
     student, _ = load_model(recipe.student, dtype="float32", **opening)
     if recipe.freeze_embeddings:
@@ -97,26 +115,28 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
         teacher, _ = load_model(recipe.teacher, dtype=dtype_of(recipe.precision), **opening)
     objective = make_objective(arguments, student, tokenizer, teacher, teacher_tokenizer)
     dataset, counts = objective.encode(train, max_length=recipe.max_length)
-    _say(f"data: {counts}; {len(held_out)} conversations held out")
+    say(f"data: {counts}; {len(held_out)} conversations held out")
 
     def trainer(**overrides: Any) -> DistillationTrainer:
         chosen = _arguments(run, recipe, **overrides)
         return DistillationTrainer(student, None, chosen, dataset, processing_class=tokenizer, objective=objective)
 
-    max_steps = recipe.max_steps or run.planned_steps()
+    max_steps = recipe.max_steps or agreed(run.planned_steps())
     if max_steps is None and recipe.seconds is None:
-        max_steps = 3 * -(-len(dataset) // (recipe.batch_size * recipe.gradient_accumulation_steps))
+        a_step = recipe.batch_size * recipe.gradient_accumulation_steps * process_count()
+        max_steps = PASSES * -(-len(dataset) // a_step)
     if max_steps is None:
-        max_steps = max(1, int(recipe.seconds / _seconds_a_step(trainer)))  # type: ignore[operator]
-        _say(f"{recipe.seconds:g} seconds are about {max_steps} steps")
-    planned = {**dataclasses.asdict(recipe), "max_steps": max_steps}
-    training = trainer(max_steps=max_steps, save_steps=max(1, -(-max_steps // 4)))
-    run.begin(planned)
+        max_steps = agreed(max(1, int(recipe.seconds / _seconds_a_step(trainer))))  # type: ignore[operator]
+        say(f"{recipe.seconds:g} seconds are about {max_steps} steps")
+    training = trainer(max_steps=max_steps, **_saving(recipe, max_steps))
+    if is_main_process():
+        run.begin({**dataclasses.asdict(recipe), "max_steps": max_steps})
+        run.note_data(data)
     training.add_callback(MetricsFile(run.metrics, training))
     if training.pop_callback(ProgressCallback):  # there is none where the recipe's trainer settings want no bar
         training.add_callback(ProgressBar())
-    checkpoint = run.last_checkpoint()
-    _say(f"training for {max_steps} steps" + (f", from {checkpoint.name} on" if checkpoint else ""))
+    checkpoint = agreed(run.last_checkpoint() if is_main_process() else None)
+    say(f"training for {max_steps} steps" + (f", from {checkpoint.name} on" if checkpoint else ""))
     training.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     provenance = {
         "teacher": recipe.teacher,
@@ -124,15 +144,41 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
         "method": f"cross, {recipe.alignment}" if recipe.method == "cross" else recipe.method,
         "steps": max_steps,
     }
-    with whole_folder(run.student) as unfinished:
-        save_student(training.model, tokenizer, unfinished, provenance=provenance)
+    # Gathered from all processes, where FSDP keeps them in shards.
+    weights = training.accelerator.get_state_dict(training.model_wrapped) if process_count() > 1 else None
+    if is_main_process():
+        with whole_folder(run.student) as unfinished:
+            save_student(training.model, tokenizer, unfinished, provenance=provenance, weights=weights)
+
+
+def _saving(recipe: DistillRecipe, max_steps: int) -> dict[str, int]:
+    """A checkpoint every quarter of the run, and not more than an interrupt should cost; unless the recipe says otherwise."""
+    if recipe.trainer.keys() & {"save_steps", "save_strategy"}:
+        return {}
+    return {"save_steps": min(MOST_BETWEEN_CHECKPOINTS, -(-max_steps // 4))}
+
+
+def _free_memory() -> None:
+    """Trainer and callbacks hold one another, and with them both models and the optimizer."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _refuse_senseless(recipe: DistillRecipe) -> None:
+    for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "seconds", "max_length"):
+        value = getattr(recipe, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name} {value}: must be above 0")
+    if recipe.trainer.get("eval_strategy", "no") not in ("no", False):
+        raise ConfigError("trainer.eval_strategy: potstill distill measures before and after training, not within; leave it out")
 
 
 def _say_if_temperatures_differ(train: list[dict[str, Any]], recipe: DistillRecipe) -> None:
     taken_at = recipe.teacher_temperature if recipe.method == "cross" else recipe.temperature
     sampled = {row["sampling"]["temperature"] for row in train if "sampling" in row} - {taken_at}
     if sampled and recipe.method != "text":
-        _say(
+        say(
             f"note: text was sampled at temperature {', '.join(map(str, sorted(sampled)))}, the teacher's distribution is taken at "
             f"{taken_at:g}: the pair without bias has the same temperature in both"
         )
@@ -140,7 +186,7 @@ def _say_if_temperatures_differ(train: list[dict[str, Any]], recipe: DistillReci
 
 def _seconds_a_step(trainer: Any) -> float:
     """Time a few whole steps at learning rate 0: every cost is paid and not one weight changes."""
-    _say("timing a few steps")
+    say("timing a few steps")
     clock = _StepClock()
     rehearsal = trainer(max_steps=REHEARSED_STEPS + 1, learning_rate=0.0, weight_decay=0.0, save_strategy="no", disable_tqdm=True)
     rehearsal.add_callback(clock)
@@ -200,7 +246,7 @@ def check_pair(recipe: DistillRecipe) -> None:
     teacher, student = (load_tokenizer(name, trust_remote_code=recipe.trust_remote_code) for name in names)
     remark = quick_check(teacher, student, recipe.method)
     if remark:
-        _say(remark)
+        say(remark)
 
 
 def split_data(recipe: DistillRecipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -232,6 +278,7 @@ def _evaluate_run(run: RunFolder, recipe: DistillRecipe, tasks: Tasks) -> dict[s
         "trust_remote_code": recipe.trust_remote_code,
     }
     train, held_out = split_data(recipe)
+    run.refuse_other_data({"held out": fingerprint(held_out)})
     pair = _held_out(recipe, held_out)
     asked = [without_answer(row["messages"]) for row in held_out[:SAMPLES] if "messages" in row]
     teacher, _ = load_model(recipe.teacher, **opening)
@@ -260,7 +307,3 @@ def _evaluate_run(run: RunFolder, recipe: DistillRecipe, tasks: Tasks) -> dict[s
 def _sample_answers(model: Any, tokenizer: Any, prompts: list[Any], seed: int) -> list[str]:
     answered = answer_prompts(model, tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS, seed=seed)
     return [row["messages"][-1]["content"] for row in answered]
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

@@ -16,7 +16,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,16 @@ class RunFolder:
         self.metrics, self.evaluation = self.path / "metrics.jsonl", self.path / "evaluation.json"
         self.checkpoints, self.data = self.path / "checkpoints", self.path / "data"
 
-    def refuse_other(self, config: dict[str, Any]) -> None:
-        """Raises: RunFolderError if the folder holds anything but a run begun with ``config``, naming what differs."""
+    def refuse_other(self, config: dict[str, Any], *, but: Collection[str] = ()) -> None:
+        """Raises: RunFolderError if the folder holds anything but a run begun with ``config``, naming what differs.
+
+        What ``but`` names may have changed since.
+        """
         if self.config.is_file():
             begun = self.read_config()
             for key, value in config.items():
                 planned = key == "max_steps" and value is None  # found out by the run itself
-                if begun.get(key) != value and not planned:
+                if begun.get(key) != value and not planned and key not in but:
                     raise RunFolderError(
                         f"{self.path}: holds a run with {key} {begun.get(key)}, not {value}; give another --output-dir, or "
                         "delete the folder"
@@ -52,6 +55,22 @@ class RunFolder:
         """Make the folder, with its settings in it; or replace the settings of a run that has begun."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+    def note_data(self, fingerprints: dict[str, str]) -> None:
+        """Keep what the data were, beside the checkpoints that only they can go on from."""
+        self.checkpoints.mkdir(exist_ok=True)
+        write_json(self.checkpoints / "data.json", fingerprints)
+
+    def refuse_other_data(self, fingerprints: dict[str, str]) -> None:
+        """Raises: RunFolderError if the run began with data of other fingerprints."""
+        file = self.checkpoints / "data.json"
+        noted = json.loads(file.read_bytes()) if file.is_file() else {}
+        for name, now in fingerprints.items():
+            if noted.get(name, now) != now:
+                raise RunFolderError(
+                    f"{self.path}: the conversations of this run ({name}) have changed since it began, so it cannot go on; give "
+                    "the same data, or another --output-dir"
+                )
 
     def planned_steps(self) -> int | None:
         """The steps that an earlier call planned from its budget in seconds."""
@@ -85,17 +104,7 @@ class RunFolder:
 
     def read_metrics(self) -> tuple[list[dict[str, Any]], int]:
         """The logged rows, and how many lines were not one: a run that was cut off leaves half a line."""
-        rows, unreadable = [], 0
-        for line in self.metrics.read_bytes().splitlines() if self.metrics.is_file() else []:
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except (ValueError, RecursionError):
-                row = None
-            if isinstance(row, dict):
-                rows.append(row)
-            else:
-                unreadable += 1
-        return rows, unreadable
+        return read_rows(self.metrics)
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end; unfinished ones are deleted."""
@@ -105,6 +114,21 @@ class RunFolder:
                 return folder
             shutil.rmtree(folder)
         return None
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The JSON objects of a file's lines, and how many lines are none: a run that was cut off leaves half a line."""
+    rows, unreadable = [], 0
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            unreadable += 1
+    return rows, unreadable
 
 
 def write_whole(path: Path, text: str) -> None:

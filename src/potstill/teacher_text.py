@@ -158,7 +158,7 @@ def _local(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
         sampling,
         source=recipe.teacher,
         batch_size=recipe.batch_size,
-        unit_size=8 * recipe.batch_size,
+        unit_size=(2 if model.device.type == "cpu" else 8) * recipe.batch_size,  # what a kill may cost: minutes on either
         nats=recipe.choose == "likeliest",
     )
 

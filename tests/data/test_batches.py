@@ -38,6 +38,29 @@ def test_every_assistant_turn_and_its_end_token_is_learned_and_nothing_else(toke
     assert learned(TWO_ANSWERS, tokenizer) == ["the rain<|im_end|>", "in<|im_end|>"]
 
 
+def test_a_label_with_nothing_before_it_is_not_learned_whoever_made_the_row() -> None:
+    """Regression: rows with ``labels = input_ids`` taught, in a packed line, to go on from one conversation to the next."""
+    row = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
+    long = {"input_ids": [1] * 9, "labels": [1] * 9}
+    for packed in (True, False):
+        batch = BatchLayout(0, packed)([row, row, row, long, row])
+        learned = int((batch["labels"] != -100).sum())
+        assert learned == 4 * 2 + 8
+        assert int((batch["labels"][:, 1:] != -100).sum()) == learned
+
+
+def test_an_end_that_the_tokenizer_writes_itself_is_learned_once() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = toy_tokenizer()
+    plain = encode_conversation({"text": "the rain"}, tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", tokenizer.eos_token_id)]
+    )
+    assert tokenizer("the rain")["input_ids"][-1] == tokenizer.eos_token_id
+    assert encode_conversation({"text": "the rain"}, tokenizer) == plain
+
+
 def test_the_end_of_a_cut_off_answer_is_not_learned(tokenizer: Any) -> None:
     assert learned({**TWO_ANSWERS, "cut_off": True}, tokenizer) == ["the rain<|im_end|>", "in"]
 

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from potstill.evaluation.measures import MEASURES
 from potstill.evaluation.paired import Difference, Ratios, interval, paired_difference, regressions, verdict
 
 
@@ -84,7 +85,7 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
 def test_a_handful_of_conversations_decides_nothing() -> None:
     found = paired_difference(ratios([1.0] * 5), ratios([2.0] * 5))
     assert not found.certain
-    assert "too few held-out conversations" in verdict("a", "b", found, unit="nats a token", lower_is_better=True)
+    assert "too few held-out conversations" in verdict("a", "b", found, MEASURES["kl_nats_per_token"])
 
 
 def test_a_pair_that_is_none_is_refused() -> None:
@@ -92,18 +93,18 @@ def test_a_pair_that_is_none_is_refused() -> None:
         paired_difference(ratios([1.0, 2.0]), ratios([1.0]))
 
 
-@pytest.mark.parametrize(("lower_is_better", "first"), [(True, "b"), (False, "a")])
-def test_a_verdict_names_the_better_one_first(lower_is_better: bool, first: str) -> None:
-    said = verdict("a", "b", Difference(0.3, 0.2, 0.4, 50), unit="bits a byte", lower_is_better=lower_is_better)
-    assert said == f"{first} better than {'a' if first == 'b' else 'b'} by 0.300 ± 0.100 bits a byte"
+@pytest.mark.parametrize(("measure", "first"), [("bits_per_byte", "b"), ("top1_agreement", "a")])
+def test_a_verdict_names_the_better_one_first(measure: str, first: str) -> None:
+    said = verdict("a", "b", Difference(0.3, 0.2, 0.4, 50), MEASURES[measure])
+    assert said.startswith(f"{first} better than {'a' if first == 'b' else 'b'} by 0.300 ± 0.100 ")
 
 
 def test_regressions_are_the_conversations_that_became_worse_the_worst_first() -> None:
     before, after = ratios([1.0, 1.0, 1.0, 1.0]), ratios([1.5, 0.5, 3.0, 1.0])
-    assert regressions(before, after, lower_is_better=True) == [(2, 1.0, 3.0), (0, 1.0, 1.5)]
-    assert regressions(before, after, lower_is_better=False) == [(1, 1.0, 0.5)]
+    assert regressions(before, after, MEASURES["bits_per_byte"]) == [(2, 1.0, 3.0), (0, 1.0, 1.5)]
+    assert regressions(before, after, MEASURES["top1_agreement"]) == [(1, 1.0, 0.5)]
 
 
 def test_an_empty_answer_is_no_regression_where_bytes_are_counted() -> None:
     before, after = ratios([1.0, 1.0], [2.0, 0.0]), ratios([2.0, 3.0], [2.0, 0.0])
-    assert regressions(before, after, lower_is_better=True) == [(0, 0.5, 1.0)]
+    assert regressions(before, after, MEASURES["bits_per_byte"]) == [(0, 0.5, 1.0)]

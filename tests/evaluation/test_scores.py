@@ -8,7 +8,8 @@ import torch
 
 from conftest import conversations, tiny_model
 from potstill.data import tokenize_conversations
-from potstill.evaluation.scores import MEASURES, TokenScores, gap_closed, score_tokens, summarize
+from potstill.evaluation.measures import TOKEN_MEASURES
+from potstill.evaluation.scores import TokenScores, gap_closed, score_tokens, summarize
 from potstill.teachers import LocalTeacher
 
 
@@ -51,7 +52,7 @@ def test_intervals_cover_a_known_mean_about_as_often_as_they_say() -> None:
 def test_measures_that_need_a_teacher_are_none_without_one() -> None:
     summary = summarize(scores(kl=None, agrees=None))
     assert summary["kl_nats_per_token"] is summary["ci95"]["kl_nats_per_token"] is None
-    assert set(MEASURES) <= summary.keys()
+    assert set(TOKEN_MEASURES) <= summary.keys()
 
 
 def test_scores_are_those_of_dense_logits_and_do_not_depend_on_the_batch_size(tokenizer: Any) -> None:

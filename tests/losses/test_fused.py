@@ -465,6 +465,21 @@ def test_differentiating_twice_is_refused() -> None:
         torch.autograd.grad(fused_linear_divergence(*case.models).square(), case.hidden, create_graph=True)
 
 
+def test_a_label_beyond_the_shared_rows_counts_only_in_the_divergence() -> None:
+    """Regression: the student's own added token, of which the teacher knows nothing, was looked up out of range."""
+    case = random_case()
+    student, teacher = (Head(weight, rows=VOCABULARY - 2) for weight in (case.weight, case.teacher_weight))
+    labels = case.labels.clamp(max=VOCABULARY - 3)
+    beyond = labels.clone()
+    beyond[0] = VOCABULARY - 1
+    models = case.hidden, student, case.teacher_hidden, teacher
+    mixed = fused_linear_divergence(*models, labels=beyond, hard_label_weight=0.4)
+    first = (case.hidden[:1], student, case.teacher_hidden[:1], teacher)
+    rest = (case.hidden[1:], student, case.teacher_hidden[1:], teacher)
+    apart = fused_linear_divergence(*first) + fused_linear_divergence(*rest, labels=labels[1:], hard_label_weight=0.4)
+    assert_same(mixed, apart, (case.hidden, case.weight))
+
+
 # Precision.
 
 

@@ -64,6 +64,9 @@ def test_fused_equals_dense_whatever_is_drawn(case: dict[str, Any]) -> None:
     dense = (torch.lerp(soft, hard, case["hard_label_weight"]) * weights).sum()
 
     torch.testing.assert_close(fused, dense, rtol=1e-10, atol=1e-12)
+    p, q = ((z / case["temperature"]).softmax(-1) for z in (logits, teacher_hidden @ teacher_weight[:rows].T))
+    if case["name"] == "total_variation" and bool(((p - q).abs() < 1e-12).any()):
+        return  # it has a kink there, and rounding chooses the side
     for ours, exact in zip(torch.autograd.grad(fused, leaves), torch.autograd.grad(dense, leaves), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-11)
 

@@ -45,6 +45,17 @@ def test_whoever_asks_need_not_know_where_a_chunk_ends() -> None:
         torch.testing.assert_close(projection.logits(slice(start, stop)), hidden[start:stop] @ weight.T)
 
 
+def test_nothing_is_projected_twice_where_blocks_and_chunks_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the student's block is a whole chunk, and of a wider teacher a chunk has other tokens."""
+    projected: list[int] = []
+    original = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **more: projected.append(len(a)) or original(a, b, **more))
+    projection = Projection(torch.randn(N, H), Head(torch.randn(V, H)), chunk_tokens=8)
+    for start in range(0, N, 6):
+        projection.logits(slice(start, start + 6))
+    assert sum(projected) == N
+
+
 def test_a_block_has_a_row_for_each_thread_even_of_a_vocabulary_beyond_the_cache() -> None:
     assert block_rows("cpu", 10**9) == torch.get_num_threads()
     assert block_rows("cuda", 50_000) > 10**6

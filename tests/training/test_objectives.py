@@ -16,10 +16,11 @@ from potstill.training.trainer import DistillationConfig, DistillationTrainer
 
 def trainer(folder: Path, student: Any = None, **settings: Any) -> DistillationTrainer:
     tokenizer = settings.pop("tokenizer", None) or toy_tokenizer()
+    teacher = settings.pop("teacher", None) or tiny_model(layers=4)
     common = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
     return DistillationTrainer(
         student or tiny_model(layers=2, seed=1),
-        tiny_model(layers=4),
+        teacher,
         DistillationConfig(str(folder), **common, **settings),
         train_dataset=conversations(24),
         processing_class=tokenizer,
@@ -96,3 +97,23 @@ def test_the_loss_is_the_same_packed_and_padded(tmp_path: Path, method: str, mon
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path))
     results = [loss_of(trainer(tmp_path, method=method, packed=packed)) for packed in (True, False)]
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["logits", "text"])
+def test_a_line_is_packed_only_for_models_that_see_its_seams(tmp_path: Path, method: str) -> None:
+    """A recurrence or a convolution would go on from the conversation before."""
+    for kinds, packed in ((["full_attention", "sliding_attention"], True), (["linear_attention", "full_attention"], False)):
+        student = tiny_model(layers=2, seed=1)
+        student.config.layer_types = kinds
+        assert trainer(tmp_path, student, method=method).objective.layout.packed == packed
+    student, teacher = tiny_model(layers=2, seed=1), tiny_model()
+    teacher._is_stateful = True
+    assert trainer(tmp_path, student, teacher=teacher, method=method).objective.layout.packed == (method == "text")
+
+
+def test_one_of_two_with_variable_length_attention_puts_all_in_one_line(tmp_path: Path) -> None:
+    """Regression: a teacher with flash attention saw the seams of a single line alone, and the layout asked the student."""
+    teacher = tiny_model()
+    teacher.config._attn_implementation = "flash_attention_2"
+    assert trainer(tmp_path, teacher=teacher, method="logits").objective.layout.one_line
+    assert not trainer(tmp_path, teacher=teacher, method="text").objective.layout.one_line

@@ -115,3 +115,19 @@ def test_one_tokenizer_for_both_has_a_self_divergence_too(tmp_path: Path) -> Non
     one = trainer(tmp_path, method="cross", tokenizer=toy_tokenizer())
     nats = one.objective.self_divergence([one.train_dataset[i] for i in range(4)])
     assert abs(float(nats)) < 1e-3
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_an_architecture_that_does_more_to_its_logits_is_found(tmp_path: Path, who: str) -> None:
+    one = trainer(tmp_path, method="logits")
+    model = one.model if who == "student" else one.objective.teacher.model
+    original = type(model).forward
+
+    class Scaled(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = original(self, *args, **kwargs)
+            return dataclasses.replace(output, logits=output.logits * 0.5)
+
+    model.__class__ = Scaled
+    with pytest.raises(SelfCheckFailed, match=f"the logits of the {who}, Scaled, are"):
+        check(one)

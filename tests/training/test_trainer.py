@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import conversations, tiny_model, toy_tokenizer
-from potstill.errors import ConfigError, NonFiniteLoss, VocabularyMismatch
+from potstill.errors import ConfigError, ModelError, NonFiniteLoss, VocabularyMismatch
 from potstill.losses import DIVERGENCES
 from potstill.training.trainer import DistillationConfig, DistillationTrainer, MetricsFile
 
@@ -174,3 +174,47 @@ def test_a_lora_student_learns_and_its_base_stays(tmp_path: Path, modules: list[
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         DistillationConfig(str(tmp_path), use_cpu=True, **settings)
+
+
+def test_mixed_precision_reaches_the_loss(tmp_path: Path) -> None:
+    """Regression: accelerate wraps the model's forward alone, and the head's products were made in float32."""
+    for bf16 in (True, False):
+        with trainer(tmp_path, bf16=bf16).compute_loss_context_manager():
+            assert torch.is_autocast_enabled("cpu") == bf16
+
+
+def test_several_evaluation_sets_and_conversations_given_late_are_evaluated(tmp_path: Path) -> None:
+    one = trainer(tmp_path)
+    pair = one.model, one.objective.teacher.model  # type: ignore[union-attr]
+    two = DistillationTrainer(
+        *pair, one.args, conversations(8), {"some": conversations(8), "more": conversations(12)}, toy_tokenizer(),
+        teacher_tokenizer=toy_tokenizer(),
+    )  # fmt: skip
+    found = two.evaluate()
+    assert {"eval_some_loss", "eval_more_loss"} <= found.keys()
+    assert one.evaluate(conversations(8))["eval_loss"] == pytest.approx(found["eval_some_loss"])
+    assert one.evaluate(iter(conversations(8)))["eval_loss"] == pytest.approx(found["eval_some_loss"])
+    assert one.evaluate([*two.eval_dataset["some"]])["eval_loss"] == pytest.approx(found["eval_some_loss"])  # tokenized rows
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_that_peft_trains_whole_is_the_one_that_learns(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = tiny_model(layers=2, seed=1, tied=False)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    student = peft.get_peft_model(base, settings)
+    before = weights(student)
+    one = trainer(tmp_path, student)
+    one.train()
+    changed = {name for name, tensor in weights(student).items() if not torch.equal(tensor, before[name])}
+    assert any("lm_head.modules_to_save" in name for name in changed)
+    assert not any("original_module" in name for name in changed)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_dora_head_is_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=4, target_modules=["lm_head"], use_dora=True, task_type="CAUSAL_LM")
+    student = peft.get_peft_model(tiny_model(layers=2, seed=1, tied=False), settings)
+    with pytest.raises(ModelError, match="DoRA"):
+        trainer(tmp_path, student).train()

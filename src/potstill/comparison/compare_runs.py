@@ -7,26 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from potstill.comparison.abilities import Abilities, abilities, directions, in_figures
 from potstill.comparison.finished_runs import FinishedRun, refuse_unlike, same_tokens
 from potstill.comparison.text_measures import length_words, loops, measures_against, stops
 from potstill.errors import RunFolderError
+from potstill.evaluation.measures import MEASURES, TOKEN_MEASURES
 from potstill.evaluation.paired import Ratios, interval, paired_difference, regressions, verdict
-from potstill.evaluation.scores import MEASURES, measure_ratios
+from potstill.evaluation.scores import measure_ratios
 from potstill.generation.words import words
-from potstill.report.verdict import UNITS
 
 UNTOUCHED = "untouched"
-LOWER_IS_BETTER = {
-    "kl_nats_per_token": True,
-    "nll_nats_per_token": True,
-    "bits_per_byte": True,
-    "top1_agreement": False,
-    "stops": False,
-    "loops": True,
-    "chrf": False,
-    "rouge_l": False,
-}
-"""Of every measure for which one is better than another; an answer's length is neither."""
 WORST = 5
 
 Entrants = dict[str, list[FinishedRun]]
@@ -45,6 +35,7 @@ def compare_runs(entrants: Entrants, *, untouched_answers: Answers | None = None
     seeds = _same_seeds(entrants)
     ratios = _measured(entrants) | _answered(entrants, untouched_answers, text_measures)
     deciding = "kl_nats_per_token" if "kl_nats_per_token" in ratios else "bits_per_byte"
+    able = abilities(entrants, UNTOUCHED)
     names = sorted(ratios[deciding], key=lambda name: ratios[deciding][name].value)  # best first
     return {
         "measure": deciding,
@@ -52,8 +43,9 @@ def compare_runs(entrants: Entrants, *, untouched_answers: Answers | None = None
         "answers": ratios["stops"][names[0]].numerator.shape[1] if "stops" in ratios else 0,
         "seeds": seeds,
         "notes": _notes(ratios, seeds),
-        "teacher": _teacher(runs[0], answered="stops" in ratios),
-        "methods": {name: _method(name, entrants.get(name, []), ratios) for name in names},
+        "tasks": directions(entrants) if able else {},
+        "teacher": _teacher(runs[0], able.get("teacher", {}), answered="stops" in ratios),
+        "methods": {name: _method(name, entrants.get(name, []), ratios, able.get(name, {})) for name in names},
         "pairs": [_pair(one, other, ratios, deciding) for one, other in itertools.combinations(names, 2)],
         "regressions": _became_worse(entrants, ratios[deciding], deciding),
     }
@@ -82,7 +74,7 @@ def _measured(entrants: Entrants) -> dict[str, dict[str, Ratios]]:
         columns[UNTOUCHED] = [measure_ratios(run.conversations["before"]) for run in first]
     usable = [
         name
-        for name in MEASURES
+        for name in TOKEN_MEASURES
         if (name == "bits_per_byte" or same_tokens(runs)) and all(row[name] for rows in columns.values() for row in rows)
     ]
     return {
@@ -113,19 +105,24 @@ def _answered(entrants: Entrants, untouched: Answers | None, text_measures: list
     return measured
 
 
-def _teacher(run: FinishedRun, *, answered: bool) -> dict[str, Any]:
+def _teacher(run: FinishedRun, able: Abilities, *, answered: bool) -> dict[str, Any]:
     """The teacher's own measures, and how long its answers are to the prompts that the students answered, too."""
-    values = {name: run.evaluation["teacher"].get(name) for name in MEASURES}
+    values = {name: run.evaluation["teacher"].get(name) for name in TOKEN_MEASURES}
     rows = (run.answers() or []) if answered else []
-    return values | ({"length_words": sum(len(words(row["teacher"])) for row in rows) / len(rows)} if rows else {})
+    if rows:
+        values["length_words"] = sum(len(words(row["teacher"])) for row in rows) / len(rows)
+    figures, ends = in_figures(able)
+    return {**values, **figures, "ci95": ends}
 
 
-def _method(name: str, runs: list[FinishedRun], ratios: dict[str, dict[str, Ratios]]) -> dict[str, Any]:
+def _method(name: str, runs: list[FinishedRun], ratios: dict[str, dict[str, Ratios]], able: Abilities) -> dict[str, Any]:
     values = {measure: by_name[name].value for measure, by_name in ratios.items() if name in by_name}
     ends = {measure: list(interval(by_name[name])) for measure, by_name in ratios.items() if name in by_name}
+    figures, ends_of_figures = in_figures(able)
     return {
         **values,
-        "ci95": ends,
+        **figures,
+        "ci95": ends | ends_of_figures,
         "steps": [run.config.get("max_steps") for run in runs],
         "runs": [str(run.folder) for run in runs],
     }
@@ -137,7 +134,7 @@ def _pair(one: str, other: str, ratios: dict[str, dict[str, Ratios]], deciding: 
         for measure, by_name in ratios.items()
         if one in by_name and other in by_name
     }
-    said = verdict(one, other, differences[deciding], unit=UNITS[deciding], lower_is_better=LOWER_IS_BETTER[deciding])
+    said = verdict(one, other, differences[deciding], MEASURES[deciding])
     as_json = {name: {"difference": d.value, "ci95": [d.low, d.high], "certain": d.certain} for name, d in differences.items()}
     return {"one": one, "other": other, "verdict": said, "certain": differences[deciding].certain, "differences": as_json}
 
@@ -148,7 +145,7 @@ def _became_worse(entrants: Entrants, ratios: dict[str, Ratios], deciding: str) 
     worse = {}
     for name, runs in entrants.items():
         prompts = runs[0].conversations["prompts"]
-        found = regressions(ratios[UNTOUCHED], ratios[name], lower_is_better=LOWER_IS_BETTER[deciding])
+        found = regressions(ratios[UNTOUCHED], ratios[name], MEASURES[deciding])
         worst = [{"prompt": prompts[i], "before": was, "after": now} for i, was, now in found[:WORST]]
         worse[name] = {"share": len(found) / len(prompts), "worst": worst}
     return worse

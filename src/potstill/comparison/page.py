@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from potstill.comparison.compare_runs import LOWER_IS_BETTER, UNTOUCHED, Answers, Entrants
+from potstill.comparison.compare_runs import UNTOUCHED, Answers, Entrants
 from potstill.comparison.finished_runs import FinishedRun
 from potstill.comparison.table import basis, headings, rows
+from potstill.evaluation import MEASURES
 from potstill.report.answers import Answers as SideBySide
 from potstill.report.answers import side_by_side
 from potstill.report.curves import Curve, panels
@@ -18,7 +19,7 @@ from potstill.report.formatting import duration, figure, number, plural
 from potstill.report.page import settings_rows
 from potstill.report.template import render
 from potstill.report.token_view import token_views, worst_prompts
-from potstill.report.verdict import UNITS, Verdict
+from potstill.report.verdict import Verdict
 from potstill.run_folder import RunFolder
 
 
@@ -48,7 +49,7 @@ def as_html(
         headings=list(headings(comparison).values()),
         rows=rows(comparison),
         pairs=_advantages(comparison),
-        unit=UNITS[comparison["measure"]],
+        unit=MEASURES[comparison["measure"]].unit,
         notes=comparison["notes"],
         panels=panels(curves),
         answers=_answers(comparison, best_first, untouched_answers),
@@ -84,7 +85,7 @@ def _sentence(words: str) -> str:
 def _advantages(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each pair's verdict, and by how much the one is ahead of the other as places on a line that all pairs share, 0 to 100."""
     measure = comparison["measure"]
-    sign = -1.0 if LOWER_IS_BETTER[measure] else 1.0
+    sign = -1.0 if MEASURES[measure].lower_is_better else 1.0
     found = []
     for pair in comparison["pairs"]:
         difference = pair["differences"][measure]

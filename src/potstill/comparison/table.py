@@ -5,19 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from potstill.evaluation import MEASURES, Measure
 from potstill.report.formatting import ends, figure
-
-COLUMNS = {  # measure: heading, unit, what is better
-    "kl_nats_per_token": ("KL", "nats a token", "lower"),
-    "nll_nats_per_token": ("NLL", "nats a token", "lower"),
-    "bits_per_byte": ("bits/byte", "", "lower"),
-    "top1_agreement": ("top-1", "same likeliest token", "higher"),
-    "chrf": ("chrF", "against the teacher's answer", "higher"),
-    "rouge_l": ("ROUGE-L", "against the teacher's answer", "higher"),
-    "stops": ("stops", "answers that end by themselves", "higher"),
-    "loops": ("loops", "answers that repeat themselves", "lower"),
-    "length_words": ("words", "an answer", ""),
-}
 
 
 def as_text(comparison: Mapping[str, Any]) -> str:
@@ -34,7 +23,7 @@ def as_text(comparison: Mapping[str, Any]) -> str:
     <BLANKLINE>
     logits better than text by 0.100 ± 0.020 bits a byte
     """
-    columns = [heading for heading, _, _ in headings(comparison).values()]
+    columns = [measure.short for measure in headings(comparison).values()]
     cells = [["", *columns], *([name, *(value for value, _ in values)] for name, values in rows(comparison).items())]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = [basis(comparison), ""]
@@ -47,10 +36,11 @@ def as_text(comparison: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *([""] if comparison["notes"] else []), *comparison["notes"]])
 
 
-def headings(comparison: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
-    """Of the measures there are: heading, unit, what is better."""
+def headings(comparison: Mapping[str, Any]) -> dict[str, Measure]:
+    """The measures there are, and the tasks'."""
     methods = comparison["methods"].values()
-    return {name: said for name, said in COLUMNS.items() if any(name in values for values in methods)}
+    tasks = {name: Measure(name, name, "", better) for name, better in comparison.get("tasks", {}).items()}
+    return {name: measure for name, measure in MEASURES.items() if any(name in values for values in methods)} | tasks
 
 
 def rows(comparison: Mapping[str, Any]) -> dict[str, list[tuple[str, list[str]]]]:

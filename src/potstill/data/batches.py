@@ -69,7 +69,9 @@ def encode_conversation(conversation: Conversation, tokenizer: Any, *, max_lengt
         text, spans = answer_spans(tokenizer, conversation["messages"])
     encoded = tokenizer(text, add_special_tokens="text" in conversation, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    if "text" in conversation and tokenizer.eos_token_id not in (None, ids[-1] if ids else None):
+    if "text" in conversation and tokenizer.eos_token_id is not None:
+        if ids and ids[-1] == tokenizer.eos_token_id:  # the tokenizer's own, which stands nowhere in the text: (0, 0)
+            ids, offsets = ids[:-1], offsets[:-1]
         ids, offsets = [*ids, tokenizer.eos_token_id], [*offsets, (len(text), len(text) + 1)]
     ids, offsets = ids[:max_length], offsets[:max_length]
     labels, special = [IGNORED] * len(ids), special_ids(tokenizer)
@@ -154,6 +156,7 @@ class BatchLayout:
             for name, value in padding.items()
         }
         batch["position_ids"] = torch.tensor([_positions(line, length) for line in lines])
+        batch["labels"].masked_fill_(batch["position_ids"] == 0, IGNORED)  # nothing precedes it, whoever made the row
         if not packed:
             batch["attention_mask"] = torch.tensor([[int(i < len(line[0]["input_ids"])) for i in range(length)] for line in lines])
         return batch

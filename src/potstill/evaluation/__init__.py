@@ -1,13 +1,16 @@
 """Was the student helped? Scores of tokens and their summary (scores.py), on the conversations held out (held_out.py); tasks.py."""
 
 from potstill.evaluation.held_out import HeldOut, fingerprint, last_question
-from potstill.evaluation.scores import MEASURES, TokenScores, conversation_sums, gap_closed, measure_ratios, score_tokens, summarize
+from potstill.evaluation.measures import MEASURES, TOKEN_MEASURES, Measure
+from potstill.evaluation.scores import TokenScores, conversation_sums, gap_closed, measure_ratios, score_tokens, summarize
 from potstill.evaluation.table import as_table
 from potstill.evaluation.tasks import Tasks
 
 __all__ = [
     "MEASURES",
+    "TOKEN_MEASURES",
     "HeldOut",
+    "Measure",
     "Tasks",
     "TokenScores",
     "as_table",

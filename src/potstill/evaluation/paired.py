@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from potstill.evaluation.measures import Measure
+
 RESAMPLES = 2000
 FEWEST_CONVERSATIONS = 10
 """With fewer, resampling says little: the interval of a handful is much too narrow."""
@@ -95,15 +97,16 @@ def _resampled(ratios: Ratios, drawn: Any) -> Any:
     return (drawn @ ratios.numerator.T) / (drawn @ ratios.denominator.T)
 
 
-def verdict(one: str, other: str, difference: Difference, *, unit: str, lower_is_better: bool) -> str:
+def verdict(one: str, other: str, difference: Difference, measure: Measure) -> str:
     """In plain words, the better one first.
 
-    >>> verdict("logits", "text", Difference(-0.21, -0.24, -0.18, 60), unit="nats a token", lower_is_better=True)
+    >>> kl = Measure("KL", "Divergence from the teacher", "nats a token", "lower")
+    >>> verdict("logits", "text", Difference(-0.21, -0.24, -0.18, 60), kl)
     'logits better than text by 0.210 ± 0.030 nats a token'
-    >>> verdict("logits", "text", Difference(-0.01, -0.04, 0.02, 60), unit="nats a token", lower_is_better=True)
+    >>> verdict("logits", "text", Difference(-0.01, -0.04, 0.02, 60), kl)
     'no difference seen between logits and text (0.010 ± 0.030 nats a token)'
     """
-    size = f"{_figure(abs(difference.value))} ± {_figure(difference.half_width)} {unit}"
+    size = f"{_figure(abs(difference.value))} ± {_figure(difference.half_width)} {measure.unit}"
     if difference.conversations < FEWEST_CONVERSATIONS:
         return (
             f"too few held-out conversations to tell {one} from {other} ({difference.conversations}; "
@@ -111,7 +114,7 @@ def verdict(one: str, other: str, difference: Difference, *, unit: str, lower_is
         )
     if not difference.certain:
         return f"no difference seen between {one} and {other} ({size})"
-    if (difference.value > 0) == lower_is_better:
+    if (difference.value > 0) == measure.lower_is_better:
         one, other = other, one
     return f"{one} better than {other} by {size}"
 
@@ -120,8 +123,8 @@ def _figure(value: float) -> str:
     return f"{value:.3f}" if value == 0 or value >= 0.01 else f"{value:.1g}"
 
 
-def regressions(before: Ratios, after: Ratios, *, lower_is_better: bool) -> list[tuple[int, float, float]]:
+def regressions(before: Ratios, after: Ratios, measure: Measure) -> list[tuple[int, float, float]]:
     """The conversations on which ``after`` is worse than ``before``: number, before, after; the worst first."""
     was, now = before.per_conversation(), after.per_conversation()
-    worse = (now - was) if lower_is_better else (was - now)
+    worse = (now - was) if measure.lower_is_better else (was - now)
     return [(int(i), float(was[i]), float(now[i])) for i in np.argsort(-worse, kind="stable") if worse[i] > 0]

@@ -23,8 +23,6 @@ from potstill.heads import hidden_states, model_inputs, output_head, supervised
 from potstill.losses import Head, Projection, forward_kl
 from potstill.teachers import LogitsTarget, Teacher
 
-MEASURES = ("kl_nats_per_token", "nll_nats_per_token", "bits_per_byte", "top1_agreement")
-
 
 @dataclass(frozen=True)
 class Likeliest:
@@ -96,7 +94,7 @@ def score_tokens(
 
 
 def summarize(scores: TokenScores, *, seed: int = 0) -> dict[str, Any]:
-    """The means of `MEASURES`, with 95 % percentile intervals from 2 000 resamplings of the conversations.
+    """The means of `TOKEN_MEASURES`, with 95 % percentile intervals from 2 000 resamplings of the conversations.
 
     A measure that needs a teacher is None without one. ``tokens`` and ``bytes`` say over how much the means were taken.
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
@@ -132,7 +130,7 @@ def conversation_sums(scores: TokenScores) -> dict[str, Any]:
 
 
 def measure_ratios(sums: dict[str, Any]) -> dict[str, tuple[Any, Any] | None]:
-    """Each of `MEASURES` as what is divided by what, a number a conversation, from `conversation_sums`."""
+    """Each of `TOKEN_MEASURES` as what is divided by what, a number a conversation, from `conversation_sums`."""
     arrays = {name: None if column is None else np.asarray(column, dtype=np.float64) for name, column in sums.items()}
     tokens, kl, agreeing = arrays["tokens"], arrays["kl_nats"], arrays["agreeing_tokens"]
     nll: Any = arrays["nll_nats"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from potstill.evaluation.scores import MEASURES
+from potstill.evaluation.measures import TOKEN_MEASURES
 
 
 def as_table(measured: Mapping[str, Any]) -> str:
@@ -34,7 +34,7 @@ def _lines(names: list[str], certainty: str, rows: Iterator[Row]) -> Iterator[st
 
 
 def _measures(models: list[Any]) -> Iterator[Row]:
-    for name in MEASURES:
+    for name in TOKEN_MEASURES:
         interval = models[-1]["ci95"][name]
         yield name, [model[name] for model in models], "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
 

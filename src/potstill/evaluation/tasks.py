@@ -36,7 +36,8 @@ class Tasks:
         self.named = [task for name in wanted if not name.endswith(".jsonl") for task in _open(name)]
 
     def measure(self, model: Any, tokenizer: Any) -> dict[str, Measures]:
-        """For each task ``{"questions": how many, METRIC: value, …, "stderr": {METRIC: its standard error, …}}``."""
+        """For each task ``{"questions": how many, METRIC: value, …, "stderr": {METRIC: its standard error, …},
+        "lower_is_better": [METRIC, …]}``."""
         if not self.files and not self.named:
             return {}
         from lm_eval import simple_evaluate
@@ -52,7 +53,8 @@ class Tasks:
         for tasks, in_chat in ((self.named, False), (questions, chat)):
             if tasks:
                 found = simple_evaluate(opened, tasks=tasks, task_manager=manager, apply_chat_template=in_chat, log_samples=False)
-                measured |= {name: _metrics(results) for name, results in found["results"].items()}
+                better = found.get("higher_is_better", {})
+                measured |= {name: _metrics(results, better.get(name, {})) for name, results in found["results"].items()}
         return measured
 
 
@@ -82,7 +84,7 @@ def _open(name: str) -> list[Any]:
     return [loaded["groups"][name]] if name in loaded["groups"] else [*loaded["tasks"].values()]
 
 
-def _metrics(results: dict[str, Any]) -> Measures:
+def _metrics(results: dict[str, Any], higher_is_better: dict[str, bool | None]) -> Measures:
     """From ``{"acc,none": …, "acc_stderr,none": …}``: the metrics, without the filter's name where there was no filter."""
     values = {name: value for name, value in results.items() if "," in name and "_stderr," not in name}
     errors = {name: results.get("_stderr,".join(name.rsplit(",", 1))) for name in values}
@@ -93,4 +95,5 @@ def _metrics(results: dict[str, Any]) -> Measures:
             name.removesuffix(",none"): None if isinstance(error, str) or error is None else float(error)
             for name, error in errors.items()
         },
+        "lower_is_better": [name.removesuffix(",none") for name in values if higher_is_better.get(name.split(",")[0]) is False],
     }

@@ -69,5 +69,5 @@ def _revision(model: Any) -> str:
     hashed = hashlib.sha256()
     for name, weight in model.state_dict().items():
         values = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED_VALUES)]
-        hashed.update(f"{name} {tuple(weight.shape)} {weight.dtype} {values.double().tolist()}".encode())
+        hashed.update(f"{name} {tuple(weight.shape)} {weight.dtype} {values.cpu().double().tolist()}".encode())
     return hashed.hexdigest()[:32]

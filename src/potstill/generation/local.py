@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from potstill.data.chat_templates import render
 from potstill.data.conversations import Conversation
@@ -86,13 +87,16 @@ class LocalEngine:
         # Neighbours of one length need little padding. The longest are taken first: `pop` takes the last.
         waiting = sorted(rows, key=lambda row: len(row.prompt))
         batch = Batch(self.model, self.tokenizer.pad_token_id, self._choose)
-        while waiting or batch.rows:
-            going = [row for row in batch.rows if not self._is_done(row)]
-            if len(batch.rows) - len(going) >= self._enough(len(batch.rows), waiting):
-                batch.keep(going)
-                batch.add([waiting.pop() for _ in range(min(len(waiting), self.batch_size - len(going)))])
-            else:
-                batch.step()
+        with tqdm(total=len(rows), unit="answer", desc="  of these", leave=False) as progress:
+            while waiting or batch.rows:
+                going = [row for row in batch.rows if not self._is_done(row)]
+                ended = len(batch.rows) - len(going)
+                if ended >= self._enough(len(batch.rows), waiting):
+                    batch.keep(going)
+                    batch.add([waiting.pop() for _ in range(min(len(waiting), self.batch_size - len(going)))])
+                    progress.update(ended)
+                else:
+                    batch.step()
         return [self._answer(row) for row in rows]
 
     def _enough(self, rows: int, waiting: Sequence[Row]) -> int:

@@ -63,14 +63,16 @@ def sample_tokens(logits: Tensor, uniform: Tensor, *, temperature: float, top_p:
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = torch.softmax(logits / temperature, dim=-1)
+    if probabilities.device.type == "mps":  # which has no float64
+        probabilities = probabilities.cpu()
     if top_p == 1:
         reached = probabilities.cumsum(-1, dtype=torch.float64)
-        return _place(reached, uniform, reached[:, -1:]).squeeze(-1)
+        return _place(reached, uniform, reached[:, -1:]).squeeze(-1).to(logits.device)
     likely, tokens = _likeliest(probabilities, top_p)
     reached = likely.cumsum(-1, dtype=torch.float64)
     # A token stands in the nucleus if those before it do not reach top_p: at least one always does.
     mass = (reached * (reached - likely < top_p)).amax(-1, keepdim=True)
-    return tokens.gather(-1, _place(reached, uniform, mass)).squeeze(-1)
+    return tokens.gather(-1, _place(reached, uniform, mass)).squeeze(-1).to(logits.device)
 
 
 def _likeliest(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:

@@ -143,13 +143,12 @@ def fused_linear_cells(
 
     def score(logits: Tensor, rows: slice) -> LossAndGradient:
         t, seen = masses(rows), places.cell[rows].clamp_min(0)
+        told = known[rows] & (t.sum(-1) > 0)  # where the teacher's whole mass has underflowed, it says nothing
         partition: Partition = target
         if cells.keeps_endings:
             partition = residual = ResidualPartition(target, (t == 0) & (places.depth[rows, None] > 0))
             seen = residual.cell_of(seen)
-        return partition_loss(
-            compare, t, logits, partition, labels[rows], seen=seen, known=known[rows], within_weight=within_weight
-        )
+        return partition_loss(compare, t, logits, partition, labels[rows], seen=seen, known=told, within_weight=within_weight)
 
     return fused_linear_loss(student_hidden, student, score, observed=labels, chunk_tokens=chunk_tokens)
 

@@ -74,9 +74,11 @@ def fused_linear_divergence(
     def score(student_logits: Tensor, rows: slice) -> LossAndGradient:
         if labels is None or not hard_label_weight:
             return compare(source.logits(rows), student_logits)
-        hard_loss, hard_gradient = cross_entropy(labels[rows], student_logits.clone())
+        shared = labels[rows] < len(student)  # a token that only one of the two has is no word of the distributions compared
+        hard_loss, hard_gradient = cross_entropy(labels[rows].where(shared, 0), student_logits.clone())
         loss, gradient = compare(source.logits(rows), student_logits)
-        return torch.lerp(loss, hard_loss, hard_label_weight), torch.lerp(gradient, hard_gradient, hard_label_weight)
+        share = hard_label_weight * shared.to(loss.dtype)
+        return torch.lerp(loss, hard_loss, share), torch.lerp(gradient, hard_gradient, share[:, None])
 
     return fused_linear_loss(student_hidden, student, score, observed=labels, weights=weights, chunk_tokens=chunk_tokens)
 

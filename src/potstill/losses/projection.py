@@ -94,7 +94,8 @@ class Projection:
     def logits(self, rows: slice) -> Tensor:
         """The logits of some tokens, ``[b, V]`` in float32 or wider. Ask in order: a chunk is gone when the next is begun."""
         if rows.stop > self.stop:
-            self._project(rows.start, max(rows.stop, rows.start + self.chunk))
+            asked = rows.stop - rows.start
+            self._project(rows.start, rows.start + max(1, self.chunk // asked) * asked)
         product = self.product(rows)
         if self.observed is None:
             return self.head.bend(product.to(wide_dtype(self.dtype)))

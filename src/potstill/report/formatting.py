@@ -6,8 +6,8 @@ from typing import Any
 
 import markupsafe
 
-SHARES = ("top1_agreement", "stops", "loops")
-SCORES_OF_100 = ("chrf", "rouge_l", "length_words")
+from potstill.evaluation import MEASURES
+
 MARKS = {ord(" "): "·", ord("\t"): "⇥", ord("\n"): "⏎", ord("\r"): "␍", 0xA0: "⍽"}  # white space in a token, shown
 
 # Control characters become their pictures (␀, ␛, …); lone surrogates, which UTF-8 cannot hold, become U+FFFD.
@@ -49,9 +49,10 @@ def figure(value: float, measure: str = "") -> str:
     >>> figure(0.5, "top1_agreement"), figure(-1.23456), figure(0.00012), figure(57.23, "chrf")
     ('50.0\\xa0%', '−1.235', '0.00012', '57.2')
     """
-    if measure in SHARES:
+    shown = MEASURES[measure].shown if measure in MEASURES else "number"
+    if shown == "share":
         text = f"{100 * value:.1f}\u00a0%"
-    elif measure in SCORES_OF_100:
+    elif shown == "score":
         text = f"{value:.1f}"
     else:
         text = f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2g}"

@@ -10,17 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from potstill.evaluation import measure_ratios
+from potstill.evaluation import MEASURES, TOKEN_MEASURES, measure_ratios
 from potstill.evaluation.paired import FEWEST_CONVERSATIONS, Difference, Ratios, paired_difference
 from potstill.report.formatting import duration, ends, figure, number, plural
 
-MEASURES = (  # key, name, unit, what is better, the teacher's value where it follows from the definition
-    ("kl_nats_per_token", "Divergence from the teacher", "KL, nats a token", "lower", 0.0),
-    ("nll_nats_per_token", "Surprise at the text", "nats a token", "lower", None),
-    ("bits_per_byte", "Compression of the text", "bits a byte", "lower", None),
-    ("top1_agreement", "Same most likely token", "share of tokens", "higher", 1.0),
-)
-UNITS = {"kl_nats_per_token": "nats a token", "bits_per_byte": "bits a byte"}
 METHODS = {
     "text": "by imitating what {} wrote",
     "logits": "by matching the next-token distribution of {}",
@@ -66,9 +59,8 @@ def verdict(evaluation: Evaluation | None) -> Verdict:
 def _more_than_chance(evaluation: Evaluation, key: str, before: float, after: float) -> tuple[bool, str]:
     """Whether the difference is certain, and the sentence that says why or why not."""
     gain = before - after
-    said = (
-        f"Its {'divergence' if key == 'kl_nats_per_token' else 'cost'} went from {figure(before)} to {figure(after)} {UNITS[key]}"
-    )
+    what = "divergence" if key == "kl_nats_per_token" else "cost"
+    said = f"Its {what} went from {figure(before)} to {figure(after)} {MEASURES[key].unit}"
     difference = paired_change(evaluation, key)
     if difference is None:
         was, now = interval(evaluation, "before", key), interval(evaluation, "after", key)
@@ -153,18 +145,18 @@ def _outcome(evaluation: Evaluation) -> str:
 def measure_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     """The table: a row a measure, a cell a model, each with its figure and interval where there is one; and the paired change."""
     rows = []
-    for key, name, unit, better, of_teacher in MEASURES:
+    for key, measure in TOKEN_MEASURES.items():
         cells: list[tuple[str, list[str], str]] = []
         for model in ("before", "after", "teacher"):
-            if model == "teacher" and of_teacher is not None:
-                cells.append((figure(of_teacher, key), [], "by definition"))
+            if model == "teacher" and measure.of_teacher is not None:
+                cells.append((figure(measure.of_teacher, key), [], "by definition"))
                 continue
             found, between = value(evaluation, model, key), interval(evaluation, model, key) or ()
             note = "not measured" if found is None else ""
             cells.append(("" if found is None else figure(found, key), ends(between, key), note))
         change = paired_change(evaluation, key)
         changed = None if change is None else (figure(change.value, key), figure(change.half_width, key))
-        rows.append({"name": name, "unit": unit, "better": better, "cells": cells, "change": changed})
+        rows.append({"name": measure.title, "unit": measure.unit, "better": measure.better, "cells": cells, "change": changed})
     return rows + _task_rows(evaluation.get("tasks"))
 
 
@@ -180,7 +172,8 @@ def _task_rows(tasks: Any) -> list[dict[str, Any]]:
                     between = [] if error is None else ends((found - 1.96 * error, found + 1.96 * error))
                     cells.append((figure(found), between, ""))
                 unit = f"{metric}, {plural(measured['questions'], 'question')}"
-                rows.append({"name": str(task), "unit": unit, "better": "higher", "cells": cells, "change": None})
+                better = "lower" if metric in measured.get("lower_is_better", []) else "higher"
+                rows.append({"name": str(task), "unit": unit, "better": better, "cells": cells, "change": None})
         return rows
     except (KeyError, TypeError, AttributeError, ValueError):
         return []

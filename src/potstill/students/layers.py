@@ -61,9 +61,14 @@ def keep_layers(teacher: Any, keep: int | Sequence[int]) -> Any:
     return student.eval()
 
 
-def save_student(student: Any, tokenizer: Any, folder: Path, *, provenance: dict[str, Any]) -> None:
-    """Write an ordinary Hugging Face folder: safetensors, tokenizer, generation config, and a card that says what it is."""
-    student.save_pretrained(folder)
+def save_student(
+    student: Any, tokenizer: Any, folder: Path, *, provenance: dict[str, Any], weights: dict[str, Any] | None = None
+) -> None:
+    """Write an ordinary Hugging Face folder: safetensors, tokenizer, generation config, and a card that says what it is.
+
+    ``weights`` instead of the student's own: those of a model in shards, gathered.
+    """
+    student.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(_model_card(provenance), encoding="utf-8")
 

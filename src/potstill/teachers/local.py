@@ -28,7 +28,8 @@ class LocalTeacher:
         inputs = {name: tensor.to(home) for name, tensor in batch.items() if name != "labels"}
         # The teacher keeps its own dtype: the autocast meant for the student would only cast its weights again.
         with torch.autocast(home.type, enabled=False):
-            hidden, _ = supervised(hidden_states(self.model, inputs), batch["labels"].to(home))
+            states = hidden_states(self.model, inputs)
+        hidden, _ = supervised(states, batch["labels"].to(states.device))  # of a model on several cards, the last one's
         return LogitsTarget(hidden.to(away), self._head_on(away))
 
     def _head_on(self, device: torch.device) -> Head:

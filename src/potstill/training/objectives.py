@@ -101,18 +101,19 @@ def make_objective(args: Any, student: Any, tokenizer: Any, teacher: Any, teache
     ``teacher`` is a causal language model or any `Teacher`; its tokenizer is found by its name where it is not given. Raises:
     ConfigError if a teacher is missing; VocabularyMismatch if `logits` is asked for and the tokens are not the same.
     """
-    layout = _layout(student, tokenizer, args.packed)
+    is_model = teacher is not None and not hasattr(teacher, "targets")
+    together = [student, teacher] if is_model and args.method == "logits" else [student]  # who reads the same batches
+    layout = _layout(together, tokenizer, args.packed)
     if args.method == "text":
         return TextObjective(tokenizer, layout)
     if teacher is None:
         raise ConfigError(f"method {args.method} needs a teacher; give one, or use method text on text it has written")
-    is_model = not hasattr(teacher, "targets")
     if teacher_tokenizer is None and is_model:
         teacher_tokenizer = AutoTokenizer.from_pretrained(teacher.config.name_or_path)
     shape = {"divergence": args.divergence, **args.divergence_shape}
     if args.method == "cross":
         cells = choose_cells(args.alignment, teacher_tokenizer, tokenizer)
-        teacher_layout = _layout(teacher if is_model else student, teacher_tokenizer, args.packed)
+        teacher_layout = _layout([teacher if is_model else student], teacher_tokenizer, args.packed)
         teacher = LocalTeacher(teacher) if is_model else teacher
         shape |= {"teacher_temperature": args.teacher_temperature, "within_weight": args.within_weight}
         layouts = PairLayout(layout, teacher_layout)
@@ -126,6 +127,18 @@ def make_objective(args: Any, student: Any, tokenizer: Any, teacher: Any, teache
     return LogitsObjective(tokenizer, layout, teacher, rows, shape)
 
 
-def _layout(model: Any, tokenizer: Any, packed: bool) -> BatchLayout:
-    variable_length = "flash" in str(getattr(model.config, "_attn_implementation", ""))
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def _layout(models: list[Any], tokenizer: Any, packed: bool) -> BatchLayout:
+    """A layout that all of ``models`` read rightly."""
+    packed = packed and not any(map(_carries_state, models))
+    # Variable-length attention sees the seams of a single line alone.
+    variable_length = any("flash" in str(getattr(model.config, "_attn_implementation", "")) for model in models)
     return BatchLayout(tokenizer.pad_token_id or 0, packed, one_line=packed and variable_length)
+
+
+def _carries_state(model: Any) -> bool:
+    """Whether a token sees more of the line than attention shows it: a recurrence or a convolution knows no seams."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return bool(getattr(model, "_is_stateful", False)) or not ATTENTION.issuperset(kinds)

@@ -1,13 +1,15 @@
 """Before the first step: is the loss what it says?
 
-Two things must hold for any summed loss, whatever it compares, and a mistake in alignment, masking or normalization breaks one:
+Three things must hold for any summed loss, whatever it compares, and a mistake in heads, alignment, masking or normalization breaks
+one:
 
+    a head's logits are its model's                an architecture may do more to them than potstill knows of
     the teacher is at no distance from itself      put in the student's place it goes the student's way to its hidden states, and
                                                    the target comes the teacher's way; a shift by one position is several nats
     the loss of a batch is that of its two halves   a mean over what is in the batch, or a token that sees its neighbour, is not
 
-It costs four forward passes of a few conversations, without gradients and dropout, and draws no random numbers: the run that
-follows is the same to the last bit.
+It costs a handful of forward passes of a few conversations, without gradients and dropout, and draws no random numbers: the run
+that follows is the same to the last bit.
 """
 
 from __future__ import annotations
@@ -18,9 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import SelfCheckFailed
+from potstill.heads import head_logits, unwrapped
 from potstill.training.objectives import Objective
 
 CONVERSATIONS = 4
+TOKENS = 64
+LOGITS_TOLERANCE = {"full": 1e-3, "half": 2e-2}
+"""Of the largest logit."""
 SELF_TOLERANCE = {"full": 1e-4, "half": 1e-3}
 """Nats a token: both ways lead through the same products, so little but their order can differ."""
 HALVES_TOLERANCE = {"full": (1e-3, 1e-5), "half": (3e-2, 1e-2)}
@@ -31,19 +37,35 @@ HALVES_TOLERANCE = {"full": (1e-3, 1e-5), "half": (3e-2, 1e-2)}
 def check_objective(
     objective: Objective, student: nn.Module, rows: list[dict[str, Any]], *, layout: Any = None, device: Any = "cpu"
 ) -> None:
-    """Check ``objective`` on a few encoded ``rows``. Raises: SelfCheckFailed that says which of the two failed, and by how much.
+    """Check ``objective`` on a few encoded ``rows``. Raises: SelfCheckFailed that says which failed, and by how much.
 
     ``layout`` makes batches of rows, if not the objective's own. Under autocast its precision is that of the check.
     """
     was_training = student.training
     student.eval()
     try:
+        _check_logits("student", student, rows[0]["input_ids"], device)
         with torch.autocast(torch.device(device).type, enabled=False):
+            if (teacher := getattr(getattr(objective, "teacher", None), "model", None)) is not None:
+                _check_logits("teacher", teacher, rows[0].get("teacher_input_ids", rows[0]["input_ids"]), teacher.device)
             _check_self_divergence(objective.self_divergence(rows), objective, rows)
         if len(rows) > 1:
             _check_halves(objective, student, rows, layout or objective.layout, device)
     finally:
         student.train(was_training)
+
+
+def _check_logits(name: str, model: nn.Module, ids: list[int], device: Any) -> None:
+    """What the model itself makes of its last hidden states, against what our losses make of them."""
+    inputs = {"input_ids": torch.tensor([ids[:TOKENS]], device=device)}
+    theirs = model(**inputs, use_cache=False).logits[0].float()
+    ours = head_logits(model, inputs)[0, :, : theirs.shape[-1]].float().to(theirs.device)
+    off = float((theirs - ours).abs().max() / theirs.abs().max().clamp_min(1e-6))
+    if off > LOGITS_TOLERANCE[_precision(_working_dtype(model, device))]:
+        raise SelfCheckFailed(
+            f"self-check: the logits of the {name}, {type(unwrapped(model)).__name__}, are {off:.1%} off those of its head: its "
+            "architecture does something to them that potstill does not know (a scale, a cap); open an issue with its config.json"
+        )
 
 
 def _check_self_divergence(nats: Tensor | None, objective: Objective, rows: list[dict[str, Any]]) -> None:

@@ -10,9 +10,12 @@ DDP, FSDP, the Hub) is left as it is; what differs is one method, `compute_loss`
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import math
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,8 @@ from transformers.trainer_callback import ProgressCallback
 from potstill.data.conversations import as_conversation
 from potstill.errors import ConfigError, NonFiniteLoss
 from potstill.losses import DIVERGENCES
-from potstill.run_folder import write_whole
+from potstill.processes import say
+from potstill.run_folder import read_rows, write_whole
 from potstill.training.cross_objective import ALIGNMENTS
 from potstill.training.objectives import METHODS, Objective, make_objective
 from potstill.training.self_check import CONVERSATIONS, check_objective
@@ -62,6 +66,9 @@ class DistillationConfig(TrainingArguments):
         # Without an accelerator the CPU it is: TrainingArguments would refuse bf16 until told so.
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        # The head is used outside of the model's forward: DDP would take it for unused, and meet its gradient all the same.
+        if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
+            self.ddp_find_unused_parameters = False
         super().__post_init__()
         if self.method not in METHODS:
             raise ConfigError(f"method {self.method!r} is not known; use one of {', '.join(METHODS)}")
@@ -144,11 +151,18 @@ class DistillationTrainer(Trainer):
         nats = self.summed_loss(model, inputs)
         tokens = (inputs["labels"][:, 1:] != -100).sum()
         if not model.training:
-            self._evaluated += torch.stack([nats.detach().double(), tokens.double()]).cpu()
+            self._evaluated += torch.stack([nats.detach().float(), tokens.float()]).cpu()
         loss = nats / (tokens if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP averages over processes what was divided by all their tokens
+            # DDP averages over processes what was divided by the tokens of all; those that share a batch count as one.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, {}) if return_outputs else loss
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        """Mixed precision for the loss, too: accelerate wraps the model's forward alone, and our head comes after it."""
+        stack: contextlib.ExitStack = super().compute_loss_context_manager()
+        stack.enter_context(self.accelerator.autocast())
+        return stack
 
     def summed_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Σ over the supervised tokens of ``inputs``, in nats: the loss before any division."""
@@ -164,11 +178,24 @@ class DistillationTrainer(Trainer):
         self._refuse_non_finite(loss, "loss")
         return loss
 
+    def tokens_seen_by_all(self) -> int:
+        """Those of all processes together; each must ask."""
+        if self.accelerator.num_processes == 1:
+            return self.tokens_seen
+        return int(self.accelerator.reduce(torch.tensor(self.tokens_seen, device=self.args.device), "sum"))
+
     def _self_check(self, model: nn.Module) -> None:
         self._checked = True
         rows = list(itertools.islice(iter(self.train_dataset), CONVERSATIONS))
         with self.compute_loss_context_manager():
             check_objective(self.objective, model, rows, layout=self.data_collator, device=self.args.device)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's own, of conversations as well as of rows already tokenized."""
+        if not isinstance(eval_dataset, str):
+            eval_dataset = _encoded(eval_dataset, self.objective, self.args.max_length)
+        found: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+        return found
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own, with ``eval_loss`` a mean over tokens instead of a mean of batch means."""
@@ -201,12 +228,13 @@ class MetricsFile(TrainerCallback):
     def __init__(self, file: Path, trainer: DistillationTrainer) -> None:
         self.file, self.trainer = file, trainer
         self.earlier = {"tokens": 0, "seconds": 0.0}
+        self.begun = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take out the rows behind the step at which training begins."""
-        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else []
-        rows = [row for row in map(json.loads, lines) if row["step"] <= state.global_step]
-        write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+        rows = [row for row in read_rows(self.file)[0] if row.get("step", math.inf) <= state.global_step]
+        if state.is_world_process_zero:
+            write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
         self.earlier = rows[-1] if rows else self.earlier
         self.begun = time.perf_counter()
 
@@ -214,14 +242,16 @@ class MetricsFile(TrainerCallback):
         """Add one row."""
         if logs is None or not {"loss", "eval_loss"} & logs.keys():
             return
-        seconds = time.perf_counter() - self.begun
+        seconds, seen = time.perf_counter() - self.begun, self.trainer.tokens_seen_by_all()
+        if not state.is_world_process_zero:
+            return
         row = {
             "step": state.global_step,
             **{name: value for name, value in logs.items() if isinstance(value, int | float)},
         }
-        row["tokens"] = self.earlier["tokens"] + self.trainer.tokens_seen
+        row["tokens"] = self.earlier["tokens"] + seen
         row["seconds"] = round(self.earlier["seconds"] + seconds, 3)
-        row["tokens_per_second"] = round(self.trainer.tokens_seen / seconds, 1)
+        row["tokens_per_second"] = round(seen / seconds, 1)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -236,11 +266,19 @@ class ProgressBar(ProgressCallback):
 
 
 def _encoded(dataset: Any, objective: Objective, max_length: int) -> Any:
-    """``dataset`` if it is tokenized (or absent), otherwise its conversations encoded."""
-    columns = getattr(dataset, "column_names", None)
-    if dataset is None or (columns and "input_ids" in columns):
+    """``dataset`` if it is tokenized (or absent), otherwise its conversations encoded; of several by name, each."""
+    if isinstance(dataset, Mapping):
+        return {name: _encoded(one, objective, max_length) for name, one in dataset.items()}
+    if isinstance(dataset, Iterator):
+        dataset = list(dataset)
+    if dataset is None or _is_tokenized(dataset):
         return dataset
     rows = (as_conversation(row, f"row {number}") for number, row in enumerate(dataset, 1))
     encoded, counts = objective.encode(rows, max_length=max_length)
-    print(f"data: {counts}", flush=True)
+    say(f"data: {counts}")
     return encoded
+
+
+def _is_tokenized(dataset: Any) -> bool:
+    """By its columns, or where it does not know them (a list, a stream) by its first row."""
+    return "input_ids" in (getattr(dataset, "column_names", None) or next(iter(dataset), {}))
