@@ -3,7 +3,7 @@
 keys.py      prompts → requests, each with a key that decides its answer
 engine.py    what answers them: local.py (a refilled batch, batch.py), server.py, vllm.py, ray.py; how: sampling.py
 store.py     answers on the disk, through any kill
-dataset.py   answers → conversations.jsonl, by filters.py, duplicates.py and a choice among samples; card.py says what became of them
+dataset.py   answers → conversations.jsonl, by filters.py, duplicates.py and a choice among samples; card.py tells what became of
 """
 
 from potstill.generation.card import counts_table as counts_table
