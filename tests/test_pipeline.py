@@ -400,12 +400,24 @@ def test_the_recipe_says_how_often_a_checkpoint_is_kept(place: Path) -> None:
     assert sorted(path.name for path in (place / "run" / "checkpoints").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
 
 
-@pytest.mark.parametrize("flag", ["--batch-size", "--max-steps", "--seconds", "--gradient-accumulation-steps", "--max-length"])
+@pytest.mark.parametrize(
+    "flag", ["--batch-size", "--max-steps", "--seconds", "--gradient-accumulation-steps", "--max-length", "--eval-steps"]
+)
 def test_nought_is_no_number_of_anything(place: Path, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert distill(flag, "0") == 2
     assert "must be above 0" in capsys.readouterr().err
     assert distill("--trainer", '{"eval_strategy": "steps"}') == 2
-    assert "measures before and after" in capsys.readouterr().err
+    assert "give eval_steps instead" in capsys.readouterr().err
+
+
+def test_the_held_out_loss_is_watched_while_training(place: Path) -> None:
+    assert distill("--max-steps", "8", "--eval-steps", "0.25") == 0
+    rows = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    watched = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    assert list(watched) == [2, 4, 6, 8]
+    evaluation = json.loads((place / "run" / "evaluation.json").read_text())
+    assert watched[8] == pytest.approx(evaluation["after"]["kl_nats_per_token"], rel=1e-3)
+    assert "Dashed: the loss on held-out text" in (place / "run" / "report.html").read_text()
 
 
 def test_half_a_line_of_metrics_does_not_stop_a_resumed_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,9 @@ class DistillRecipe:
     """Held-out conversations. Without it, a part of the data is held out."""
     eval_fraction: float = 0.1
     """The part that is held out where there is no eval-data."""
+    eval_steps: float | None = None
+    """Measure the loss on the held-out conversations every so many steps while training, for the report's curve; below 1 a share of
+    the run: 0.25 is four times."""
     tasks: str | None = None
     """Asked of the teacher and of the student before and after: lm-evaluation-harness's tasks and .jsonl files of questions,
     separated by commas (needs potstill[lm-eval])."""

@@ -116,10 +116,11 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
     objective = make_objective(arguments, student, tokenizer, teacher, teacher_tokenizer)
     dataset, counts = objective.encode(train, max_length=recipe.max_length)
     say(f"data: {counts}; {len(held_out)} conversations held out")
+    watched = objective.encode(held_out, max_length=recipe.max_length)[0] if recipe.eval_steps else None
 
     def trainer(**overrides: Any) -> DistillationTrainer:
         chosen = _arguments(run, recipe, **overrides)
-        return DistillationTrainer(student, None, chosen, dataset, processing_class=tokenizer, objective=objective)
+        return DistillationTrainer(student, None, chosen, dataset, watched, tokenizer, objective=objective)
 
     max_steps = recipe.max_steps or agreed(run.planned_steps())
     if max_steps is None and recipe.seconds is None:
@@ -128,7 +129,7 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
     if max_steps is None:
         max_steps = agreed(max(1, int(recipe.seconds / _seconds_a_step(trainer))))  # type: ignore[operator]
         say(f"{recipe.seconds:g} seconds are about {max_steps} steps")
-    training = trainer(max_steps=max_steps, **_saving(recipe, max_steps))
+    training = trainer(max_steps=max_steps, **_saving(recipe, max_steps), **_watching(recipe))
     if is_main_process():
         run.begin({**dataclasses.asdict(recipe), "max_steps": max_steps})
         run.note_data(data)
@@ -158,6 +159,13 @@ def _saving(recipe: DistillRecipe, max_steps: int) -> dict[str, int]:
     return {"save_steps": min(MOST_BETWEEN_CHECKPOINTS, -(-max_steps // 4))}
 
 
+def _watching(recipe: DistillRecipe) -> dict[str, Any]:
+    """How often the held-out loss is measured while training."""
+    if not recipe.eval_steps:
+        return {}
+    return {"eval_strategy": "steps", "eval_steps": recipe.eval_steps, "per_device_eval_batch_size": recipe.batch_size}
+
+
 def _free_memory() -> None:
     """Trainer and callbacks hold one another, and with them both models and the optimizer."""
     gc.collect()
@@ -166,12 +174,12 @@ def _free_memory() -> None:
 
 
 def _refuse_senseless(recipe: DistillRecipe) -> None:
-    for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "seconds", "max_length"):
+    for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "seconds", "max_length", "eval_steps"):
         value = getattr(recipe, name)
         if value is not None and not value > 0:
             raise ConfigError(f"{name} {value}: must be above 0")
     if recipe.trainer.get("eval_strategy", "no") not in ("no", False):
-        raise ConfigError("trainer.eval_strategy: potstill distill measures before and after training, not within; leave it out")
+        raise ConfigError("trainer.eval_strategy: give eval_steps instead; how to measure follows from it")
 
 
 def _say_if_temperatures_differ(train: list[dict[str, Any]], recipe: DistillRecipe) -> None:

@@ -136,7 +136,7 @@ class DistillationTrainer(Trainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the supervised tokens of the whole step for us
-        self.tokens_seen = 0
+        self.tokens_seen, self.seconds_evaluating = 0, 0.0
         self._checked = False
         self._evaluated = torch.zeros(2, dtype=torch.float64)
 
@@ -194,7 +194,9 @@ class DistillationTrainer(Trainer):
         """The Trainer's own, of conversations as well as of rows already tokenized."""
         if not isinstance(eval_dataset, str):
             eval_dataset = _encoded(eval_dataset, self.objective, self.args.max_length)
+        begun = time.perf_counter()
         found: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+        self.seconds_evaluating += time.perf_counter() - begun
         return found
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -242,7 +244,7 @@ class MetricsFile(TrainerCallback):
         """Add one row."""
         if logs is None or not {"loss", "eval_loss"} & logs.keys():
             return
-        seconds, seen = time.perf_counter() - self.begun, self.trainer.tokens_seen_by_all()
+        seconds, seen = time.perf_counter() - self.begun - self.trainer.seconds_evaluating, self.trainer.tokens_seen_by_all()
         if not state.is_world_process_zero:
             return
         row = {
