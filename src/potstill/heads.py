@@ -19,6 +19,7 @@ from potstill.errors import ModelError
 from potstill.losses import Head, Projection
 from potstill.losses.fused import as_head
 
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -56,6 +57,12 @@ class _Doorman:
 
 
 _doormen: weakref.WeakKeyDictionary[nn.Module, _Doorman] = weakref.WeakKeyDictionary()
+
+
+def carries_state(model: Any) -> bool:
+    """Whether a token sees more of its line than attention shows it: recurrences and convolutions know no seams."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return bool(getattr(model, "_is_stateful", False)) or not ATTENTION.issuperset(kinds)
 
 
 def output_head(model: nn.Module, *, rows: int | None = None) -> Head:

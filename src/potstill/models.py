@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -297,7 +298,7 @@ class _readable_errors:
 def _explained(source: str | os.PathLike[str], error: BaseException) -> ModelError:
     text = " ".join(str(error).split())
     lowered = text.lower()
-    if "gated" in lowered or "401" in lowered or "403" in lowered:
+    if "gated" in lowered or re.search(r"\b40[13] (client error|unauthorized|forbidden)", lowered):
         return ModelNotFound(f"{source}: a gated model; accept its terms on the hub and log in with `hf auth login`")
     if "trust_remote_code" in lowered:
         return UnsafeWeights(f"{source}: needs code of its own to be run; read it, then pass --trust-remote-code")

@@ -107,7 +107,7 @@ def test_a_model_is_no_distance_from_itself(tokenizer: Any) -> None:
 
 
 def test_the_gap_closed_is_a_share_of_the_way_and_none_where_there_was_no_gap() -> None:
-    one, two, three = ({"nll_nats_per_token": value} for value in (1.0, 2.0, 3.0))
+    one, two, three = ({"bits_per_byte": value} for value in (1.0, 2.0, 3.0))
     assert gap_closed(one, three, two) == pytest.approx(0.5)
     assert gap_closed(one, three, one) == 1
     assert gap_closed(two, one, one) is None

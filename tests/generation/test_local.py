@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import tiny_model
+from conftest import tiny_model, toy_tokenizer
 from potstill.generation import LocalEngine, Sampling, answer_prompts, requests
 
 PROMPTS = [f"the rain {i}" + " in the rain" * (i % 4) for i in range(10)]
@@ -85,7 +85,33 @@ def test_a_model_that_keeps_a_state_is_answered_batch_by_batch(tokenizer: Any) -
     model = MambaForCausalLM(MambaConfig(vocab_size=272, hidden_size=16, num_hidden_layers=2, eos_token_id=265)).eval().double()
     model.generation_config.eos_token_id = list(range(0, 272, 9))
     rows = answer_prompts(model, tokenizer, PROMPTS[::4], max_new_tokens=5, temperature=0, batch_size=2)
-    assert [len(row["teacher_ids"]) > 0 for row in rows] == [True] * 3
+    for prompt, row in zip(PROMPTS[::4], rows, strict=True):
+        asked = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt"
+        )
+        ids = asked["input_ids"]
+        assert row["teacher_ids"] == model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :].tolist()
+
+
+def test_a_model_with_convolutions_among_its_layers_is_answered_too(tokenizer: Any) -> None:
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = Lfm2Config(vocab_size=272, eos_token_id=265, pad_token_id=265, layer_types=["conv", "full_attention"], **shape)
+    rows = answer_prompts(Lfm2ForCausalLM(config).eval(), tokenizer, PROMPTS[:3], max_new_tokens=4, temperature=0, batch_size=2)
+    assert all(row["teacher_ids"] for row in rows)
+
+
+def test_an_answer_ends_where_the_context_does() -> None:
+    model, tokenizer = tiny_model(), toy_tokenizer()
+    model.generation_config.eos_token_id = None
+    tokenizer.eos_token = None
+    model.config.max_position_embeddings = 40
+    rows = answer_prompts(model, tokenizer, ["the", "the rain " * 30], max_new_tokens=64, temperature=0)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "the"}], add_generation_prompt=True)["input_ids"]
+    assert [len(row["teacher_ids"]) for row in rows] == [40 - len(prompt), 0]
+    assert all(row["cut_off"] for row in rows)
 
 
 @torch.no_grad()

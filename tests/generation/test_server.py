@@ -119,11 +119,13 @@ def test_patience_has_an_end(server: tuple[Server, str]) -> None:
 
 def test_answers_that_arrived_before_an_error_are_given_out(server: tuple[Server, str]) -> None:
     state, url = server
-    state.reply = lambda body, nth: (400, {"error": "too long"}, {}) if body["messages"][0]["content"] == "4" else answered(body)
+    state.reply = lambda body, nth: (
+        (404, {"error": "no such model"}, {}) if body["messages"][0]["content"] == "4" else answered(body)
+    )
     engine = ServerEngine(url, "teacher", SAMPLING, concurrency=1)
     units = [[request] for request in requests([[{"role": "user", "content": f"{i}"}] for i in range(6)], SAMPLING, {})]
     seen = []
-    with pytest.raises(ServerError, match="status 400: .*too long"):
+    with pytest.raises(ServerError, match="status 404: .*no such model"):
         seen.extend(answer.text for unit in engine.answer(units) for answer in unit)
     # Whatever pytest.raises cut short, four answers had been given.
     assert state.calls["3"] == 1
@@ -191,3 +193,15 @@ def test_without_a_server_there_is_one_line_at_once() -> None:
         ask("http://127.0.0.1:9")
     with pytest.raises(ServerError, match="not a server's address"):
         ask("localhost:8000")
+
+
+def test_a_refused_prompt_is_an_empty_answer_and_a_server_that_refuses_all_an_error(server: tuple[Server, str]) -> None:
+    state, url = server
+    state.reply = lambda body, nth: (400, {"error": "too long"}, {}) if body["messages"][0]["content"] == "4" else answered(body)
+    asked = list(requests([[{"role": "user", "content": f"{i}"}] for i in range(6)], SAMPLING, {}))
+    given = {one.key: one.text for [one] in ServerEngine(url, "teacher", SAMPLING, concurrency=2).answer([[one] for one in asked])}
+    assert given.keys() == {one.key for one in asked}
+    assert [given[one.key] == "" for one in asked] == [False, False, False, False, True, False]
+    state.reply = lambda body, nth: (400, {"error": "no"}, {})
+    with pytest.raises(ServerError, match="status 400"):
+        list(ServerEngine(url, "teacher", SAMPLING, concurrency=2).answer([[one] for one in asked]))

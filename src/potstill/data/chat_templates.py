@@ -17,6 +17,7 @@ from potstill.errors import ChatTemplateError
 # For base models, which have none: name it explicitly, with `chat_template="plain"`. Roles stand on lines of their own, because
 # a prompt that ends in a blank would lose it to the first token of the answer (" the" is one token).
 PLAIN_CHAT_TEMPLATE = (
+    "{% if bos_token and bos_token != eos_token %}{{ bos_token }}{% endif %}"
     "{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] | trim }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"

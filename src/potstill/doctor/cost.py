@@ -142,10 +142,12 @@ def model_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
         for name, parameter in model.named_parameters()
         if parameter is not head and id(parameter) not in looked_up
     )
-    heads = text.num_attention_heads
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    heads = getattr(text, "num_attention_heads", None) or 0  # a recurrence has none
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
     key_heads = getattr(text, "num_key_value_heads", None) or heads
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    if isinstance(inner, list):  # a width for each layer
+        inner = round(sum(inner) / len(inner))
     return ModelSize(
         parameters=model.num_parameters(),
         body_parameters=round(body),
@@ -198,4 +200,6 @@ def _active_expert_share(config: Any) -> float:
     chosen = getattr(config, "num_experts_per_tok", None)
     counts = (getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
     count = next((count for count in counts if count), None)
+    if isinstance(chosen, list):  # for each layer
+        chosen = sum(chosen) / len(chosen)
     return chosen / count if chosen and count else 1.0

@@ -67,10 +67,11 @@ def score_tokens(
 ) -> TokenScores:
     """Score every supervised token of tokenized conversations (`potstill.data.tokenize_conversations`).
 
-    ``rows`` cuts the model's vocabulary to what it shares with ``teacher``. ``likeliest`` is how many of each model's likeliest
+    ``rows`` cuts the model's vocabulary to what it shares with ``teacher``, where the two are compared; how well the text is
+    predicted is asked of all of it. ``likeliest`` is how many of each model's likeliest
     tokens are kept. Never holds more than a chunk's logits.
     """
-    head = output_head(model, rows=rows)
+    head = output_head(model)
     layout = BatchLayout(pad_token_id, packed=False)
     parts: list[tuple[Tensor, ...]] = []
     for start in tqdm(range(0, len(dataset), batch_size), desc="  scoring", unit="batch", delay=3, leave=False):
@@ -79,7 +80,7 @@ def score_tokens(
         hidden, labels = supervised(hidden_states(model, model_inputs(batch)), batch["labels"])
         target = None if teacher is None else teacher.targets(batch)
         conversation = start + (batch["labels"][:, 1:] != -100).nonzero()[:, 0]
-        parts.append((conversation, *_score_rows(hidden, head, labels, target, likeliest)))
+        parts.append((conversation, *_score_rows(hidden, head, labels, target, rows, likeliest)))
     conversation, nll, kl, agrees, *next_tokens = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     known = teacher is not None
     return TokenScores(
@@ -143,13 +144,18 @@ def measure_ratios(sums: dict[str, Any]) -> dict[str, tuple[Any, Any] | None]:
 
 
 def gap_closed(teacher: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> float | None:
-    """(before − after) / (before − teacher) in nats a token: 1 is as good as the teacher. None if there was no gap."""
-    name = "nll_nats_per_token"
+    """(before − after) / (before − teacher) in bits a byte, which tokenizers do not change: 1 is as good as the teacher.
+
+    None if there was no gap.
+    """
+    name = "bits_per_byte"
     gap = before[name] - teacher[name]
     return float((before[name] - after[name]) / gap) if gap > 0 else None
 
 
-def _score_rows(hidden: Tensor, head: Head, labels: Tensor, target: LogitsTarget | None, likeliest: int) -> tuple[Tensor, ...]:
+def _score_rows(
+    hidden: Tensor, head: Head, labels: Tensor, target: LogitsTarget | None, shared: int | None, likeliest: int
+) -> tuple[Tensor, ...]:
     """NLL, KL and agreement of N tokens, ``[N]`` each, a chunk of logits at a time; then ids and probabilities ``[N, k]`` of the
     model's likeliest tokens and of the teacher's."""
     nll, kl, agrees = (torch.zeros(len(labels), device=hidden.device) for _ in range(3))
@@ -163,8 +169,9 @@ def _score_rows(hidden: Tensor, head: Head, labels: Tensor, target: LogitsTarget
             ids[rows], probabilities[rows] = _likeliest(logits, likeliest)
         if teacher is not None:
             teacher_logits = teacher.logits(rows)
-            kl[rows] = forward_kl(teacher_logits, logits)
-            agrees[rows] = (teacher_logits.argmax(-1) == logits.argmax(-1)).float()
+            compared = logits[:, :shared]
+            kl[rows] = forward_kl(teacher_logits, compared)
+            agrees[rows] = (teacher_logits.argmax(-1) == compared.argmax(-1)).float()
             if likeliest:
                 teacher_ids[rows], teacher_probabilities[rows] = _likeliest(teacher_logits, likeliest)
     return nll, kl, agrees, ids, probabilities, teacher_ids, teacher_probabilities

@@ -45,7 +45,7 @@ class Tasks:
         from lm_eval.tasks import TaskManager
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        opened = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
+        opened = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, enable_thinking=False)
         chat = bool(tokenizer.chat_template)
         manager = TaskManager(include_defaults=False)  # all tasks are opened, or spelled out
         questions = [task_config(name, chat=chat) for name in self.files]

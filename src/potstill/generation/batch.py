@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
+from potstill.heads import carries_state
+
 Choose = Callable[[Tensor, Sequence["Row"]], None]
 """Takes logits ``[B, V]`` and gives each row its next token."""
 
@@ -37,6 +39,7 @@ class Batch:
         self.rows: list[Row] = []
         self.mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)
         self.cache: Any = None
+        self.is_recurrence = not hasattr(model.config.get_text_config(), "num_attention_heads")
         # transformers calls it `cache` of late.
         self.cache_argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
@@ -51,7 +54,7 @@ class Batch:
         lengths = torch.tensor([[len(row.prompt)] for row in rows])
         mask = (columns >= ids.shape[1] - lengths).long()
         # A model that keeps a state makes its own cache. Else every column is kept, in sliding layers too, so that rows can move.
-        cache = DynamicCache(config=self.model.config) if self.model._is_stateful else DynamicCache()
+        cache = DynamicCache(config=self.model.config) if carries_state(self.model) else DynamicCache()
         mask = mask.to(self.model.device)
         self.choose(self._forward(ids.to(self.model.device), mask, cache), rows)
         self.cache = _join(self.cache, cache) if self.rows else cache
@@ -81,7 +84,9 @@ class Batch:
         """The logits of the last column, ``[B, V]`` in float32; ``cache`` grows by the columns of ``ids``."""
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
         more = {self.cache_argument: cache, "use_cache": True, "logits_to_keep": 1}
-        logits: Tensor = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, **more).logits
+        # A mere recurrence has the padding behind it when it takes one token, and would be confused by a mask of many.
+        seen = None if self.is_recurrence and ids.shape[1] == 1 else mask
+        logits: Tensor = self.model(input_ids=ids, attention_mask=seen, position_ids=positions, **more).logits
         return logits[:, -1].float()
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from potstill.errors import ConfigError, DataError
 from potstill.generation.duplicates import NearDuplicates
 from potstill.generation.filters import Filter, Row, answer
+from potstill.generation.words import words
 
 CONVERSATIONS, DROPPED = "conversations.jsonl", "dropped.jsonl"
 
@@ -38,6 +39,7 @@ def likeliest(rows: Sequence[Row]) -> Row:
     return min(rows, key=lambda row: float(row["nats_per_token"]))
 
 
+SHORT_WORDS = 20
 CHOICES: dict[str, Choose | None] = {"all": None, "shortest": shortest, "likeliest": likeliest}
 
 
@@ -82,7 +84,7 @@ def write_dataset(
                     continue
                 left.write(_line(row))
                 if near:
-                    near.add(answer(row))
+                    near.add(_compared(row))
         flags = near.flags().tolist() if near else itertools.repeat(False)
         with sifted.open("rb") as left, kept.open("wb") as out, dropped.open("ab") as aside:
             for line, is_near in zip(left, flags, strict=False):
@@ -100,6 +102,14 @@ def write_dataset(
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
     return dict(counts)
+
+
+def _compared(row: Row) -> str:
+    """What is compared with other rows: the answer; of a short one, as many questions have it, the question too."""
+    said = answer(row)
+    if len(words(said)) >= SHORT_WORDS:
+        return said
+    return " ".join(message["content"] for message in row["messages"])
 
 
 def _reason(row: Row, filters: dict[str, Filter]) -> str | None:

@@ -26,12 +26,12 @@ CONTAMINATION_WORDS = 8
 SCRIPT_SHARE = 0.9
 
 _REFUSAL = re.compile(
-    r"\b(i('m| am) (very |so )?sorry,? (but )?(i |as an)|i apologi[sz]e,? but i"
-    r"|i('m| am) (unable|not able) to|as an? (ai|artificial)\b"
+    r"\b(i('m| am) (very |so )?sorry,? (but )?(i (can|am (un|not )able|won't|will not|do not|don't)|as an)|i apologi[sz]e,? but i"
+    r"|i('m| am) (unable|not able) to|as an (ai|artificial intelligence)( language)?( model| assistant)?,? i\b"
     r"|i (can('|no)t|can not|won't|will not) (help|assist|provide|fulfill?|comply|answer|do that|create|write|generate|discuss)"
     r"|je (suis désolée?,? mais|ne peux pas)|en tant qu'(ia|intelligence)"
     r"|lo siento,? pero|no puedo (ayudar|proporcionar)|como (una )?(ia|inteligencia)"
-    r"|es tut mir leid,? aber|ich kann (dir|ihnen) (dabei )?nicht|als (ki|künstliche)\b)"
+    r"|es tut mir leid,? aber|ich kann (dir|ihnen) (dabei )?nicht|als (ki|künstliche intelligenz)\b)"
     r"|(对不起|抱歉)，?(但)?我(无法|不能)|作为一个?(ai|人工智能)|申し訳(ありません|ございません)が"
 )
 

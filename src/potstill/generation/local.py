@@ -23,6 +23,7 @@ from potstill.generation.batch import Batch, Row
 from potstill.generation.engine import Answer, Request, Unit
 from potstill.generation.keys import answered, identify, requests
 from potstill.generation.sampling import Sampling, sample_tokens, uniforms
+from potstill.heads import carries_state
 
 Prompt = str | list[dict[str, Any]]
 """What a user says, or a conversation that ends with it."""
@@ -66,6 +67,7 @@ class LocalEngine:
         self.batch_size, self.unit_size = batch_size, unit_size
         self.source = source
         self.ends = end_tokens(model, tokenizer)
+        self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -83,9 +85,9 @@ class LocalEngine:
             return []
         texts = [render(self.tokenizer, request.messages, for_answer=True) for request in unit]
         prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        rows = [_Row(*each, self.sampling.max_new_tokens) for each in zip(unit, prompts, strict=True)]
+        rows = [_Row(request, prompt, self._room_after(prompt)) for request, prompt in zip(unit, prompts, strict=True)]
         # Neighbours of one length need little padding. The longest are taken first: `pop` takes the last.
-        waiting = sorted(rows, key=lambda row: len(row.prompt))
+        waiting = sorted((row for row in rows if row.most > 0), key=lambda row: len(row.prompt))
         batch = Batch(self.model, self.tokenizer.pad_token_id, self._choose)
         with tqdm(total=len(rows), unit="answer", desc="  of these", leave=False) as progress:
             while waiting or batch.rows:
@@ -99,12 +101,17 @@ class LocalEngine:
                     batch.step()
         return [self._answer(row) for row in rows]
 
+    def _room_after(self, prompt: list[int]) -> int:
+        """The tokens that an answer may have: as many as were asked for, or as the model's context leaves."""
+        most = self.sampling.max_new_tokens
+        return most if self.context is None else max(0, min(most, self.context - len(prompt)))
+
     def _enough(self, rows: int, waiting: Sequence[Row]) -> int:
         """How many rows must have ended for the batch to change: reading new prompts, or moving the cache, costs about a step.
 
         A model whose state is not made of columns (Mamba) cannot be refilled, and waits for all.
         """
-        if self.model._is_stateful:
+        if carries_state(self.model):
             return rows
         return min(rows, max(1, self.batch_size // 8)) if waiting else -(-rows // 4)
 
@@ -117,8 +124,8 @@ class LocalEngine:
                 row.tokens.append(token)
                 row.nats += more
 
-    def _is_done(self, row: Row) -> bool:
-        return len(row.tokens) == self.sampling.max_new_tokens or self._has_ended(row)
+    def _is_done(self, row: Any) -> bool:
+        return len(row.tokens) == row.most or self._has_ended(row)
 
     def _has_ended(self, row: Row) -> bool:
         return bool(row.tokens) and row.tokens[-1] in self.ends
@@ -126,13 +133,13 @@ class LocalEngine:
     def _answer(self, row: _Row) -> Answer:
         ended = self._has_ended(row)
         text = self.tokenizer.decode(row.tokens[:-1] if ended else row.tokens, skip_special_tokens=True).strip()
-        return Answer(row.request.key, text, not ended, row.tokens, row.nats / len(row.tokens) if self.nats else None)
+        return Answer(row.request.key, text, not ended, row.tokens, row.nats / max(1, len(row.tokens)) if self.nats else None)
 
 
 class _Row(Row):
-    def __init__(self, request: Request, prompt: list[int], max_new_tokens: int) -> None:
+    def __init__(self, request: Request, prompt: list[int], most: int) -> None:
         super().__init__(prompt)
-        self.request, self.uniforms, self.nats = request, uniforms(request.seed, max_new_tokens), 0.0
+        self.request, self.most, self.uniforms, self.nats = request, most, uniforms(request.seed, most), 0.0
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:

@@ -1,8 +1,9 @@
 """A teacher behind any OpenAI-compatible endpoint (vLLM, `transformers serve`, llama.cpp), many requests in flight.
 
 Errors are of two kinds. A server that is busy (429), stumbling (5xx) or away is asked again, each time after a longer pause, until
-``patience_seconds`` have passed without an answer. What asking again cannot mend (no such model, a wrong key, a reply that is not
-the protocol's) ends the run with one line; everything answered by then is kept.
+``patience_seconds`` have passed without an answer. A prompt that it refuses (beyond its context, say) gets an empty answer. What
+asking again cannot mend (no such model, a wrong key, a reply that is not the protocol's) ends the run with one line; everything
+answered by then is kept.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from potstill.generation.sampling import Sampling
 KEY_VARIABLE = "POTSTILL_API_KEY"
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
 WORTH_ASKING_AGAIN = {408, 409, 425, 429}
+REFUSALS, MOST_REFUSED = {400, 413, 422}, 100
+"""Of a prompt; if none of so many is answered, the server refuses all."""
 
 
 class ServerEngine:
@@ -58,29 +61,44 @@ class ServerEngine:
             raise ServerError(
                 f"{self.url}: serves {', '.join(served) or 'no model'}, not {teacher}; name the teacher as the server does"
             )
-        self._gives_ids = served[teacher] == "vllm"
+        self._is_vllm = served[teacher] == "vllm"
         self.identity = {"teacher": teacher, "revision": None, "tokenizer": None, "chat_template": None}
 
     def answer(self, units: Iterable[Unit]) -> Iterator[list[Answer]]:
-        """Each answer as it arrives, in any order."""
-        requests = (request for unit in units for request in unit)
+        """Each answer as it arrives, in any order; last, empty ones to prompts that the server refused while it answered others."""
+        answered, refused = 0, list[RefusedPrompt]()
+        for one in self._results(request for unit in units for request in unit):
+            if isinstance(one, Answer):
+                answered += 1
+                yield [one]
+                continue
+            refused.append(one)
+            if not answered and len(refused) == MOST_REFUSED:
+                raise one
+        if refused and not answered:
+            raise refused[0]
+        if refused:
+            print(f"{len(refused)} prompts refused, and kept as empty answers; the first: {refused[0]}", flush=True)
+        yield from ([Answer(one.key, "", False, None, None)] for one in refused)
+
+    def _results(self, requests: Iterable[Request]) -> Iterator[Answer | RefusedPrompt]:
         with ThreadPoolExecutor(self.concurrency) as pool:
-            flying: set[Future[Answer]] = set()
+            flying: set[Future[Answer | RefusedPrompt]] = set()
             try:
                 for request in requests:
                     flying.add(pool.submit(self._answer, request))
                     if len(flying) == self.concurrency:
                         landed, flying = wait(flying, return_when=FIRST_COMPLETED)
-                        yield from _results(landed)
+                        yield from _arrived(landed)
                 while flying:
                     landed, flying = wait(flying, return_when=FIRST_COMPLETED)
-                    yield from _results(landed)
+                    yield from _arrived(landed)
             finally:  # an error, or a caller that wants no more: nobody waits out their pauses
                 self._stop.set()
                 pool.shutdown(cancel_futures=True)
                 self._stop.clear()
 
-    def _answer(self, request: Request) -> Answer:
+    def _answer(self, request: Request) -> Answer | RefusedPrompt:
         body: dict[str, Any] = {
             "model": self.teacher,
             "messages": request.messages,
@@ -91,9 +109,13 @@ class ServerEngine:
         }
         if self.nats:
             body["logprobs"] = True
-        if self._gives_ids:
-            body["return_token_ids"] = True
-        return self._read(request, self._insist("/chat/completions", body))
+        if self._is_vllm:  # which would sample by the model's own generation config where it is not told
+            body |= {"return_token_ids": True, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        try:
+            return self._read(request, self._insist("/chat/completions", body))
+        except RefusedPrompt as error:
+            error.key = request.key
+            return error
 
     def _read(self, request: Request, reply: Any) -> Answer:
         try:
@@ -110,11 +132,12 @@ class ServerEngine:
 
     def _insist(self, path: str, body: dict[str, Any]) -> Any:
         """The reply, asked for again and again while that may help. Raises: ServerError."""
-        pause, since = FIRST_PAUSE_SECONDS, time.monotonic()
+        pause, since = FIRST_PAUSE_SECONDS, None
         while True:
             try:
                 return self._call(path, body)
             except _Retry as error:
+                since = since or time.monotonic()  # from the first failure on: a slow answer is not an absent server
                 left = self.patience_seconds - (time.monotonic() - since)
                 if left <= 0 or self._stop.is_set():
                     raise ServerError(
@@ -160,15 +183,23 @@ class ServerEngine:
         if error.code in (401, 403):
             return ServerError(f"{self.url}: refuses the key (status {error.code}); set {KEY_VARIABLE} in the environment")
         said = " ".join(error.read(300).decode(errors="replace").split())
-        return ServerError(f"{self.url}: status {error.code}: {said[:200]}")
+        kind = RefusedPrompt if error.code in REFUSALS else ServerError
+        return kind(f"{self.url}: status {error.code}: {said[:200]}")
 
 
-def _results(landed: Iterable[Future[Answer]]) -> Iterator[list[Answer]]:
+def _arrived(landed: Iterable[Future[Answer | RefusedPrompt]]) -> Iterator[Answer | RefusedPrompt]:
     """What has arrived, and only then the first failure among it."""
     failed = [future for future in landed if future.exception()]
-    yield from ([future.result()] for future in landed if future not in failed)
+    yield from (future.result() for future in landed if future not in failed)
     for future in failed:
         future.result()
+
+
+class RefusedPrompt(ServerError):
+    """The server answers, but not this: a prompt beyond its context, say."""
+
+    key = ""
+    """The request's."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -40,6 +40,10 @@ def choose_layers(keep: int | Sequence[int], *, of: int) -> list[int]:
     return layers
 
 
+NUMBERS_OF_LAYERS = ("mlp_only_layers", "moe_layers")
+"""Lists that a configuration has of layers' numbers (mixtures of experts), not with an entry for each layer."""
+
+
 def keep_layers(teacher: Any, keep: int | Sequence[int]) -> Any:
     """A new model with the chosen layers of ``teacher`` and everything else of it, in the teacher's dtype, on the cpu.
 
@@ -52,11 +56,17 @@ def keep_layers(teacher: Any, keep: int | Sequence[int]) -> Any:
     config = copy.deepcopy(teacher.config)
     text_config = config.get_text_config()
     text_config.num_hidden_layers = len(layers)
-    for name, value in list(vars(text_config).items()):  # lists with one entry a layer, such as layer_types (Gemma, Qwen)
-        if isinstance(value, list) and len(value) == count:
+    for name, value in list(vars(text_config).items()):
+        if name in NUMBERS_OF_LAYERS and isinstance(value, list):
+            setattr(text_config, name, [layers.index(layer) for layer in value if layer in layers])
+        elif isinstance(value, list) and len(value) == count:  # one entry a layer, such as layer_types (Gemma, Qwen)
             setattr(text_config, name, [value[layer] for layer in layers])
-    student = AutoModelForCausalLM.from_config(config, dtype=teacher.dtype)
-    student.load_state_dict(_renumbered(teacher.state_dict(), prefix, layers))
+    try:
+        student = AutoModelForCausalLM.from_config(config, dtype=teacher.dtype)
+        student.load_state_dict(_renumbered(teacher.state_dict(), prefix, layers))
+    except (ValueError, RuntimeError, IndexError) as error:
+        reason = " ".join(str(error).split())[-160:]
+        raise ModelError(f"{type(teacher).__name__}: its layers cannot be left out one by one: {reason}") from error
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
 

@@ -79,6 +79,10 @@ def change_tokenizer(model: Any, tokenizer: Any, new_tokenizer: Any, *, sources:
     stops = stop_tokens(new_tokenizer)
     if not stops:
         raise ModelError("the new tokenizer has no end-of-sequence token, so its student could never stop; choose another")
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
+        raise ModelError(
+            f"{type(model).__name__}: each of its layers has an embedding of its own, which would stay the old tokens'"
+        )
     sources = token_sources(tokenizer, new_tokenizer) if sources is None else sources
     config = copy.deepcopy(model.config)
     for part in (config, config.get_text_config()):

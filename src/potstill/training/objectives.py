@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from potstill.alignment import shared_rows
 from potstill.data import BatchLayout, PairLayout, TokenCounts, tokenize_conversations
 from potstill.errors import ConfigError
-from potstill.heads import hidden_states, model_inputs, output_head, supervised
+from potstill.heads import carries_state, hidden_states, model_inputs, output_head, supervised
 from potstill.losses import fused_linear_cross_entropy, fused_linear_divergence
 from potstill.teachers import LocalTeacher, Teacher
 from potstill.training.cross_objective import CrossObjective, choose_cells
@@ -127,18 +127,9 @@ def make_objective(args: Any, student: Any, tokenizer: Any, teacher: Any, teache
     return LogitsObjective(tokenizer, layout, teacher, rows, shape)
 
 
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
-
-
 def _layout(models: list[Any], tokenizer: Any, packed: bool) -> BatchLayout:
     """A layout that all of ``models`` read rightly."""
-    packed = packed and not any(map(_carries_state, models))
+    packed = packed and not any(map(carries_state, models))
     # Variable-length attention sees the seams of a single line alone.
     variable_length = any("flash" in str(getattr(model.config, "_attn_implementation", "")) for model in models)
     return BatchLayout(tokenizer.pad_token_id or 0, packed, one_line=packed and variable_length)
-
-
-def _carries_state(model: Any) -> bool:
-    """Whether a token sees more of the line than attention shows it: a recurrence or a convolution knows no seams."""
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    return bool(getattr(model, "_is_stateful", False)) or not ATTENTION.issuperset(kinds)
