@@ -40,7 +40,7 @@ TEXT_MEASURES = {
     "rouge_l": Measure("ROUGE-L", "Likeness to the teacher's answer", "ROUGE-L, of 100", "higher", "score"),
     "stops": Measure("stops", "Answers that end by themselves", "of all answers", "higher", "share"),
     "loops": Measure("loops", "Answers that repeat themselves", "of all answers", "lower", "share"),
-    "length_words": Measure("words", "An answer's length", "words", "", "score"),
+    "length_words": Measure("words", "An answer's length", "an answer", "", "score"),
 }
 """Of the answers that a model writes."""
 
