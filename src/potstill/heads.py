@@ -81,7 +81,8 @@ def output_head(model: nn.Module, *, rows: int | None = None) -> Head:
 def head_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """The logits ``[B, T, V]`` as our losses make them, of a few tokens: hidden states, and the head that a loss is given."""
     hidden = hidden_states(model, inputs)
-    projection = Projection(hidden.flatten(0, 1), as_head(output_head(model)))
+    head = as_head(output_head(model))
+    projection = Projection(hidden.flatten(0, 1).to(head.weight.device), head)
     return projection.logits(slice(0, len(projection.hidden))).view(*hidden.shape[:2], -1)
 
 

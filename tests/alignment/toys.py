@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -68,5 +69,6 @@ def by_range(cells: VocabularyCells, q: Tensor, emitted: tuple[int, ...]) -> Ten
     """The fast path: a sum over one range of the order."""
     start, stop = cells.prefix_range(emitted)
     mass = q.new_zeros(cells.count)
-    mass.index_add_(0, cells.next_cells(start, stop, len(emitted)), q[cells.order[start:stop]])
+    places = torch.arange(start, stop)
+    mass.index_add_(0, cells.next_cells(places, len(emitted)), q[cells.order[places]])
     return mass / mass.sum()

@@ -194,8 +194,8 @@ class _ToyCells:
         self.teacher_cells, self.student_cells, self.count = teacher_cells, student_cells, count
         self.order = torch.arange(len(teacher_cells))
 
-    def next_cells(self, start: int, stop: int, depth: int) -> Tensor:
-        return self.teacher_cells[self.order[start:stop]]
+    def next_cells(self, places: Tensor, depth: int | Tensor) -> Tensor:
+        return self.teacher_cells[self.order[places]]
 
 
 def heads() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -34,7 +34,8 @@ class VocabularyCells:
 
         start, stop = cells.prefix_range(emitted)
         mass = torch.zeros(cells.count)
-        mass.index_add_(0, cells.next_cells(start, stop, len(emitted)), teacher_probs[cells.order[start:stop]])
+        places = torch.arange(start, stop)
+        mass.index_add_(0, cells.next_cells(places, len(emitted)), teacher_probs[cells.order[places]])
 
     and with nothing emitted the same is ``index_add`` over ``teacher_cells``.
 
@@ -123,9 +124,9 @@ class VocabularyCells:
         """How far into a teacher token ``emitted`` reaches, as `next_cells` counts it."""
         return len(emitted)
 
-    def next_cells(self, start: int, stop: int, depth: int) -> Tensor:
-        """``[stop − start]`` the cell of piece ``depth`` of each token in a range that `prefix_range` gave for ``depth`` pieces."""
-        return self.piece_cells[self.first_piece[start:stop] + depth]
+    def next_cells(self, places: Tensor, depth: int | Tensor) -> Tensor:
+        """``[k]`` the cell of piece ``depth`` of each token ``order[places]``; `prefix_range` gives them for ``depth`` pieces."""
+        return self.piece_cells[self.first_piece[places] + depth]
 
     def target(self, teacher_probs: Tensor, emitted: tuple[int, ...] = ()) -> Tensor:
         """The student's next cell, ``[count]``, given the teacher's next token ``[V_t]`` and the pieces of it already emitted.

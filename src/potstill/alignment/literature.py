@@ -46,10 +46,10 @@ class PushForwardCells(VocabularyCells):
         start, stop = super().prefix_range(emitted)
         return (bisect_left(self._sorted, emitted), stop) if emitted else (start, stop)
 
-    def next_cells(self, start: int, stop: int, depth: int) -> Tensor:
-        """``[stop − start]`` as `VocabularyCells.next_cells`, and number ``count`` for what ends."""
-        ended = self._lengths[start:stop] <= depth
-        place = (self.first_piece[start:stop] + depth).masked_fill(ended, 0)
+    def next_cells(self, places: Tensor, depth: int | Tensor) -> Tensor:
+        """``[k]`` as `VocabularyCells.next_cells`, and number ``count`` for what ends."""
+        ended = self._lengths[places] <= depth
+        place = (self.first_piece[places] + depth).masked_fill(ended, 0)
         return self.piece_cells[place].masked_fill(ended, self.count)
 
     def target(self, teacher_probs: Tensor, emitted: tuple[int, ...] = ()) -> Tensor:
@@ -58,8 +58,8 @@ class PushForwardCells(VocabularyCells):
         known = (self.teacher_cells >= 0).nonzero().flatten()
         ids, cells = known, self.teacher_cells[known]
         if emitted:
-            start, stop = self.prefix_range(emitted)
-            ids, cells = self.order[start:stop], self.next_cells(start, stop, self.depth(emitted))
+            places = torch.arange(*self.prefix_range(emitted))
+            ids, cells = self.order[places], self.next_cells(places, self.depth(emitted))
         mass.index_add_(0, cells, teacher_probs[ids])
         return mass / mass.sum()
 

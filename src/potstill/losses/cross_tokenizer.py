@@ -38,8 +38,8 @@ class Cells(Protocol):
     keeps_endings: bool
     most: int | None
 
-    def next_cells(self, start: int, stop: int, depth: int) -> Tensor:
-        """The cell of piece ``depth`` of the teacher's tokens ``order[start:stop]``; ``count`` for a token that ends there."""
+    def next_cells(self, places: Tensor, depth: int | Tensor) -> Tensor:
+        """The cell of piece ``depth`` of the teacher's tokens ``order[places]``; ``count`` for a token that ends there."""
         ...
 
 
@@ -160,25 +160,35 @@ class _Masses:
         self.projection, self.cells, self.temperature = projection, cells, temperature
         device = projection.hidden.device
         self.source = CellPartition(_fitted(cells.teacher_cells, len(projection.head)).to(device), cells.count)
-        columns = (column.tolist() for column in (places.start, places.stop, places.depth))
-        inside = ((places.depth > 0) & (places.teacher_row >= 0)).tolist()
-        self.interiors = [place if chosen else None for chosen, *place in zip(inside, *columns, strict=True)]
+        # Which masses go where is worked out on the CPU, where the cells are, and sent to the device once a block.
+        self.ranges = torch.stack([places.start, places.stop, places.depth], -1).cpu()
+        self.is_inside = ((places.depth > 0) & (places.teacher_row >= 0)).cpu()
 
     def __call__(self, rows: slice) -> Tensor:
         """``[b, C + 1]``, each row summing to 1."""
         cells = self.cells
-        q = (self.projection.logits(rows) / self.temperature).softmax(-1)
+        logits = self.projection.logits(rows)
+        q = (logits if self.temperature == 1 else logits.div_(self.temperature)).softmax(-1)
         pooled = self.source.pool(q)
         pooled[:, -1] = 0  # what only the teacher can say is no example to the student
         if cells.most is not None and cells.most < cells.count:
             heaviest = pooled.topk(cells.most, -1)
             pooled.zero_().scatter_(-1, heaviest.indices, heaviest.values)
-        for i, place in enumerate(self.interiors[rows]):
-            if place is not None:
-                start, stop, depth = place
-                going_on = q[i, cells.order[start:stop].to(q.device)]
-                pooled[i].zero_().index_add_(0, cells.next_cells(start, stop, depth).to(q.device), going_on)
+        inside = self.is_inside[rows].nonzero().squeeze(-1)
+        if len(inside):
+            row, ids, columns = (index.to(q.device) for index in self._going_on(inside, self.ranges[rows][inside]))
+            pooled[inside.to(q.device)] = 0
+            pooled.index_put_((row, columns), q[row, ids], accumulate=True)
         return pooled / pooled.sum(-1, keepdim=True).clamp_min(torch.finfo(pooled.dtype).tiny)
+
+    def _going_on(self, inside: Tensor, ranges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For all rows ``inside`` a word, one after the other: row, a token that goes on there, the cell of its next piece."""
+        start, stop, depth = ranges.unbind(-1)
+        sizes = stop - start
+        within = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        places = start.repeat_interleave(sizes) + within
+        columns = self.cells.next_cells(places, depth.repeat_interleave(sizes))
+        return inside.repeat_interleave(sizes), self.cells.order[places], columns
 
 
 def _fitted(cells: Tensor, rows: int) -> Tensor:

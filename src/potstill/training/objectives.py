@@ -87,8 +87,8 @@ class LogitsObjective:
 
     def self_divergence(self, rows: list[dict[str, Any]]) -> Tensor | None:
         """The teacher through the student's way to its hidden states against the teacher through its own."""
-        if not isinstance(self.teacher, LocalTeacher):
-            return None
+        if not isinstance(self.teacher, LocalTeacher) or len({p.device for p in self.teacher.model.parameters()}) > 1:
+            return None  # a teacher on several cards cannot stand in the student's place
         model = self.teacher.model
         batch = {name: tensor.to(model.device) for name, tensor in self.layout(rows).items()}
         alone = dataclasses.replace(self, settings={**self.settings, "hard_label_weight": 0.0})

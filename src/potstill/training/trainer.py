@@ -135,6 +135,8 @@ class DistillationTrainer(Trainer):
             data_collator=kwargs.pop("data_collator", None) or self.objective.layout,
             **kwargs,
         )
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 2) == 1:
+            raise ConfigError("FSDP version 1 shows a head's weight in shards outside of the model's forward; use fsdp_version 2")
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the supervised tokens of the whole step for us
         self.tokens_seen, self.seconds_evaluating = 0, 0.0
         self._checked = False
@@ -194,15 +196,18 @@ class DistillationTrainer(Trainer):
         """The Trainer's own, of conversations as well as of rows already tokenized."""
         if not isinstance(eval_dataset, str):
             eval_dataset = _encoded(eval_dataset, self.objective, self.args.max_length)
-        begun = time.perf_counter()
         found: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
-        self.seconds_evaluating += time.perf_counter() - begun
         return found
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own, with ``eval_loss`` a mean over tokens instead of a mean of batch means."""
         self._evaluated.zero_()
+        begun = time.perf_counter()
         output = super().evaluation_loop(*args, **kwargs)
+        self.seconds_evaluating += time.perf_counter() - begun
+        if not self.is_in_train and self.accelerator.num_processes > 1 and self.model is self.model_wrapped:
+            # accelerate notes that it has prepared the model, for evaluation, and would train it later without DDP.
+            self.model._is_accelerate_prepared = False
         nats, tokens = self.accelerator.reduce(self._evaluated.to(self.args.device, torch.float32), "sum").tolist()
         output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = nats / max(tokens, 1)
         return output
@@ -238,7 +243,7 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero:
             write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
         self.earlier = rows[-1] if rows else self.earlier
-        self.begun = time.perf_counter()
+        self.begun, self.trainer.seconds_evaluating = time.perf_counter(), 0.0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Add one row."""
