@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -153,6 +154,27 @@ def pair_folder(tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: 
     (tmp_path / "teacher").symlink_to(model_folder(layers=4))
     (tmp_path / "student").symlink_to(model_folder(layers=2, seed=1))
     return tmp_path
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., contextlib.AbstractContextManager[None]]:
+    """A context in which training (by ``method``, if one is named) is interrupted as a step would begin."""
+    from potstill.training.trainer import DistillationTrainer
+
+    original = DistillationTrainer.training_step
+
+    @contextlib.contextmanager
+    def interrupting(step: int, *, method: str | None = None) -> Iterator[None]:
+        def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == step and method in (None, self.args.method):
+                raise KeyboardInterrupt
+            return original(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DistillationTrainer, "training_step", interrupted)
+            yield
+
+    return interrupting
 
 
 @pytest.fixture(scope="module")

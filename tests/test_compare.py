@@ -12,7 +12,6 @@ import pytest
 from alignment.toys import sentencepiece
 from conftest import conversations, tiny_model, write_rows
 from potstill import cli, pipeline
-from potstill.training.trainer import DistillationTrainer
 
 
 @pytest.fixture
@@ -86,16 +85,8 @@ def test_what_tasks_found_stands_in_the_table(place: Path, capsys: pytest.Captur
     assert "quiz acc" in (place / "again" / "comparison.html").read_text()
 
 
-def test_an_interrupted_comparison_goes_on_and_keeps_what_is_finished(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = DistillationTrainer.training_step
-
-    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.args.method == "logits" and self.state.global_step == 2:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DistillationTrainer, "training_step", interrupted)
+def test_an_interrupted_comparison_goes_on_and_keeps_what_is_finished(place: Path, interrupt_at: Any) -> None:
+    with interrupt_at(2, method="logits"):
         assert compare("--methods", "text,logits") == 130
     assert not (place / "out" / "comparison.json").exists()
     kept = (place / "out" / "text-seed0" / "student" / "model.safetensors").stat().st_mtime_ns

@@ -65,17 +65,9 @@ def test_a_budget_in_seconds_becomes_a_number_of_steps_that_is_kept(place: Path)
 
 
 @pytest.mark.parametrize("stops_at", [1, 5, 7])
-def test_an_interrupted_run_goes_on_to_the_same_weights(place: Path, monkeypatch: pytest.MonkeyPatch, stops_at: int) -> None:
+def test_an_interrupted_run_goes_on_to_the_same_weights(place: Path, interrupt_at: Any, stops_at: int) -> None:
     assert distill("--max-steps", "8", output="whole") == 0
-    original = DistillationTrainer.training_step
-
-    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == stops_at:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DistillationTrainer, "training_step", interrupted)
+    with interrupt_at(stops_at):
         assert distill("--max-steps", "8") == 130
     assert not (place / "run" / "student").exists()
     (place / "run" / "checkpoints" / "checkpoint-99").mkdir(parents=True)  # one that a kill left half-written
@@ -420,16 +412,8 @@ def test_the_held_out_loss_is_watched_while_training(place: Path) -> None:
     assert "Dashed: the loss on held-out text" in (place / "run" / "report.html").read_text()
 
 
-def test_half_a_line_of_metrics_does_not_stop_a_resumed_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = DistillationTrainer.training_step
-
-    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DistillationTrainer, "training_step", interrupted)
+def test_half_a_line_of_metrics_does_not_stop_a_resumed_run(place: Path, interrupt_at: Any) -> None:
+    with interrupt_at(3):
         assert distill("--max-steps", "4") == 130
     with (place / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')

@@ -122,13 +122,7 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
         chosen = _arguments(run, recipe, **overrides)
         return DistillationTrainer(student, None, chosen, dataset, watched, tokenizer, objective=objective)
 
-    max_steps = recipe.max_steps or agreed(run.planned_steps())
-    if max_steps is None and recipe.seconds is None:
-        a_step = recipe.batch_size * recipe.gradient_accumulation_steps * process_count()
-        max_steps = PASSES * -(-len(dataset) // a_step)
-    if max_steps is None:
-        max_steps = agreed(max(1, int(recipe.seconds / _seconds_a_step(trainer))))  # type: ignore[operator]
-        say(f"{recipe.seconds:g} seconds are about {max_steps} steps")
+    max_steps = recipe.max_steps or agreed(run.planned_steps()) or _steps(recipe, len(dataset), trainer)
     training = trainer(max_steps=max_steps, **_saving(recipe, max_steps), **_watching(recipe))
     if is_main_process():
         run.begin({**dataclasses.asdict(recipe), "max_steps": max_steps})
@@ -150,6 +144,16 @@ def _train(run: RunFolder, recipe: DistillRecipe) -> None:
     if is_main_process():
         with whole_folder(run.student) as unfinished:
             save_student(training.model, tokenizer, unfinished, provenance=provenance, weights=weights)
+
+
+def _steps(recipe: DistillRecipe, conversations: int, trainer: Any) -> int:
+    """What a budget in seconds allows; without one, enough to read the data three times."""
+    if recipe.seconds is None:
+        a_step = recipe.batch_size * recipe.gradient_accumulation_steps * process_count()
+        return PASSES * -(-conversations // a_step)
+    steps: int = agreed(max(1, int(recipe.seconds / _seconds_a_step(trainer))))
+    say(f"{recipe.seconds:g} seconds are about {steps} steps")
+    return steps
 
 
 def _saving(recipe: DistillRecipe, max_steps: int) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from potstill.comparison.finished_runs import FinishedRun
+from potstill.evaluation.tasks import better, interval
 
 Abilities = dict[str, tuple[float, float | None]]
 """By task and metric: the mean over seeds, and its standard error over questions, which more seeds do not lessen."""
@@ -26,17 +27,13 @@ def abilities(entrants: Mapping[str, list[FinishedRun]], untouched: str) -> dict
 def directions(entrants: Mapping[str, list[FinishedRun]]) -> dict[str, str]:
     """By task and metric: whether ``lower`` or ``higher`` is better."""
     first = next(iter(entrants.values()))[0].evaluation.get("tasks", {}).get("after", {})
-    return {
-        f"{task} {metric}": "lower" if metric in measured.get("lower_is_better", []) else "higher"
-        for task, measured in first.items()
-        for metric in measured["stderr"]
-    }
+    return {f"{task} {metric}": better(measured, metric) for task, measured in first.items() for metric in measured["stderr"]}
 
 
 def in_figures(found: Abilities) -> tuple[dict[str, float], dict[str, list[float]]]:
     """The values, and their 95 % intervals where a standard error is known."""
-    sure = {name: (value, 1.96 * error) for name, (value, error) in found.items() if error is not None}
-    return {name: value for name, (value, _) in found.items()}, {name: [v - e, v + e] for name, (v, e) in sure.items()}
+    ends = {name: interval(value, error) for name, (value, error) in found.items() if error is not None}
+    return {name: value for name, (value, _) in found.items()}, ends
 
 
 def _asked(run: FinishedRun) -> dict[str, int]:

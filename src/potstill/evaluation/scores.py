@@ -68,8 +68,8 @@ def score_tokens(
     """Score every supervised token of tokenized conversations (`potstill.data.tokenize_conversations`).
 
     ``rows`` cuts the model's vocabulary to what it shares with ``teacher``, where the two are compared; how well the text is
-    predicted is asked of all of it. ``likeliest`` is how many of each model's likeliest
-    tokens are kept. Never holds more than a chunk's logits.
+    predicted is asked of all of it. ``likeliest`` is how many of each model's likeliest tokens are kept. Never holds more than a
+    chunk's logits.
     """
     head = output_head(model)
     layout = BatchLayout(pad_token_id, packed=False)

@@ -10,7 +10,7 @@ import difflib
 import functools
 import importlib.util
 import logging
-from typing import Any
+from typing import Any, Literal
 
 from potstill.errors import ConfigError, DataError
 from potstill.evaluation.questions import read_questions, task_config
@@ -53,9 +53,19 @@ class Tasks:
         for tasks, in_chat in ((self.named, False), (questions, chat)):
             if tasks:
                 found = simple_evaluate(opened, tasks=tasks, task_manager=manager, apply_chat_template=in_chat, log_samples=False)
-                better = found.get("higher_is_better", {})
-                measured |= {name: _metrics(results, better.get(name, {})) for name, results in found["results"].items()}
+                higher = found.get("higher_is_better", {})
+                measured |= {name: _metrics(results, higher.get(name, {})) for name, results in found["results"].items()}
         return measured
+
+
+def better(measured: Measures, metric: str) -> Literal["lower", "higher"]:
+    """Which way a metric of a task is better; runs of before that was noted count as the higher, the better."""
+    return "lower" if metric in measured.get("lower_is_better", []) else "higher"
+
+
+def interval(value: float, error: float | None) -> list[float]:
+    """The 95 % interval of a metric, from its standard error; empty where there is none."""
+    return [] if error is None else [value - 1.96 * error, value + 1.96 * error]
 
 
 @functools.cache

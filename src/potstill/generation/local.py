@@ -67,6 +67,7 @@ class LocalEngine:
         self.batch_size, self.unit_size = batch_size, unit_size
         self.source = source
         self.ends = end_tokens(model, tokenizer)
+        self.waits_for_all = carries_state(model)
         self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     @functools.cached_property
@@ -111,7 +112,7 @@ class LocalEngine:
 
         A model whose state is not made of columns (Mamba) cannot be refilled, and waits for all.
         """
-        if carries_state(self.model):
+        if self.waits_for_all:
             return rows
         return min(rows, max(1, self.batch_size // 8)) if waiting else -(-rows // 4)
 

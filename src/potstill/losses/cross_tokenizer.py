@@ -142,8 +142,8 @@ def fused_linear_cells(
     masses = _Masses(projection, cells, places, teacher_temperature)
 
     def score(logits: Tensor, rows: slice) -> LossAndGradient:
-        t, seen = masses(rows), places.cell[rows].clamp_min(0)
-        told = known[rows] & (t.sum(-1) > 0)  # where the teacher's whole mass has underflowed, it says nothing
+        (t, says_something), seen = masses(rows), places.cell[rows].clamp_min(0)
+        told = known[rows] & says_something
         partition: Partition = target
         if cells.keeps_endings:
             partition = residual = ResidualPartition(target, (t == 0) & (places.depth[rows, None] > 0))
@@ -164,8 +164,8 @@ class _Masses:
         self.ranges = torch.stack([places.start, places.stop, places.depth], -1).cpu()
         self.is_inside = ((places.depth > 0) & (places.teacher_row >= 0)).cpu()
 
-    def __call__(self, rows: slice) -> Tensor:
-        """``[b, C + 1]``, each row summing to 1."""
+    def __call__(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """``[b, C + 1]``, each row summing to 1; and whether it does, ``[b]``: a mass that underflowed says nothing."""
         cells = self.cells
         logits = self.projection.logits(rows)
         q = (logits if self.temperature == 1 else logits.div_(self.temperature)).softmax(-1)
@@ -179,7 +179,8 @@ class _Masses:
             row, ids, columns = (index.to(q.device) for index in self._going_on(inside, self.ranges[rows][inside]))
             pooled[inside.to(q.device)] = 0
             pooled.index_put_((row, columns), q[row, ids], accumulate=True)
-        return pooled / pooled.sum(-1, keepdim=True).clamp_min(torch.finfo(pooled.dtype).tiny)
+        total = pooled.sum(-1, keepdim=True)
+        return pooled / total.clamp_min(torch.finfo(pooled.dtype).tiny), total.squeeze(-1) > 0
 
     def _going_on(self, inside: Tensor, ranges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For all rows ``inside`` a word, one after the other: row, a token that goes on there, the cell of its next piece."""

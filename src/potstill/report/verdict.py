@@ -12,6 +12,8 @@ import numpy as np
 
 from potstill.evaluation import MEASURES, TOKEN_MEASURES, measure_ratios
 from potstill.evaluation.paired import FEWEST_CONVERSATIONS, Difference, Ratios, paired_difference
+from potstill.evaluation.tasks import better
+from potstill.evaluation.tasks import interval as task_interval
 from potstill.report.formatting import duration, ends, figure, number, plural
 
 METHODS = {
@@ -169,11 +171,9 @@ def _task_rows(tasks: Any) -> list[dict[str, Any]]:
                 cells: list[tuple[str, list[str], str]] = []
                 for model in ("before", "after", "teacher"):
                     found, error = tasks[model][task][metric], tasks[model][task]["stderr"][metric]
-                    between = [] if error is None else ends((found - 1.96 * error, found + 1.96 * error))
-                    cells.append((figure(found), between, ""))
+                    cells.append((figure(found), ends(task_interval(found, error)), ""))
                 unit = f"{metric}, {plural(measured['questions'], 'question')}"
-                better = "lower" if metric in measured.get("lower_is_better", []) else "higher"
-                rows.append({"name": str(task), "unit": unit, "better": better, "cells": cells, "change": None})
+                rows.append({"name": str(task), "unit": unit, "better": better(measured, metric), "cells": cells, "change": None})
         return rows
     except (KeyError, TypeError, AttributeError, ValueError):
         return []
