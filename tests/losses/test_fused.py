@@ -456,6 +456,17 @@ def test_backward_can_be_run_again_on_a_retained_graph() -> None:
     assert torch.equal(first, second)
 
 
+def test_gradients_are_scaled_where_they_stand_unless_the_graph_is_kept() -> None:
+    """A second weight gradient would be the largest tensor of a step."""
+    case = random_case()
+    loss = fused_linear_divergence(*case.models) / 3
+    made = loss.grad_fn.next_functions[0][0].saved_tensors[1].data_ptr()  # type: ignore[union-attr]
+    (kept,) = torch.autograd.grad(loss, case.weight, retain_graph=True)
+    (given,) = torch.autograd.grad(loss, case.weight)
+    assert given.data_ptr() == made != kept.data_ptr()
+    assert torch.equal(kept, given)
+
+
 def test_differentiating_twice_is_refused() -> None:
     """Regression: with a constant incoming gradient the first derivative came without a graph and nobody complained."""
     case = random_case()

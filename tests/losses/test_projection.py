@@ -56,8 +56,15 @@ def test_nothing_is_projected_twice_where_blocks_and_chunks_do_not_fit(monkeypat
     assert sum(projected) == N
 
 
-def test_a_block_has_a_row_for_each_thread_even_of_a_vocabulary_beyond_the_cache() -> None:
+def test_logits_alone_take_less_room_than_gradients() -> None:
+    hidden, head = torch.randn(3, 4), Head(torch.empty(50_000, 4))
+    assert 4 * Projection(hidden, head).chunk <= Projection(hidden, head, gradients=True).chunk
+
+
+def test_a_block_has_as_many_rows_for_each_thread_and_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert block_rows("cpu", 10**9) == torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert block_rows("cpu", 49_152) == 6
     assert block_rows("cuda", 50_000) > 10**6
 
 

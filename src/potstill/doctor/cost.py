@@ -48,7 +48,7 @@ ACTIVATION_BYTES = {"bf16": 12, "fp16": 12, "fp32": 17}
 """Kept for the backward pass, for each number that a layer's products make of a token (no gradient checkpointing): measured on
 Llama, Qwen 3, Gemma 3 and GPT-2 with fused attention, 9 to 15 under bf16 autocast and 15 to 20 in fp32."""
 LOGITS_BYTES = 6 * 256 * 2**20
-"""The loss's chunks of logits on a GPU: half a dozen tensors at a time (losses/fused.py, CHUNK_BYTES)."""
+"""The loss's chunks of logits on a GPU: half a dozen tensors at a time (losses/projection.py, GRADIENT_BYTES)."""
 KEPT_CHECKPOINTS = 2
 
 

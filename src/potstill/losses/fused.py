@@ -147,10 +147,10 @@ def fused_linear_loss(
     """
     if weights is not None and weights.shape != hidden.shape[:1]:
         raise ValueError(f"weights {tuple(weights.shape)} must be one number for each of the {len(hidden)} hidden states")
-    projection = Projection(hidden, as_head(head), observed=observed, chunk_tokens=chunk_tokens)
     # Inside forward gradients are always off, and ctx.needs_input_grad is blind to torch.no_grad: ask here, or a
     # validation pass pays for gradients that nobody reads.
     differentiate = torch.is_grad_enabled()
+    projection = Projection(hidden, as_head(head), observed=observed, gradients=differentiate, chunk_tokens=chunk_tokens)
     head = projection.head
     # What autocast asks of the products, the projection has noted. Left on, it would round the scores' dot products as well.
     with torch.autocast(hidden.device.type, enabled=False):
@@ -196,8 +196,9 @@ class _FusedLinear(torch.autograd.Function):
                 "a fused loss cannot be differentiated twice (create_graph=True): its gradients are made in the "
                 "forward pass; use the dense functions of potstill.losses"
             )
+        kept = _graph_is_kept()
         scaled = [
-            None if gradient is None else _scaled(gradient, grad_total, *shape)
+            None if gradient is None else _scaled(gradient, grad_total, *shape, kept=kept)
             for gradient, shape in zip(ctx.saved_tensors, ctx.shapes, strict=True)
         ]
         return *scaled, None, None, None, None
@@ -243,12 +244,20 @@ class _Gradients:
                 part += words @ inputs
 
 
-def _scaled(gradient: Tensor, factor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _graph_is_kept() -> bool:
+    """Whether this backward may be asked for again (``retain_graph=True``)."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
+
+
+def _scaled(gradient: Tensor, factor: Tensor, shape: torch.Size, dtype: torch.dtype, *, kept: bool) -> Tensor:
     """``gradient · factor`` in a tensor of ``shape``, whose rows beyond the gradient's (the cut vocabulary's) get 0.
 
-    Rounded to ``dtype`` last: float16 would turn a loss scale of 65 536 into infinity.
+    Where nobody will ask again and it fits, in the gradient's own. Rounded to ``dtype`` last: float16 would turn a loss scale of
+    65 536 into infinity.
     """
-    scaled = gradient.new_empty(shape, dtype=dtype)
+    fits = gradient.shape == shape and gradient.dtype == dtype
+    scaled = gradient if fits and not kept else gradient.new_empty(shape, dtype=dtype)
     scaled[len(gradient) :] = 0
     for part, source in _pieces(scaled[: len(gradient)], gradient):
         part.copy_(source.to(wide_dtype(source.dtype)) * factor)

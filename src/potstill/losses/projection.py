@@ -23,11 +23,12 @@ from torch import Tensor
 
 from potstill.losses.closed_forms import finite
 
-# One chunk's product, or half the weight if that is more: wide enough that the weight's gradient, which is read and written once
-# a chunk, costs little beside the products, and small beside dense logits.
-CHUNK_BYTES = {"cpu": 96 * 2**20, "cuda": 256 * 2**20}
+# One chunk's product, or half the weight if that is more. Logits alone need so many tokens as keep a product at full speed; where
+# gradients follow, the weight's is read and written once a chunk, and wants as many as may be. Both are small beside dense logits.
+LOGITS_BYTES = {"cpu": 48 * 2**20, "cuda": 256 * 2**20}
+GRADIENT_BYTES = {"cpu": 192 * 2**20, "cuda": 256 * 2**20}
 # One block's float32 logits, and there are a handful of such tensors at a time in a core's cache. A GPU takes a chunk at once.
-BLOCK_BYTES = {"cpu": 2**20}
+BLOCK_BYTES = {"cpu": 3 * 2**19}
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,28 @@ class Head:
 class Projection:
     """One head over ``hidden [N, H]``, without gradients: logits on demand, in order, with one chunk's room.
 
-    ``observed [N]`` are the tokens that the text has; with them half-precision products are anchored.
+    ``observed [N]`` are the tokens that the text has; with them half-precision products are anchored. ``gradients``: will
+    ∂loss/∂logits be collected in the room?
     """
 
-    def __init__(self, hidden: Tensor, head: Head, *, observed: Tensor | None = None, chunk_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        *,
+        observed: Tensor | None = None,
+        gradients: bool = False,
+        chunk_tokens: int | None = None,
+    ) -> None:
+        if chunk_tokens is not None and chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens = {chunk_tokens}: must be at least 1, or None to fit the chunk to memory")
         self.head, self.dtype = head, _product_dtype(hidden)
         self.hidden = hidden.detach().to(self.dtype)
         self.weight = head.weight[: len(head)].detach().to(self.dtype)
         self.wide_products = hidden.device.type == "cuda" and self.dtype in (torch.bfloat16, torch.float16)
         self.stored = torch.float32 if self.wide_products else self.dtype
         self.observed = observed if self.stored in (torch.bfloat16, torch.float16) else None
-        self.chunk = _chunk_size(self.weight, self.stored, chunk_tokens)
+        self.chunk = chunk_tokens or _chunk_size(self.weight, self.stored, GRADIENT_BYTES if gradients else LOGITS_BYTES)
         self.room = self.hidden.new_empty(min(self.chunk, len(hidden)), len(head), dtype=self.stored)
         self.start = self.stop = 0
 
@@ -125,13 +137,9 @@ class Projection:
         return (hidden @ self.weight[words].T).amax(-1, keepdim=True)
 
 
-def _chunk_size(weight: Tensor, dtype: torch.dtype, chunk_tokens: int | None) -> int:
-    """Tokens in a chunk: ``chunk_tokens``, or what fits the device's budget. Raises: ValueError if it is below 1."""
-    if chunk_tokens is not None:
-        if chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens = {chunk_tokens}: must be at least 1, or None to fit the chunk to memory")
-        return chunk_tokens
-    room = max(CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cuda"]), dtype.itemsize * weight.numel() // 2)
+def _chunk_size(weight: Tensor, dtype: torch.dtype, budget: dict[str, int]) -> int:
+    """Tokens whose logits fit the device's budget."""
+    room = max(budget.get(weight.device.type, budget["cuda"]), dtype.itemsize * weight.numel() // 2)
     return max(1, room // (dtype.itemsize * max(1, len(weight))))
 
 
@@ -144,8 +152,9 @@ def block_rows(device: str, width: int) -> int:
     """How many rows of ``width`` float32 numbers are worked on at once; on a GPU all there are."""
     if device not in BLOCK_BYTES:
         return 2**31
-    # At least a row for each thread: a reduction over one row is not shared between them.
-    return max(torch.get_num_threads(), BLOCK_BYTES[device] // (4 * max(1, width)))
+    # As many for each thread, and at least one: a reduction over one row is not shared between them.
+    threads = torch.get_num_threads()
+    return max(1, BLOCK_BYTES[device] // (4 * max(1, width)) // threads) * threads
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

@@ -31,6 +31,7 @@ from potstill.losses import DIVERGENCES
 from potstill.processes import say
 from potstill.run_folder import read_rows, write_whole
 from potstill.training.cross_objective import ALIGNMENTS
+from potstill.training.kept_memory import keep_freed_memory
 from potstill.training.objectives import METHODS, Objective, make_objective
 from potstill.training.self_check import CONVERSATIONS, check_objective
 
@@ -125,6 +126,8 @@ class DistillationTrainer(Trainer):
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
         self.objective = objective or make_objective(args, model, processing_class, teacher, teacher_tokenizer)
+        if args.device.type == "cpu":
+            keep_freed_memory()
         args._n_gpu = min(args.n_gpu, 1)  # several cards are DDP's or FSDP's business, never DataParallel's threads
         super().__init__(
             model=model,
