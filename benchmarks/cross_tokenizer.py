@@ -3,6 +3,7 @@
     make tokenizers                                       # Llama-2's, the default of --tokenizer
     python benchmarks/cross_tokenizer.py                  # all methods, three seeds: two hours on two cores
     python benchmarks/cross_tokenizer.py --layers 15 --seeds 0 --methods text,cells --steps 25,50
+    python benchmarks/cross_tokenizer.py --tokenizer phrases --output runs/phrases    # a student that has " of the" as one token
     python benchmarks/cross_tokenizer.py --table          # what has been measured so far
 
 The teacher answers prompts at temperature 1; every method trains the same student on the same answers in the same order, at a
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from potstill import DistillationConfig, DistillationTrainer, keep_layers, load_model
 from potstill.data import PLAIN_CHAT_TEMPLATE, read_conversations, read_prompts, tokenize_conversations
@@ -66,6 +67,20 @@ def sampled(output: Path, answers: int, held_out: int) -> tuple[list[Any], list[
     return train, test
 
 
+def phrases(texts: list[str], size: int = 3000) -> Any:
+    """A byte-level tokenizer whose tokens go beyond words, up to the next punctuation: the student spans the teacher's tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    parts = pre_tokenizers.Split(Regex(r"[^\n.,:;!?]+|[\n.,:;!?]+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
 def sums(model: Any, dataset: Any, pad: int) -> tuple[list[float], list[int]]:
     """Nats and bytes of each conversation."""
     scores = score_tokens(model.eval(), dataset, pad_token_id=pad)
@@ -94,7 +109,10 @@ def run(options: argparse.Namespace) -> None:
     results = options.output / "results.jsonl"
     train, test = sampled(options.output, options.answers, options.held_out)
     teacher, teacher_tokenizer = load_model("demo", dtype="bfloat16")
-    tokenizer = load_tokenizer(str(options.tokenizer))
+    if str(options.tokenizer) == "phrases":
+        tokenizer = phrases([message["content"] for row in train for message in row["messages"]])
+    else:
+        tokenizer = load_tokenizer(str(options.tokenizer))
     tokenizer.pad_token, tokenizer.chat_template = tokenizer.eos_token, PLAIN_CHAT_TEMPLATE
     cut = keep_layers(teacher, choose_layers(options.layers, of=teacher.config.num_hidden_layers))
     before = change_tokenizer(cut, teacher_tokenizer, tokenizer).float()
@@ -189,7 +207,7 @@ def _cell(rows: list[dict[str, Any]], method: str, step: int, teacher: dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
-    parser.add_argument("--tokenizer", type=Path, default=Path(".cache/tokenizers/llama2"), help="the student's")
+    parser.add_argument("--tokenizer", type=Path, default=Path(".cache/tokenizers/llama2"), help="the student's folder, or phrases")
     parser.add_argument("--output", type=Path, default=Path("runs/cross_tokenizer"))
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
     parser.add_argument("--steps", type=numbers, default=[15, 30, 60], help="measured after so many; the last ends the run")
@@ -206,7 +224,7 @@ def main() -> None:
         parser.error(f"unknown methods {', '.join(sorted(unknown))}; known are {', '.join(METHODS)}")
     if options.table:
         print_table(options.output / "results.jsonl", options.layers)
-    elif not options.tokenizer.is_dir():
+    elif not options.tokenizer.is_dir() and str(options.tokenizer) != "phrases":
         parser.error(f"no folder {options.tokenizer}: `make tokenizers` fetches Llama-2's")
     else:
         run(options)

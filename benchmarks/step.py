@@ -155,6 +155,14 @@ def trl_step(options: Any) -> dict[str, float]:
     return timed(options, trainer, counts.tokens)
 
 
+def trl_step_with_memory_kept(options: Any) -> dict[str, float]:
+    """What our trainer asks of glibc, asked for TRL's."""
+    from potstill.training.kept_memory import keep_freed_memory
+
+    keep_freed_memory()
+    return trl_step(options)
+
+
 def teacher_forward(options: Any) -> dict[str, float]:
     import torch
 
@@ -180,6 +188,7 @@ CONTENDERS = {
     "potstill logits, padded": lambda options: potstill_step(options, "logits", packed=False),
     "potstill cross": lambda options: potstill_step(options, "cross"),
     "TRL 1.16 GKDTrainer": trl_step,
+    "TRL 1.16 GKDTrainer, freed memory kept": trl_step_with_memory_kept,
     "potstill text": lambda options: potstill_step(options, "text"),
     "Trainer, fine-tuning": plain_step,
     "teacher forward alone": teacher_forward,

@@ -8,8 +8,9 @@ blocks of float32.
 
 **Anchors.** bfloat16 keeps eight bits of whatever it stores, and a logit of 20 so rounded is off by up to 0.06: a student near
 its teacher then gets a gradient that is wrong by 40 %. But softmax sees differences alone. Half-precision products are
-therefore stored as logit − anchor, where a token's anchor is the logit of its observed next token: small wherever the
-probability is large. The subtraction happens inside the product, before anything is rounded, and the error falls twentyfold.
+therefore stored as logit − anchor, where a token's anchor is its greatest logit among the words that the chunk's text has: small
+wherever the probability is large. The subtraction happens inside the product, before anything is rounded, and the error falls
+twentyfold.
 On CUDA, products of half-precision tensors come out in float32 and need none of this.
 """
 
