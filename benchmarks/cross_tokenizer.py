@@ -109,10 +109,10 @@ def run(options: argparse.Namespace) -> None:
     results = options.output / "results.jsonl"
     train, test = sampled(options.output, options.answers, options.held_out)
     teacher, teacher_tokenizer = load_model("demo", dtype="bfloat16")
-    if str(options.tokenizer) == "phrases":
-        tokenizer = phrases([message["content"] for row in train for message in row["messages"]])
-    else:
+    if options.tokenizer.is_dir():
         tokenizer = load_tokenizer(str(options.tokenizer))
+    else:
+        tokenizer = phrases([message["content"] for row in train for message in row["messages"]])
     tokenizer.pad_token, tokenizer.chat_template = tokenizer.eos_token, PLAIN_CHAT_TEMPLATE
     cut = keep_layers(teacher, choose_layers(options.layers, of=teacher.config.num_hidden_layers))
     before = change_tokenizer(cut, teacher_tokenizer, tokenizer).float()
