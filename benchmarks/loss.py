@@ -259,7 +259,7 @@ def real(options: Any, dtype: torch.dtype) -> Inputs:
     """Answers of the demo's teacher, read by itself and by half its layers: the states at the tokens that are learned."""
     from potstill import keep_layers, load_model
     from potstill.data import BatchLayout, read_conversations, tokenize_conversations
-    from potstill.heads import hidden_states, supervised
+    from potstill.models.heads import hidden_states, supervised
 
     teacher, tokenizer = load_model("demo", dtype="float32")
     student = keep_layers(teacher, 15)

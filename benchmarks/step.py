@@ -167,7 +167,7 @@ def teacher_forward(options: Any) -> dict[str, float]:
     import torch
 
     from potstill.data import BatchLayout, tokenize_conversations
-    from potstill.heads import hidden_states, supervised
+    from potstill.models.heads import hidden_states, supervised
 
     teacher, _, tokenizer = pair()
     dataset, counts = tokenize_conversations(conversations(options), tokenizer)

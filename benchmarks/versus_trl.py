@@ -362,7 +362,7 @@ def main() -> None:
         return
     if not options.table:
         refuse(parser, options)
-        from potstill.demo import LAYERS
+        from potstill.commands.demo import LAYERS
         from potstill.students import make_student
 
         if not (options.output / "student").is_dir():

@@ -147,7 +147,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 @pytest.fixture
 def pair_folder(tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to stand in, with a teacher of four layers and a student of two; what a run lets them answer is short."""
-    from potstill import pipeline
+    from potstill.distillation import run as pipeline
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipeline, "SAMPLE_TOKENS", 4)

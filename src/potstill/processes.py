@@ -16,13 +16,13 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def say(line: str) -> None:
+def print_main(line: str) -> None:
     """Print, once."""
     if is_main_process():
         print(line, flush=True)
 
 
-def agreed(value: Any) -> Any:
+def broadcast_from_main(value: Any) -> Any:
     """The main process's ``value``, in all of them. Each must ask; `transformers.TrainingArguments` must have begun the group."""
     if process_count() == 1:
         return value

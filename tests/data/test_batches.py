@@ -9,7 +9,7 @@ from conftest import CHATML, conversations, tiny_model, toy_tokenizer
 from potstill.data import BatchLayout, encode_conversation, tokenize_conversations
 from potstill.data.chat_templates import set_chat_template
 from potstill.errors import ChatTemplateError, DataError
-from potstill.heads import hidden_states, output_head, supervised
+from potstill.models.heads import hidden_states, output_head, supervised
 from potstill.losses import fused_linear_cross_entropy
 
 TWO_ANSWERS = {

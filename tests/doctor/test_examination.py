@@ -14,7 +14,8 @@ import pytest
 
 from conftest import CHATML, conversations, sentencepiece_tokenizer, tiny_model, toy_tokenizer
 from potstill import cli
-from potstill.config import DistillRecipe, DoctorRecipe
+from potstill.commands.distill import DistillRecipe
+from potstill.commands.doctor import DoctorRecipe
 from potstill.doctor import examination
 from potstill.doctor.examination import Diagnosis, examine, quick_check
 from potstill.doctor.text import as_text

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from potstill.alignment import VocabularyComparison
-from potstill.data.correspondence import MeasuredText
+from potstill.doctor.measured_text import MeasuredText
 from potstill.doctor.cost import ModelSize, Plan, estimate
 from potstill.doctor.examination import Diagnosis, Side
 from potstill.doctor.text import as_text

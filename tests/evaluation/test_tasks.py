@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from conftest import CHATML, conversations, tiny_model, toy_tokenizer
-from potstill import cli, pipeline
+from potstill import cli
+from potstill.distillation import run as pipeline
 from potstill.errors import ConfigError, DataError
 from potstill.evaluation import Tasks, tasks
 

@@ -12,7 +12,7 @@ from conftest import conversations, tiny_model, toy_tokenizer
 from potstill.evaluation import HeldOut
 from potstill.evaluation import token_views as module
 from potstill.evaluation.token_views import speller, token_views
-from potstill.pipeline import LIKELIEST
+from potstill.distillation.run import LIKELIEST
 
 
 @pytest.fixture(scope="module")

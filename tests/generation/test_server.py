@@ -113,7 +113,7 @@ def test_errors_that_pass_are_asked_again(server: tuple[Server, str], status: in
 def test_patience_has_an_end(server: tuple[Server, str]) -> None:
     state, url = server
     state.reply = lambda body, nth: (503, {}, {})
-    with pytest.raises(ServerError, match=r"status 503 for 0\.1 seconds; the same command goes on"):
+    with pytest.raises(ServerError, match=r"status 503 for 0\.1 seconds; run the same command again to continue"):
         ask(url, patience_seconds=0.1)
 
 

@@ -19,7 +19,7 @@ from conftest import tiny_model
 from potstill import cli
 from potstill.errors import ChatTemplateError, ConfigError, ModelError
 from potstill.generation import LocalEngine, Request, Sampling, requests
-from potstill.generation.sampling import sample_tokens, uniforms
+from potstill.sampling.sampler import sample_tokens, uniforms
 from potstill.generation.vllm import VllmEngine
 
 SAMPLING = Sampling(max_new_tokens=12, seed=3)

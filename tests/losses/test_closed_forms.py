@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.losses import DIVERGENCES
-from potstill.losses.closed_forms import CLOSED_FORMS, cross_entropy, finite
+from potstill.losses import DIVERGENCES
+from potstill.losses.closed_forms import cross_entropy, finite
+
+CLOSED_FORMS = {name: one.value_and_gradient() for name, one in DIVERGENCES.items()}
 
 VARIANTS: list[tuple[str, dict[str, float]]] = [
     *((name, {}) for name in CLOSED_FORMS),

@@ -11,7 +11,7 @@ import torch
 from alignment.toys import sentencepiece
 from conftest import conversations, tiny_model, toy_tokenizer
 from potstill.training.cross_objective import ALIGNMENTS, OVER_CELLS
-from potstill.training.trainer import DistillationConfig, DistillationTrainer
+from potstill.training import DistillationConfig, DistillationTrainer
 
 
 def trainer(folder: Path, student: Any = None, **settings: Any) -> DistillationTrainer:

@@ -11,7 +11,7 @@ import torch
 from conftest import conversations, tiny_model, toy_tokenizer
 from potstill.errors import ConfigError, ModelError, NonFiniteLoss, VocabularyMismatch
 from potstill.losses import DIVERGENCES
-from potstill.training.trainer import DistillationConfig, DistillationTrainer, MetricsFile
+from potstill.training import DistillationConfig, DistillationTrainer, MetricsFile
 
 
 def trainer(folder: Path, student: Any = None, *, teacher: Any = None, rows: Any = None, **settings: Any) -> DistillationTrainer:

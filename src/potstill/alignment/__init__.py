@@ -2,9 +2,6 @@
 
 from potstill.alignment.cells import VocabularyCells as VocabularyCells
 from potstill.alignment.cells import cached_cells as cached_cells
-from potstill.alignment.literature import BytePrefixCells as BytePrefixCells
-from potstill.alignment.literature import PushForwardCells as PushForwardCells
-from potstill.alignment.literature import StrictCells as StrictCells
 from potstill.alignment.pieces import PieceCells as PieceCells
 from potstill.alignment.positions import Positions as Positions
 from potstill.alignment.positions import align as align
@@ -17,11 +14,8 @@ from potstill.alignment.vocabulary import compare_vocabularies as compare_vocabu
 from potstill.alignment.vocabulary import shared_rows as shared_rows
 
 __all__ = [
-    "BytePrefixCells",
     "PieceCells",
     "Positions",
-    "PushForwardCells",
-    "StrictCells",
     "VocabularyCells",
     "VocabularyComparison",
     "align",
@@ -33,3 +27,13 @@ __all__ = [
     "stop_tokens",
     "token_bytes",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("BytePrefixCells", "PushForwardCells", "StrictCells"):
+        import importlib
+        import warnings
+
+        warnings.warn(f"potstill.alignment.{name} is now potstill.baselines.{name}", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module("potstill.baselines"), name)
+    raise AttributeError(f"module 'potstill.alignment' has no attribute {name!r}")

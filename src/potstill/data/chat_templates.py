@@ -9,45 +9,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from potstill.errors import ChatTemplateError
-
-# For base models, which have none: name it explicitly, with `chat_template="plain"`. Roles stand on lines of their own, because
-# a prompt that ends in a blank would lose it to the first token of the answer (" the" is one token).
-PLAIN_CHAT_TEMPLATE = (
-    "{% if bos_token and bos_token != eos_token %}{{ bos_token }}{% endif %}"
-    "{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] | trim }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
-)
+from potstill.models.chat_template import PLAIN_CHAT_TEMPLATE as PLAIN_CHAT_TEMPLATE
+from potstill.models.chat_template import ensure_chat_template as ensure_chat_template
+from potstill.models.chat_template import set_chat_template as set_chat_template
 
 _NEVER_IN_TEXT = "\uf8ff"  # the last character of Unicode's private use area
 
 Span = tuple[int, int]
-
-
-def set_chat_template(tokenizer: Any, chat_template: str | None) -> None:
-    """Give ``tokenizer`` the plain template (``plain``), one from a Jinja file, or leave its own (None).
-
-    Raises: ChatTemplateError if the file is not there.
-    """
-    if chat_template is None:
-        return
-    if chat_template == "plain":
-        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
-        return
-    try:
-        tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise ChatTemplateError(f"{chat_template}: no such chat template; give plain, or the path of a Jinja file") from error
-
-
-def ensure_chat_template(tokenizer: Any, chat_template: str | None) -> None:
-    """`set_chat_template`, for a tokenizer that has none of its own."""
-    if not tokenizer.chat_template:
-        set_chat_template(tokenizer, chat_template)
 
 
 def render(tokenizer: Any, messages: list[dict[str, Any]], *, for_answer: bool = False) -> str:

@@ -19,7 +19,7 @@ from potstill.alignment import VocabularyComparison, compare_vocabularies, share
 from potstill.data import read_conversations, tokenize_conversations
 from potstill.data.chat_templates import answer_spans, ensure_chat_template
 from potstill.data.conversations import Conversation
-from potstill.data.correspondence import PROBE, MeasuredText, measure_text, splits_alike
+from potstill.doctor.measured_text import PROBE, MeasuredText, measure_text, splits_alike
 from potstill.doctor.cost import CARDS, Cost, ModelSize, Plan, estimate, find_card, model_size
 from potstill.errors import ConfigError, VocabularyMismatch
 from potstill.evaluation.scores import score_tokens, summarize

@@ -1,5 +1,6 @@
 """Was the student helped? Scores of tokens and their summary (scores.py), on the conversations held out (held_out.py); tasks.py."""
 
+from potstill.evaluation.evaluate import Comparison, Evaluation, evaluate
 from potstill.evaluation.held_out import HeldOut, fingerprint, last_question
 from potstill.evaluation.measures import MEASURES, TOKEN_MEASURES, Measure
 from potstill.evaluation.scores import TokenScores, conversation_sums, gap_closed, measure_ratios, score_tokens, summarize
@@ -9,12 +10,15 @@ from potstill.evaluation.tasks import Tasks
 __all__ = [
     "MEASURES",
     "TOKEN_MEASURES",
+    "Comparison",
+    "Evaluation",
     "HeldOut",
     "Measure",
     "Tasks",
     "TokenScores",
     "as_table",
     "conversation_sums",
+    "evaluate",
     "fingerprint",
     "gap_closed",
     "last_question",

@@ -12,14 +12,15 @@ import torch
 from potstill.alignment import shared_rows
 from potstill.data import IGNORED, encode_conversation, tokenize_conversations, without_answer
 from potstill.errors import VocabularyMismatch
-from potstill.evaluation.scores import TokenScores, conversation_sums, score_tokens
-from potstill.teachers import LocalTeacher
+from potstill.evaluation.scores import TokenScores, conversation_sums, score_teacher, score_tokens
+from potstill.protocols import CausalLM, Tokenizer
+from potstill.teachers import Teacher, as_teacher
 
 
 class HeldOut:
     """``conversations`` for a pair, and how much of their vocabularies is one. Raises: as `tokenize_conversations`."""
 
-    def __init__(self, teacher_tokenizer: Any, tokenizer: Any, conversations: list[Any], *, max_length: int) -> None:
+    def __init__(self, teacher_tokenizer: Tokenizer, tokenizer: Tokenizer, conversations: list[Any], *, max_length: int) -> None:
         self.teacher_tokenizer, self.tokenizer = teacher_tokenizer, tokenizer
         try:
             self.rows: int | None = shared_rows(teacher_tokenizer, tokenizer)
@@ -36,20 +37,35 @@ class HeldOut:
         self.dataset, _ = tokenize_conversations(conversations, tokenizer, max_length=max_length)
         self.teacher_dataset, _ = tokenize_conversations(conversations, teacher_tokenizer, max_length=max_length)
 
-    def score_student(self, student: Any, teacher: Any, *, likeliest: int = 0) -> TokenScores:
-        """The student's scores, against the teacher where their vocabularies are one. ``likeliest`` as in `score_tokens`."""
-        asked: dict[str, Any] = {"pad_token_id": self.tokenizer.pad_token_id, "likeliest": likeliest}
-        if self.rows is None:
-            return score_tokens(student, self.dataset, **asked)
-        rows = min(self.rows, len(teacher.get_output_embeddings().weight), len(student.get_output_embeddings().weight))
-        return score_tokens(student, self.dataset, teacher=LocalTeacher(teacher, rows=rows), rows=rows, **asked)
+    def score_student(
+        self, student: CausalLM, teacher: CausalLM | Teacher, *, likeliest: int = 0
+    ) -> TokenScores:
+        """Score the student, against the teacher where both have the same vocabulary.
 
-    def score_teacher(self, teacher: Any) -> TokenScores:
-        """The teacher's own scores; from itself it is 0 nats away, and always of its own opinion."""
-        scores = score_tokens(teacher, self.teacher_dataset, pad_token_id=self.teacher_tokenizer.pad_token_id)
+        ``likeliest`` as in `score_tokens`.
+        """
+        pad = self.tokenizer.pad_token_id
+        if self.rows is None:
+            return score_tokens(student, self.dataset, pad_token_id=pad, likeliest=likeliest)
+        source = as_teacher(teacher)
+        student_rows = len(student.get_output_embeddings().weight)
+        return score_tokens(
+            student,
+            self.dataset,
+            pad_token_id=pad,
+            teacher=source,
+            rows=min(self.rows, source.vocabulary_rows, student_rows),
+            likeliest=likeliest,
+        )
+
+    def score_teacher(self, teacher: CausalLM | Teacher) -> TokenScores:
+        """Score the teacher; its KL from itself is 0 and its agreement 1, by definition."""
+        pad = self.teacher_tokenizer.pad_token_id
+        scores = score_teacher(as_teacher(teacher), self.teacher_dataset, pad_token_id=pad)
         if self.rows is None:
             return scores
-        return dataclasses.replace(scores, kl=torch.zeros_like(scores.nll), agrees=torch.ones_like(scores.nll))
+        zeros, ones = torch.zeros_like(scores.nll), torch.ones_like(scores.nll)
+        return dataclasses.replace(scores, kl=zeros, agrees=ones)
 
     def per_conversation(self, scores: dict[str, TokenScores]) -> dict[str, Any]:
         """What each model's scores add up to in each conversation, the prompts beside it, and a fingerprint of the whole."""

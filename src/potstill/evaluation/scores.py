@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from potstill.data import BatchLayout
 from potstill.evaluation.paired import Ratios, interval
-from potstill.heads import hidden_states, model_inputs, output_head, supervised
-from potstill.losses import Head, Projection, forward_kl
-from potstill.teachers import LogitsTarget, Teacher
+from potstill.models.heads import hidden_states, model_inputs, output_head, supervised
+from potstill.losses import CallableHead, Head, Projection
+from potstill.teachers import Target, Teacher
+from potstill.teachers.targets import most_likely
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,27 @@ def score_tokens(
     )
 
 
+@torch.no_grad()
+def score_teacher(
+    teacher: Teacher, dataset: Any, *, pad_token_id: int, batch_size: int = 8
+) -> TokenScores:
+    """Score a teacher's own prediction of tokenized conversations, from its targets alone.
+
+    Works for a teacher without a model in this process. KL and agreement are None.
+    """
+    layout = BatchLayout(pad_token_id, packed=False)
+    device = "cpu" if teacher.model is None else teacher.model.device
+    nll, conversation = [], []
+    for start in range(0, len(dataset), batch_size):
+        rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        batch = {name: tensor.to(device) for name, tensor in layout(rows).items()}
+        chosen = batch["labels"][:, 1:] != -100
+        nll.append(teacher.targets(batch).label_nll(batch["labels"][:, 1:][chosen]).cpu())
+        conversation.append(start + chosen.nonzero()[:, 0].cpu())
+    answer_bytes = torch.tensor(dataset["answer_bytes"])
+    return TokenScores(torch.cat(nll), None, None, torch.cat(conversation), answer_bytes)
+
+
 def summarize(scores: TokenScores, *, seed: int = 0) -> dict[str, Any]:
     """The means of `TOKEN_MEASURES`, with 95 % percentile intervals from 2 000 resamplings of the conversations.
 
@@ -154,29 +176,28 @@ def gap_closed(teacher: dict[str, Any], before: dict[str, Any], after: dict[str,
 
 
 def _score_rows(
-    hidden: Tensor, head: Head, labels: Tensor, target: LogitsTarget | None, shared: int | None, likeliest: int
+    hidden: Tensor,
+    head: Head | CallableHead,
+    labels: Tensor,
+    target: Target | None,
+    rows: int | None,
+    likeliest: int,
 ) -> tuple[Tensor, ...]:
-    """NLL, KL and agreement of N tokens, ``[N]`` each, a chunk of logits at a time; then ids and probabilities ``[N, k]`` of the
-    model's likeliest tokens and of the teacher's."""
+    """Return NLL, KL and agreement ``[N]``, then ids and probabilities ``[N, k]`` of both models.
+
+    Logits exist for one chunk at a time.
+    """
     nll, kl, agrees = (torch.zeros(len(labels), device=hidden.device) for _ in range(3))
     shape = (len(labels), likeliest)
-    ids, teacher_ids = (torch.zeros(shape, dtype=torch.int32, device=hidden.device) for _ in range(2))
-    probabilities, teacher_probabilities = (torch.zeros(shape, device=hidden.device) for _ in range(2))
-    teacher = None if target is None else Projection(target.hidden, target.head, observed=labels)
-    for rows, logits in Projection(hidden, head, observed=labels).blocks():
-        nll[rows] = torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none")
-        if likeliest:
-            ids[rows], probabilities[rows] = _likeliest(logits, likeliest)
-        if teacher is not None:
-            teacher_logits = teacher.logits(rows)
-            compared = logits[:, :shared]
-            kl[rows] = forward_kl(teacher_logits, compared)
-            agrees[rows] = (teacher_logits.argmax(-1) == compared.argmax(-1)).float()
-            if likeliest:
-                teacher_ids[rows], teacher_probabilities[rows] = _likeliest(teacher_logits, likeliest)
+    ids, teacher_ids = (torch.zeros(shape, dtype=torch.int32, device=hidden.device) for _ in "12")
+    probabilities, teacher_probabilities = (torch.zeros(shape, device=hidden.device) for _ in "12")
+    score = None if target is None else target.block_scores(labels, rows=rows, likeliest=likeliest)
+    for positions, logits in Projection(hidden, head, observed=labels).blocks():
+        nll[positions] = torch.nn.functional.cross_entropy(logits, labels[positions], reduction="none")
+        ids[positions], probabilities[positions] = most_likely(logits, likeliest)
+        if score is not None:
+            block = score(positions, logits)
+            kl[positions], agrees[positions] = block.kl, block.agrees
+            teacher_ids[positions] = block.ids
+            teacher_probabilities[positions] = block.probabilities
     return nll, kl, agrees, ids, probabilities, teacher_ids, teacher_probabilities
-
-
-def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    values, ids = logits.topk(count)
-    return ids.int(), (values - logits.logsumexp(-1, keepdim=True)).exp()

@@ -16,7 +16,7 @@ from potstill.generation.keys import answered as answered
 from potstill.generation.keys import requests as requests
 from potstill.generation.local import LocalEngine as LocalEngine
 from potstill.generation.local import answer_prompts as answer_prompts
-from potstill.generation.sampling import Sampling as Sampling
+from potstill.sampling.sampler import Sampling as Sampling
 from potstill.generation.server import ServerEngine as ServerEngine
 from potstill.generation.store import AnswerStore as AnswerStore
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from potstill.data.conversations import Conversation
 from potstill.generation.engine import Answer, Request
-from potstill.generation.sampling import Sampling
+from potstill.sampling.sampler import Sampling
 
 SAMPLED_VALUES = 64
 """How many of each weight's values stand for it in a teacher's revision."""

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from potstill.data.chat_templates import render
 from potstill.data.conversations import Conversation
-from potstill.generation.batch import Batch, Row
+from potstill.sampling.batch import Batch, Row
 from potstill.generation.engine import Answer, Request, Unit
 from potstill.generation.keys import answered, identify, requests
-from potstill.generation.sampling import Sampling, sample_tokens, uniforms
-from potstill.heads import carries_state
+from potstill.sampling.sampler import Sampling, sample_tokens, uniforms
+from potstill.models.heads import carries_state
 
 Prompt = str | list[dict[str, Any]]
 """What a user says, or a conversation that ends with it."""

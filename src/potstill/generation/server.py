@@ -1,41 +1,47 @@
-"""A teacher behind any OpenAI-compatible endpoint (vLLM, `transformers serve`, llama.cpp), many requests in flight.
+"""Generate answers with a teacher behind an OpenAI-compatible endpoint (vLLM, llama.cpp, …).
 
-Errors are of two kinds. A server that is busy (429), stumbling (5xx) or away is asked again, each time after a longer pause, until
-``patience_seconds`` have passed without an answer. A prompt that it refuses (beyond its context, say) gets an empty answer. What
-asking again cannot mend (no such model, a wrong key, a reply that is not the protocol's) ends the run with one line; everything
-answered by then is kept.
+Errors are of three kinds. A server that is busy (429), failing (5xx) or unreachable is retried
+with growing pauses until `patience_seconds` have passed since the first failure. A prompt that the
+server refuses, for example because it exceeds the context, gets an empty answer. Every other error
+(unknown model, wrong key, invalid reply) ends the run; the answers received by then are kept.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
-import random
+import ssl
 import threading
-import time
-import urllib.error
-import urllib.request
+import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
+import httpx
+import tenacity
+
 from potstill.errors import ServerError
 from potstill.generation.engine import Answer, Request, Unit
-from potstill.generation.sampling import Sampling
+from potstill.sampling.sampler import Sampling
 
 KEY_VARIABLE = "POTSTILL_API_KEY"
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
-WORTH_ASKING_AGAIN = {408, 409, 425, 429}
-REFUSALS, MOST_REFUSED = {400, 413, 422}, 100
-"""Of a prompt; if none of so many is answered, the server refuses all."""
+RETRIED_STATUSES, REFUSED_PROMPT_STATUSES = {408, 409, 425, 429}, {400, 413, 422}
+MAX_REFUSED_PROMPTS = 100
+"""If the server refuses this many prompts and answers none, it is assumed to refuse all."""
+
+
+class RefusedPrompt(ServerError):
+    """The server works, but refuses the prompt of the request `key`."""
+
+    key = ""
 
 
 class ServerEngine:
-    """Answers with the model ``teacher`` of the server at ``url``, up to ``concurrency`` requests at a time.
+    """Answer with the model `teacher` of the server at `url`, `concurrency` requests at a time.
 
-    The key, where one is needed, is read from the environment (``POTSTILL_API_KEY``, else ``OPENAI_API_KEY``) and written nowhere.
-    Raises: ServerError if there is no server, if it refuses the key, or if it does not serve ``teacher``; from `answer`, as above.
+    The API key is read from the environment (`POTSTILL_API_KEY`, else `OPENAI_API_KEY`).
+    Raises: ServerError if no server answers, if it refuses the key or does not serve `teacher`.
     """
 
     unit_size = 1
@@ -53,47 +59,57 @@ class ServerEngine:
         if not url.startswith(("http://", "https://")):
             raise ServerError(f"{url}: not a server's address; give one like http://localhost:8000")
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self.teacher, self.sampling, self.concurrency, self.nats = teacher, sampling, concurrency, nats
-        self.patience_seconds = patience_seconds
+        self.teacher, self.sampling, self.nats = teacher, sampling, nats
+        self.concurrency, self.patience_seconds = concurrency, patience_seconds
         self._stop = threading.Event()
-        served = self._served()
-        if teacher not in served:
+        self._client = _open_client(concurrency)
+        weakref.finalize(self, self._client.close)
+        owners = self._model_owners()
+        if teacher not in owners:
             raise ServerError(
-                f"{self.url}: serves {', '.join(served) or 'no model'}, not {teacher}; name the teacher as the server does"
+                f"{self.url}: serves {', '.join(owners) or 'no model'}, not {teacher}; "
+                "name the teacher as the server does"
             )
-        self._is_vllm = served[teacher] == "vllm"
-        self.identity = {"teacher": teacher, "revision": None, "tokenizer": None, "chat_template": None}
+        self._is_vllm = owners[teacher] == "vllm"
+        unknown = dict.fromkeys(("revision", "tokenizer", "chat_template"))
+        self.identity: dict[str, str | None] = {"teacher": teacher, **unknown}
 
     def answer(self, units: Iterable[Unit]) -> Iterator[list[Answer]]:
-        """Each answer as it arrives, in any order; last, empty ones to prompts that the server refused while it answered others."""
+        """Yield each answer as it arrives; at the end, empty answers to refused prompts.
+
+        Raises: ServerError; RefusedPrompt if the server refuses every prompt.
+        """
         answered, refused = 0, list[RefusedPrompt]()
-        for one in self._results(request for unit in units for request in unit):
-            if isinstance(one, Answer):
+        for result in self._results(request for unit in units for request in unit):
+            if isinstance(result, Answer):
                 answered += 1
-                yield [one]
+                yield [result]
                 continue
-            refused.append(one)
-            if not answered and len(refused) == MOST_REFUSED:
-                raise one
+            refused.append(result)
+            if not answered and len(refused) == MAX_REFUSED_PROMPTS:
+                raise result
         if refused and not answered:
             raise refused[0]
         if refused:
-            print(f"{len(refused)} prompts refused, and kept as empty answers; the first: {refused[0]}", flush=True)
-        yield from ([Answer(one.key, "", False, None, None)] for one in refused)
+            print(
+                f"{len(refused)} prompts refused and kept as empty answers: {refused[0]}",
+                flush=True,
+            )
+        yield from ([Answer(error.key, "", False, None, None)] for error in refused)
 
     def _results(self, requests: Iterable[Request]) -> Iterator[Answer | RefusedPrompt]:
         with ThreadPoolExecutor(self.concurrency) as pool:
-            flying: set[Future[Answer | RefusedPrompt]] = set()
+            pending: set[Future[Answer | RefusedPrompt]] = set()
             try:
                 for request in requests:
-                    flying.add(pool.submit(self._answer, request))
-                    if len(flying) == self.concurrency:
-                        landed, flying = wait(flying, return_when=FIRST_COMPLETED)
-                        yield from _arrived(landed)
-                while flying:
-                    landed, flying = wait(flying, return_when=FIRST_COMPLETED)
-                    yield from _arrived(landed)
-            finally:  # an error, or a caller that wants no more: nobody waits out their pauses
+                    pending.add(pool.submit(self._answer, request))
+                    if len(pending) == self.concurrency:
+                        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                        yield from _results_before_errors(done)
+                while pending:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield from _results_before_errors(done)
+            finally:  # after an error, or if the caller stops iterating, end all pauses at once
                 self._stop.set()
                 pool.shutdown(cancel_futures=True)
                 self._stop.clear()
@@ -109,112 +125,130 @@ class ServerEngine:
         }
         if self.nats:
             body["logprobs"] = True
-        if self._is_vllm:  # which would sample by the model's own generation config where it is not told
+        if self._is_vllm:  # overrides the sampling defaults of the model's generation config
             body |= {"return_token_ids": True, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
         try:
-            return self._read(request, self._insist("/chat/completions", body))
+            return self._parse(request, self._request_with_retries("/chat/completions", body))
         except RefusedPrompt as error:
             error.key = request.key
             return error
 
-    def _read(self, request: Request, reply: Any) -> Answer:
+    def _parse(self, request: Request, reply: Any) -> Answer:
         try:
             choice = reply["choices"][0]
             text, reason = (choice["message"]["content"] or "").strip(), choice["finish_reason"]
-            nats = [-token["logprob"] for token in choice["logprobs"]["content"]] if self.nats else []
+            tokens = choice["logprobs"]["content"] if self.nats else []
+            nats = [-token["logprob"] for token in tokens]
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            shown = json.dumps(reply, ensure_ascii=False)[:120]
+            start = json.dumps(reply, ensure_ascii=False)[:120]
             raise ServerError(
-                f"{self.url}: a reply that is not a chat completion ({error!r} in {shown}); a server is needed that "
-                "speaks OpenAI's protocol" + (" and gives logprobs" if self.nats else "")
+                f"{self.url}: the reply is not a chat completion ({error!r} in {start}); use a "
+                "server with OpenAI's protocol" + (" that returns logprobs" if self.nats else "")
             ) from error
-        return Answer(request.key, text, reason == "length", choice.get("token_ids"), sum(nats) / len(nats) if nats else None)
+        mean_nats = sum(nats) / len(nats) if nats else None
+        return Answer(request.key, text, reason == "length", choice.get("token_ids"), mean_nats)
 
-    def _insist(self, path: str, body: dict[str, Any]) -> Any:
-        """The reply, asked for again and again while that may help. Raises: ServerError."""
-        pause, since = FIRST_PAUSE_SECONDS, None
-        while True:
-            try:
-                return self._call(path, body)
-            except _Retry as error:
-                since = since or time.monotonic()  # from the first failure on: a slow answer is not an absent server
-                left = self.patience_seconds - (time.monotonic() - since)
-                if left <= 0 or self._stop.is_set():
-                    raise ServerError(
-                        f"{self.url}: {error} for {self.patience_seconds:g} seconds; the same command goes on"
-                    ) from None
-                # Half of it by chance, so that requests which failed together do not come back together.
-                self._stop.wait(min(left, error.pause_seconds or pause * random.uniform(0.5, 1)))
-                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+    def _request_with_retries(self, path: str, body: dict[str, Any]) -> Any:
+        """Return the reply to one request. Raises: ServerError."""
+        backoff = tenacity.wait_random_exponential(
+            FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, min=FIRST_PAUSE_SECONDS / 2
+        )
 
-    def _served(self) -> dict[str, str]:
-        """The models that the server names, and who it says made them."""
+        def start_clock(state: tenacity.RetryCallState) -> None:
+            if state.attempt_number == 1:  # the time of the first failure, not of the request
+                state.start_time = state.outcome_timestamp or 0.0
+
+        def pause_seconds(state: tenacity.RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            pause = getattr(error, "retry_after_seconds", None) or backoff(state)
+            return min(pause, self.patience_seconds - (state.seconds_since_start or 0.0))
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_TransientError),
+            after=start_clock,
+            wait=pause_seconds,
+            stop=tenacity.stop_after_delay(self.patience_seconds)
+            | tenacity.stop_when_event_set(self._stop),
+            sleep=tenacity.sleep_using_event(self._stop),
+            reraise=True,
+        )
         try:
-            reply = self._call("/models", timeout=10)
+            return retrying(self._request, path, body)
+        except _TransientError as error:
+            raise ServerError(
+                f"{self.url}: {error} for {self.patience_seconds:g} seconds; "
+                "run the same command again to continue"
+            ) from None
+
+    def _model_owners(self) -> dict[str, str]:
+        """Return the owner of each model that the server lists."""
+        try:
+            reply = self._request("/models", timeout_seconds=10)
             return {model["id"]: model.get("owned_by", "") for model in reply["data"]}
-        except _Retry as error:
+        except _TransientError as error:
             raise ServerError(f"{self.url}: {error}; start the server, or check --server") from None
         except (KeyError, TypeError) as error:
-            raise ServerError(f"{self.url}/models: not a list of models; check that --server is OpenAI-compatible") from error
+            raise ServerError(
+                f"{self.url}/models: not a list of models; check that --server is OpenAI-compatible"
+            ) from error
 
-    def _call(self, path: str, body: dict[str, Any] | None = None, timeout: float = 600) -> Any:
-        """One request. Raises: ServerError, or _Retry where asking again may help."""
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE) or os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
+    def _request(
+        self, path: str, body: dict[str, Any] | None = None, timeout_seconds: float = 600
+    ) -> Any:
+        """Send one request and return the JSON reply. Raises: ServerError, _TransientError."""
+        method, url = "GET" if body is None else "POST", self.url + path
         try:
-            call = urllib.request.Request(self.url + path, data, headers)
-            with _OPENER.open(call, timeout=timeout) as response:
-                content = response.read()
-        except urllib.error.HTTPError as error:
-            raise self._explained(error) from error
-        except (OSError, http.client.HTTPException) as error:
-            raise _Retry(f"no answer ({getattr(error, 'reason', None) or error!r})") from error
+            response = self._client.request(method, url, json=body, timeout=timeout_seconds)
+        except (httpx.RequestError, httpx.InvalidURL) as error:
+            raise _TransientError(f"no answer ({str(error) or repr(error)})") from error
+        if not response.is_success:
+            raise self._status_error(response)
         try:
-            return json.loads(content)
+            return response.json()
         except ValueError as error:
-            raise ServerError(f"{self.url}{path}: answered {content[:60]!r}, which is not JSON; check --server") from error
+            raise ServerError(
+                f"{url}: answered {response.content[:60]!r}, which is not JSON; check --server"
+            ) from error
 
-    def _explained(self, error: urllib.error.HTTPError) -> Exception:
-        if error.code in WORTH_ASKING_AGAIN or error.code >= 500:
-            after = error.headers.get("Retry-After", "")
-            return _Retry(f"status {error.code}", float(after) if after.isdigit() else None)
-        if error.code in (401, 403):
-            return ServerError(f"{self.url}: refuses the key (status {error.code}); set {KEY_VARIABLE} in the environment")
-        said = " ".join(error.read(300).decode(errors="replace").split())
-        kind = RefusedPrompt if error.code in REFUSALS else ServerError
-        return kind(f"{self.url}: status {error.code}: {said[:200]}")
+    def _status_error(self, response: httpx.Response) -> Exception:
+        status = response.status_code
+        if status in RETRIED_STATUSES or status >= 500:
+            seconds = response.headers.get("Retry-After", "")
+            return _TransientError(f"status {status}", float(seconds if seconds.isdecimal() else 0))
+        if status in (401, 403):
+            return ServerError(f"{self.url}: refuses the key (status {status}); set {KEY_VARIABLE}")
+        text = " ".join(response.text.split())[:200]
+        kind = RefusedPrompt if status in REFUSED_PROMPT_STATUSES else ServerError
+        return kind(f"{self.url}: status {status}: {text}; check --server and the settings")
 
 
-def _arrived(landed: Iterable[Future[Answer | RefusedPrompt]]) -> Iterator[Answer | RefusedPrompt]:
-    """What has arrived, and only then the first failure among it."""
-    failed = [future for future in landed if future.exception()]
-    yield from (future.result() for future in landed if future not in failed)
+class _TransientError(Exception):
+    """A failure that a retry may fix."""
+
+    def __init__(self, message: str, retry_after_seconds: float = 0) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+def _open_client(concurrency: int) -> httpx.Client:
+    key = (os.environ.get(KEY_VARIABLE) or os.environ.get("OPENAI_API_KEY") or "").strip()
+    if not (key.isascii() and key.isprintable()):  # httpx's own error would print the key
+        raise ServerError(f"{KEY_VARIABLE}: holds a character that no key may have; set it again")
+    try:
+        return httpx.Client(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            follow_redirects=False,  # a redirect must not carry the key to another server
+            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+            verify=ssl.create_default_context(),  # the system's certificates, not certifi's
+        )
+    except (ImportError, ValueError, httpx.InvalidURL) as error:  # from the proxy variables
+        raise ServerError(f"unusable proxy ({error}); correct or unset ALL_PROXY") from error
+
+
+def _results_before_errors(
+    done: Iterable[Future[Answer | RefusedPrompt]],
+) -> Iterator[Answer | RefusedPrompt]:
+    failed = [future for future in done if future.exception()]
+    yield from (future.result() for future in done if future not in failed)
     for future in failed:
         future.result()
-
-
-class RefusedPrompt(ServerError):
-    """The server answers, but not this: a prompt beyond its context, say."""
-
-    key = ""
-    """The request's."""
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would send the key along to wherever a redirect points."""
-
-    def redirect_request(self, *_: Any) -> None:
-        """A redirect is an error."""
-
-
-_OPENER = urllib.request.build_opener(_NoRedirect)
-
-
-class _Retry(Exception):
-    """A failure that may pass."""
-
-    def __init__(self, message: str, pause_seconds: float | None = None) -> None:
-        super().__init__(message)
-        self.pause_seconds = pause_seconds

@@ -13,7 +13,7 @@ from potstill.data.chat_templates import render
 from potstill.errors import ConfigError, ModelError
 from potstill.generation.engine import Answer, Request, Unit
 from potstill.generation.keys import identify_tokenizer
-from potstill.generation.sampling import Sampling
+from potstill.sampling.sampler import Sampling
 
 
 class VllmEngine:

@@ -1,9 +1,9 @@
 """The losses, each one number a supervised token, in nats."""
 
-from potstill.losses.chunk_likelihoods import fused_linear_chunks as fused_linear_chunks
 from potstill.losses.cross_tokenizer import Places as Places
 from potstill.losses.cross_tokenizer import fused_linear_cells as fused_linear_cells
 from potstill.losses.divergences import DIVERGENCES as DIVERGENCES
+from potstill.losses.divergences import Divergence as Divergence
 from potstill.losses.divergences import forward_kl as forward_kl
 from potstill.losses.divergences import jensen_shannon as jensen_shannon
 from potstill.losses.divergences import reverse_kl as reverse_kl
@@ -13,25 +13,23 @@ from potstill.losses.divergences import total_variation as total_variation
 from potstill.losses.fused import fused_linear_cross_entropy as fused_linear_cross_entropy
 from potstill.losses.fused import fused_linear_divergence as fused_linear_divergence
 from potstill.losses.fused import fused_linear_loss as fused_linear_loss
-from potstill.losses.last_token import fused_linear_last_token as fused_linear_last_token
 from potstill.losses.partitions import fused_linear_topk as fused_linear_topk
+from potstill.losses.projection import CallableHead as CallableHead
 from potstill.losses.projection import Head as Head
 from potstill.losses.projection import Projection as Projection
-from potstill.losses.sorted_probabilities import fused_linear_sorted as fused_linear_sorted
 
 __all__ = [
     "DIVERGENCES",
+    "CallableHead",
+    "Divergence",
     "Head",
     "Places",
     "Projection",
     "forward_kl",
     "fused_linear_cells",
-    "fused_linear_chunks",
     "fused_linear_cross_entropy",
     "fused_linear_divergence",
-    "fused_linear_last_token",
     "fused_linear_loss",
-    "fused_linear_sorted",
     "fused_linear_topk",
     "jensen_shannon",
     "reverse_kl",
@@ -39,3 +37,13 @@ __all__ = [
     "skew_reverse_kl",
     "total_variation",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("fused_linear_chunks", "fused_linear_last_token", "fused_linear_sorted"):
+        import importlib
+        import warnings
+
+        warnings.warn(f"potstill.losses.{name} is now potstill.baselines.{name}", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module("potstill.baselines"), name)
+    raise AttributeError(f"module 'potstill.losses' has no attribute {name!r}")

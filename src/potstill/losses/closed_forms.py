@@ -18,8 +18,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from potstill.losses.divergences import inside_unit_interval
-
 LossAndGradient = tuple[Tensor, Tensor]
 ClosedForm = Callable[..., LossAndGradient]
 
@@ -97,14 +95,18 @@ def total_variation(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGr
     return 0.5 * difference.abs().sum(-1), _through_softmax(p, 0.5 * p * difference.sign())
 
 
-CLOSED_FORMS: dict[str, ClosedForm] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jensen_shannon": jensen_shannon,
-    "skew_forward_kl": skew_forward_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-    "total_variation": total_variation,
-}
+def inside_unit_interval(name: str, value: float) -> float:
+    """``value`` if it lies in the open interval (0, 1). Raises: ValueError that names it, otherwise."""
+    if not 0 < value < 1:
+        raise ValueError(f"{name} = {value}: must lie between 0 and 1, ends excluded; 0.5 and 0.1 are usual")
+    return value
+
+
+def positive_temperature(value: float) -> float:
+    """``value`` if it is positive. Raises: ValueError otherwise."""
+    if not value > 0:
+        raise ValueError(f"temperature = {value}: must be positive; 1.0 compares the distributions as they are")
+    return value
 
 
 def by_autograd(divergence: Callable[..., Tensor]) -> ClosedForm:

@@ -10,7 +10,7 @@ Which cells (potstill.alignment.VocabularyCells) and which of the teacher's pred
                 stand side by side in ``order``, and each counts for the cell of its piece number d; renormalized over these
     elsewhere   nothing is known: plain cross-entropy
 
-The literature's choices of cells (potstill.alignment.literature) go the same way. Two things differ in them: an interior may keep
+The literature's choices of cells (potstill.baselines.cells) go the same way. Two things differ in them: an interior may keep
 the mass of what ends there in a residual cell, and masses may be cut to the heaviest few.
 """
 
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from potstill.losses.closed_forms import LossAndGradient
-from potstill.losses.fused import Divergence, as_head, closed_form, fused_linear_loss
+from potstill.losses.fused import DivergenceFunction, as_any_head, as_head, closed_form, fused_linear_loss
 from potstill.losses.partitions import Partition, on_support, partition_loss
-from potstill.losses.projection import Head, Projection
+from potstill.losses.projection import CallableHead, Head, Projection
 
 
 class Cells(Protocol):
@@ -102,17 +102,17 @@ def fused_linear_cells(
     student_hidden: Tensor,
     student_head: Tensor | Head,
     teacher_hidden: Tensor,
-    teacher_head: Tensor | Head,
+    teacher_head: Tensor | Head | CallableHead,
     *,
     cells: Cells,
     places: Places,
     labels: Tensor,
     teacher_labels: Tensor | None = None,
-    divergence: str | Divergence = "forward_kl",
+    divergence: str | DivergenceFunction = "forward_kl",
     teacher_temperature: float = 1.0,
     within_weight: float = 1.0,
     chunk_tokens: int | None = None,
-    **shape: float,
+    **divergence_parameters: float,
 ) -> Tensor:
     """The divergence over cells and the cross-entropy inside them, summed over tokens: a scalar in nats, for the student.
 
@@ -123,13 +123,13 @@ def fused_linear_cells(
 
     Raises: ValueError if shapes do not fit, or for an unknown divergence. Source: docs/one-principle.md.
     """
-    student, teacher = as_head(student_head), as_head(teacher_head)
+    student, teacher = as_head(student_head), as_any_head(teacher_head)
     if labels.shape != student_hidden.shape[:1] or places.teacher_row.shape != labels.shape:
         raise ValueError(
             f"labels {tuple(labels.shape)} and places {tuple(places.teacher_row.shape)} must be one for each of the "
             f"{len(student_hidden)} hidden states of the student"
         )
-    compare = closed_form(divergence, shape)
+    compare = closed_form(divergence, divergence_parameters)
     if divergence != "forward_kl":  # which needs no support: where the teacher has nothing, q log(q / p) is 0
         compare = on_support(compare)
     target = CellPartition(_fitted(cells.student_cells, len(student)).to(student_hidden.device), cells.count)

@@ -16,10 +16,14 @@ A logit of −inf is probability 0 and contributes 0 · log 0 = 0. Where the tea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from potstill.losses import closed_forms
+from potstill.losses.closed_forms import inside_unit_interval, positive_temperature
 
 
 def forward_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -92,16 +96,6 @@ def total_variation(teacher_logits: Tensor, student_logits: Tensor, *, temperatu
     return 0.5 * (log_q.exp() - log_p.exp()).abs().sum(-1)
 
 
-DIVERGENCES: dict[str, Callable[..., Tensor]] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jensen_shannon": jensen_shannon,
-    "skew_forward_kl": skew_forward_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-    "total_variation": total_variation,
-}
-
-
 def mix_log_probabilities(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
     """log(weight·a + (1−weight)·b), elementwise, from logarithms and without leaving them. Same shape.
 
@@ -111,20 +105,6 @@ def mix_log_probabilities(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor
     log_a, log_b = log_a.masked_fill(both_zero, 0.0), log_b.masked_fill(both_zero, 0.0)
     mixed = torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
     return mixed.masked_fill(both_zero, -math.inf)
-
-
-def inside_unit_interval(name: str, value: float) -> float:
-    """``value`` if it lies in the open interval (0, 1). Raises: ValueError that names it, otherwise."""
-    if not 0 < value < 1:
-        raise ValueError(f"{name} = {value}: must lie between 0 and 1, ends excluded; 0.5 and 0.1 are usual")
-    return value
-
-
-def positive_temperature(value: float) -> float:
-    """``value`` if it is positive. Raises: ValueError otherwise."""
-    if not value > 0:
-        raise ValueError(f"temperature = {value}: must be positive; 1.0 compares the distributions as they are")
-    return value
 
 
 def _log_probabilities(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -144,3 +124,106 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     a = log_a.exp()
     # Asked of a, not of log a: an a that underflows to 0 has a finite logarithm, and 0 · (log a + inf) is NaN.
     return (a * torch.where(a == 0, 0.0, log_a - log_b)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A number in (0, 1) that a divergence takes, by name."""
+
+    name: str
+    default: float
+    help: str
+
+    def check(self, value: float) -> float:
+        """Return ``value``. Raises: ValueError if it is not inside (0, 1)."""
+        return inside_unit_interval(self.name, value)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Everything the library knows about one divergence.
+
+    The loss, the configuration, the command line, the plots and the table in the documentation are
+    derived from `DIVERGENCES`. Calling a record calls its dense form.
+    """
+
+    name: str
+    dense: Callable[..., Tensor]
+    """``(teacher_logits [N, V], student_logits [N, V], *, temperature, **parameters)`` → ``[N]`` nats."""
+    closed_form: closed_forms.ClosedForm | None = None
+    """Loss and gradient of one block of logits; without it autograd differentiates ``dense``."""
+    parameters: tuple[Parameter, ...] = ()
+    formula: str = ""
+    source: str = ""
+
+    def __call__(self, teacher_logits: Tensor, student_logits: Tensor, **settings: float) -> Tensor:
+        """Return the dense form's value."""
+        return self.dense(teacher_logits, student_logits, **settings)
+
+    def value_and_gradient(self) -> closed_forms.ClosedForm:
+        """Return the closed form, or one made from ``dense`` by autograd."""
+        return self.closed_form or closed_forms.by_autograd(self.dense)
+
+    def parameters_from(self, given: Mapping[str, float]) -> dict[str, float]:
+        """Return this divergence's own parameters: those in ``given``, else the defaults, checked."""
+        return {one.name: one.check(given.get(one.name, one.default)) for one in self.parameters}
+
+
+TEACHER_WEIGHT = Parameter("teacher_weight", 0.5, "The teacher's share w of jensen_shannon's mixture.")
+SKEW = Parameter("skew", 0.1, "The admixture a of the two skew divergences.")
+
+RECORDS = (
+    Divergence(
+        "forward_kl",
+        forward_kl,
+        closed_forms.forward_kl,
+        formula="Σ q log(q/p)",
+        source="Hinton et al. 2015, arXiv 1503.02531",
+    ),
+    Divergence(
+        "reverse_kl",
+        reverse_kl,
+        closed_forms.reverse_kl,
+        formula="Σ p log(p/q)",
+        source="Gu et al. 2023 (MiniLLM), arXiv 2306.08543",
+    ),
+    Divergence(
+        "jensen_shannon",
+        jensen_shannon,
+        closed_forms.jensen_shannon,
+        (TEACHER_WEIGHT,),
+        formula="w·KL(q‖m) + (1−w)·KL(p‖m), m = w·q + (1−w)·p",
+        source="Agarwal et al. 2023 (GKD), arXiv 2306.13649",
+    ),
+    Divergence(
+        "skew_forward_kl",
+        skew_forward_kl,
+        closed_forms.skew_forward_kl,
+        (SKEW,),
+        formula="KL(q ‖ a·q + (1−a)·p)",
+        source="Ko et al. 2024 (DistiLLM), arXiv 2402.03898",
+    ),
+    Divergence(
+        "skew_reverse_kl",
+        skew_reverse_kl,
+        closed_forms.skew_reverse_kl,
+        (SKEW,),
+        formula="KL(p ‖ (1−a)·q + a·p)",
+        source="Ko et al. 2024 (DistiLLM), arXiv 2402.03898",
+    ),
+    Divergence(
+        "total_variation",
+        total_variation,
+        closed_forms.total_variation,
+        formula="½ Σ |q − p|",
+        source="Wen et al. 2023 (f-distillation), arXiv 2307.15190",
+    ),
+)
+"""Add a divergence here, and nowhere else."""
+
+DIVERGENCES: dict[str, Divergence] = {one.name: one for one in RECORDS}
+
+
+def all_parameters() -> dict[str, Parameter]:
+    """Return every parameter of every divergence in `DIVERGENCES`, by name."""
+    return {one.name: one for record in DIVERGENCES.values() for one in record.parameters}

@@ -17,20 +17,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from potstill.losses.closed_forms import CLOSED_FORMS, ClosedForm, LossAndGradient, by_autograd, cross_entropy
-from potstill.losses.divergences import inside_unit_interval, positive_temperature
-from potstill.losses.projection import Head, Projection, block_rows, wide_dtype
+from potstill.losses.closed_forms import (
+    ClosedForm,
+    LossAndGradient,
+    by_autograd,
+    cross_entropy,
+    positive_temperature,
+)
+from potstill.losses.divergences import DIVERGENCES, Divergence
+from potstill.losses.projection import CallableHead, Head, Projection, block_rows, wide_dtype
 
 Score = Callable[[Tensor, slice], LossAndGradient]
 """From the student's logits ``[b, V]`` at some rows of the batch to their loss ``[b]`` and its gradient ``[b, V]``."""
 
-Divergence = Callable[[Tensor, Tensor], Tensor]
+DivergenceFunction = Callable[..., Tensor]
 """A user's own: ``teacher_logits [b, V]`` and ``student_logits [b, V]`` to ``[b]``, in differentiable torch."""
 
 
@@ -38,16 +44,16 @@ def fused_linear_divergence(
     student_hidden: Tensor,
     student_head: Tensor | Head,
     teacher_hidden: Tensor,
-    teacher_head: Tensor | Head,
+    teacher_head: Tensor | Head | CallableHead,
     *,
-    divergence: str | Divergence = "forward_kl",
+    divergence: str | DivergenceFunction = "forward_kl",
     temperature: float = 1.0,
     labels: Tensor | None = None,
     hard_label_weight: float = 0.0,
     weights: Tensor | None = None,
     chunk_tokens: int | None = None,
     compiled: bool = False,
-    **shape: float,
+    **divergence_parameters: float,
 ) -> Tensor:
     """The divergence from teacher to student, summed over tokens: a scalar in nats, with gradients for the student.
 
@@ -55,8 +61,8 @@ def fused_linear_divergence(
     is a weight or a `Head`. Heads of unequal rows must be cut to the rows they share (``Head.rows``). Divide the result
     once, by the number of supervised tokens of the whole optimizer step.
 
-    ``divergence`` is a name, or a function of your own, differentiated by autograd. ``shape`` is the named one's own
-    parameter (``teacher_weight`` or ``skew``). No temperature² factor. ``labels [N]``, the tokens that the text has,
+    ``divergence`` is a name, or a function of your own, differentiated by autograd. ``divergence_parameters`` are the named one's own
+    parameters (``teacher_weight`` or ``skew``). No temperature² factor. ``labels [N]``, the tokens that the text has,
     make half-precision products twenty times more exact (see projection.py: give them where you have them), and mix
     cross-entropy in: (1 − w) · divergence + w · cross-entropy with w = ``hard_label_weight``. ``weights [N]`` multiply
     tokens. ``compiled`` fuses what lies between the products by torch.compile: minutes at the first call, and worth them on
@@ -65,10 +71,10 @@ def fused_linear_divergence(
     Raises: ValueError for an unknown divergence, heads of unequal rows, hidden states or labels of unequal N, a
     temperature that is not positive, or a ``hard_label_weight`` outside [0, 1] or without labels.
     """
-    student, teacher = as_head(student_head), as_head(teacher_head)
+    student, teacher = as_head(student_head), as_any_head(teacher_head)
     _check_pair(student_hidden, student, teacher_hidden, teacher)
     _check_labels(labels, student_hidden, hard_label_weight)
-    compare = closed_form(divergence, shape, temperature=temperature, compiled=compiled)
+    compare = closed_form(divergence, divergence_parameters, temperature=temperature, compiled=compiled)
     source = Projection(teacher_hidden, teacher, observed=labels, chunk_tokens=chunk_tokens)
 
     def score(student_logits: Tensor, rows: slice) -> LossAndGradient:
@@ -102,28 +108,51 @@ def fused_linear_cross_entropy(
 
 
 def closed_form(
-    divergence: str | Divergence, shape: dict[str, float], *, temperature: float = 1.0, compiled: bool = False
+    divergence: str | DivergenceFunction,
+    parameters: Mapping[str, float],
+    *,
+    temperature: float = 1.0,
+    compiled: bool = False,
 ) -> Callable[[Tensor, Tensor], LossAndGradient]:
-    """``(teacher_logits, student_logits)`` → loss and gradient, at a temperature. Both logits are given up to it.
+    """Return ``(teacher_logits, student_logits)`` → loss and gradient at a temperature.
 
-    Raises: ValueError for an unknown name or a temperature that is not positive.
+    The returned function may overwrite both logits. ``parameters`` may name those of other
+    divergences, too: they are not used. Raises: ValueError for an unknown divergence or a parameter
+    or temperature out of range.
     """
-    if isinstance(divergence, str) and divergence not in CLOSED_FORMS:
-        raise ValueError(f"divergence = {divergence!r}: must be one of {', '.join(CLOSED_FORMS)}, or a function of your own")
-    value_and_gradient = CLOSED_FORMS[divergence] if isinstance(divergence, str) else by_autograd(divergence)
-    for name in {"teacher_weight", "skew"} & shape.keys():
-        inside_unit_interval(name, shape[name])  # known before the first token, and of an empty batch, too
+    value_and_gradient, own = resolve_divergence(divergence, parameters)
     if compiled:
         value_and_gradient = _compiled(value_and_gradient)
     temperature = positive_temperature(temperature)
 
     def compare(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGradient:
         if temperature == 1.0:
-            return value_and_gradient(teacher_logits, student_logits, **shape)
-        loss, gradient = value_and_gradient(teacher_logits / temperature, student_logits / temperature, **shape)
+            return value_and_gradient(teacher_logits, student_logits, **own)
+        loss, gradient = value_and_gradient(
+            teacher_logits / temperature, student_logits / temperature, **own
+        )
         return loss, gradient.div_(temperature)
 
     return compare
+
+
+def resolve_divergence(
+    divergence: str | DivergenceFunction, parameters: Mapping[str, float]
+) -> tuple[ClosedForm, dict[str, float]]:
+    """Return a divergence's value and gradient, and its own checked parameters.
+
+    Raises: ValueError for an unknown name or a parameter out of range.
+    """
+    if isinstance(divergence, str):
+        if divergence not in DIVERGENCES:
+            raise ValueError(
+                f"divergence = {divergence!r}: must be one of {', '.join(DIVERGENCES)}, "
+                "or a function of your own"
+            )
+        divergence = DIVERGENCES[divergence]
+    if isinstance(divergence, Divergence):
+        return divergence.value_and_gradient(), divergence.parameters_from(parameters)
+    return by_autograd(divergence), dict(parameters)
 
 
 @functools.cache
@@ -174,13 +203,13 @@ class _FusedLinear(torch.autograd.Function):
         gradients = _Gradients(projection, hidden, bias, needs)
         total = hidden.new_zeros((), dtype=wide_dtype(hidden.dtype))
         for rows, logits in projection.blocks():
-            slope = projection.head.slope(logits)
+            derivative = projection.head.logit_derivative(logits)
             loss, gradient = score(logits, rows)
             if weights is not None:
                 loss, gradient = loss * weights[rows], gradient * weights[rows, None]
             total += loss.sum()
             if any(needs):
-                projection.product(rows).copy_(gradient if slope is None else gradient * slope)
+                projection.product(rows).copy_(gradient if derivative is None else gradient * derivative)
                 if rows.stop == projection.stop:
                     gradients.add_chunk()
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
@@ -271,6 +300,11 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 
+def as_any_head(head: Tensor | Head | CallableHead) -> Head | CallableHead:
+    """Return `as_head`, or a `CallableHead` as it is: for the teacher."""
+    return head if isinstance(head, CallableHead) else as_head(head)
+
+
 def as_head(head: Tensor | Head) -> Head:
     """A weight alone as a `Head`; one that FSDP2 keeps in shards, gathered.
 
@@ -289,7 +323,7 @@ def _gathered(tensor: Any) -> Tensor:
     return whole
 
 
-def _check_pair(student_hidden: Tensor, student: Head, teacher_hidden: Tensor, teacher: Head) -> None:
+def _check_pair(student_hidden: Tensor, student: Head, teacher_hidden: Tensor, teacher: Head | CallableHead) -> None:
     if len(student) != len(teacher):
         raise ValueError(
             f"student head has {len(student)} rows and teacher head {len(teacher)}: cut both to the rows their "

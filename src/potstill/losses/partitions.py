@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from potstill.losses.closed_forms import LOWEST, LossAndGradient, finite
-from potstill.losses.fused import Divergence, as_head, closed_form, fused_linear_loss
+from potstill.losses.fused import DivergenceFunction, as_head, closed_form, fused_linear_loss
 from potstill.losses.projection import Head
 
 
@@ -121,10 +121,10 @@ def fused_linear_topk(
     log_probabilities: Tensor,
     labels: Tensor,
     *,
-    divergence: str | Divergence = "forward_kl",
+    divergence: str | DivergenceFunction = "forward_kl",
     within_weight: float = 1.0,
     chunk_tokens: int | None = None,
-    **shape: float,
+    **divergence_parameters: float,
 ) -> Tensor:
     """The loss towards a teacher of whom k log-probabilities a token are kept, summed over tokens: a scalar in nats.
 
@@ -147,7 +147,7 @@ def fused_linear_topk(
     if ids.shape[-1] == len(head):  # nothing is left over but rounding
         rest = torch.zeros_like(rest)
     masses = torch.cat([kept, rest.clamp_min(0)], -1)
-    compare = closed_form(divergence, shape)
+    compare = closed_form(divergence, divergence_parameters)
 
     def score(logits: Tensor, rows: slice) -> LossAndGradient:
         partition = TopKPartition(ids[rows], len(head))

@@ -16,7 +16,8 @@ On CUDA, products of half-precision tensors come out in float32 and need none of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,12 +33,42 @@ GRADIENT_BYTES = {"cpu": 192 * 2**20, "cuda": 256 * 2**20}
 BLOCK_BYTES = {"cpu": 3 * 2**19}
 
 
-@dataclass(frozen=True)
-class Head:
-    """A model's last layer, from hidden states to logits: ``cap(scale · (hidden @ weight.T + bias))``.
+class _OutputLayer:
+    """What both kinds of head do to the product ``hidden @ weight.T``."""
 
-    ``weight [V, H]``, ``bias [V]`` or None. ``softcap`` c bends logits to c·tanh(logits / c) (Gemma 2). ``rows`` cuts
-    the vocabulary to its first rows: the ones that both models' tokenizers share.
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+    rows: int | None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def to_logits(self, product: Tensor) -> Tensor:
+        """Return the logits of ``hidden @ weight.T``, in float32 or wider."""
+        logits = product
+        if self.bias is not None:
+            # A bias of −inf removes a token.
+            logits = finite(logits + self.bias[: len(self)].detach())
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def logit_derivative(self, logits: Tensor) -> Tensor | None:
+        """Return ∂logits/∂(hidden @ weight.T + bias), elementwise; None where it is 1 everywhere."""
+        if self.softcap is not None:
+            return self.scale * (1 - (logits / self.softcap) ** 2)
+        return None if self.scale == 1.0 else logits.new_full((1, 1), self.scale)
+
+
+@dataclass(frozen=True)
+class Head(_OutputLayer):
+    """A model's LM head: ``cap(scale · (hidden @ weight.T + bias))``.
+
+    ``weight [V, H]``, ``bias [V]`` or None. ``softcap`` c turns logits into c·tanh(logits / c)
+    (Gemma 2). ``rows`` cuts the vocabulary to its first rows: those that both tokenizers share.
     """
 
     weight: Tensor
@@ -49,22 +80,41 @@ class Head:
     def __len__(self) -> int:
         return len(self.weight) if self.rows is None else min(self.rows, len(self.weight))
 
-    def bend(self, product: Tensor) -> Tensor:
-        """``hidden @ weight.T`` → logits, in float32 or wider."""
-        logits = product
-        if self.bias is not None:
-            logits = finite(logits + self.bias[: len(self)].detach())  # a bias of −inf cuts a token off
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+    def cut(self, rows: int) -> Head:
+        """Return the same head with at most its first ``rows`` rows."""
+        return dataclasses.replace(self, rows=min(rows, len(self)))
 
-    def slope(self, logits: Tensor) -> Tensor | None:
-        """∂logits/∂(hidden @ weight.T + bias), elementwise, at these logits; None where it is 1 everywhere."""
-        if self.softcap is not None:
-            return self.scale * (1 - (logits / self.softcap) ** 2)
-        return None if self.scale == 1.0 else logits.new_full((1, 1), self.scale)
+    def to(self, device: torch.device) -> Head:
+        """Return the head on ``device``."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return dataclasses.replace(self, weight=self.weight.to(device), bias=bias)
+
+
+@dataclass(frozen=True)
+class CallableHead(_OutputLayer):
+    """A head whose product only its own module can compute, such as one with quantized weights.
+
+    ``project`` maps ``hidden [c, H]`` to ``[c, V]``, its own bias included. For teachers alone: no
+    gradient flows through it.
+    """
+
+    project: Callable[[Tensor], Tensor]
+    vocabulary_rows: int
+    scale: float = 1.0
+    softcap: float | None = None
+    rows: int | None = None
+    bias: None = None
+
+    def __len__(self) -> int:
+        return self.vocabulary_rows if self.rows is None else min(self.rows, self.vocabulary_rows)
+
+    def cut(self, rows: int) -> CallableHead:
+        """Return the same head with at most its first ``rows`` rows."""
+        return dataclasses.replace(self, rows=min(rows, len(self)))
+
+    def to(self, device: torch.device) -> CallableHead:
+        """Return a head for hidden states on ``device``; the module stays where it is."""
+        return self
 
 
 class Projection:
@@ -77,7 +127,7 @@ class Projection:
     def __init__(
         self,
         hidden: Tensor,
-        head: Head,
+        head: Head | CallableHead,
         *,
         observed: Tensor | None = None,
         gradients: bool = False,
@@ -87,12 +137,15 @@ class Projection:
             raise ValueError(f"chunk_tokens = {chunk_tokens}: must be at least 1, or None to fit the chunk to memory")
         self.head, self.dtype = head, _product_dtype(hidden)
         self.hidden = hidden.detach().to(self.dtype)
-        self.weight = head.weight[: len(head)].detach().to(self.dtype)
+        own = isinstance(head, Head)
+        self.weight = head.weight[: len(head)].detach().to(self.dtype) if own else self.hidden[:0]
+        if not own:
+            self.dtype = wide_dtype(self.dtype)
         self.wide_products = hidden.device.type == "cuda" and self.dtype in (torch.bfloat16, torch.float16)
         self.stored = torch.float32 if self.wide_products else self.dtype
         self.observed = observed if self.stored in (torch.bfloat16, torch.float16) else None
-        self.chunk = chunk_tokens or _chunk_size(self.weight, self.stored, GRADIENT_BYTES if gradients else LOGITS_BYTES)
-        self.room = self.hidden.new_empty(min(self.chunk, len(hidden)), len(head), dtype=self.stored)
+        self.chunk = chunk_tokens or _chunk_size(len(head), self.hidden, self.stored, GRADIENT_BYTES if gradients else LOGITS_BYTES)
+        self.buffer = self.hidden.new_empty(min(self.chunk, len(hidden)), len(head), dtype=self.stored)
         self.start = self.stop = 0
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -111,26 +164,28 @@ class Projection:
             self._project(rows.start, rows.start + max(1, self.chunk // asked) * asked)
         product = self.product(rows)
         if self.observed is None:
-            return self.head.bend(product.to(wide_dtype(self.dtype)))
-        return self.head.bend(torch.add(product, self.anchors[rows.start - self.start : rows.stop - self.start].float()))
+            return self.head.to_logits(product.to(wide_dtype(self.dtype)))
+        return self.head.to_logits(torch.add(product, self.anchors[rows.start - self.start : rows.stop - self.start].float()))
 
     def product(self, rows: slice) -> Tensor:
         """The room ``[b, V]`` in which the product of these tokens stands, to be written over when it has been used."""
-        return self.room[rows.start - self.start : rows.stop - self.start]
+        return self.buffer[rows.start - self.start : rows.stop - self.start]
 
     def _project(self, start: int, stop: int) -> None:
         self.start, self.stop = start, min(stop, len(self.hidden))
         rows = slice(self.start, self.stop)
-        if self.stop - self.start > len(self.room):  # somebody asks for more at once than a chunk holds
-            self.room = self.room.new_empty(self.stop - self.start, len(self.head))
-        room, hidden, weight = self.product(rows), self.hidden[rows], self.weight.T
-        if self.observed is not None:
+        if self.stop - self.start > len(self.buffer):  # somebody asks for more at once than a chunk holds
+            self.buffer = self.buffer.new_empty(self.stop - self.start, len(self.head))
+        buffer, hidden, weight = self.product(rows), self.hidden[rows], self.weight.T
+        if isinstance(self.head, CallableHead):
+            buffer.copy_(self.head.project(hidden)[..., : len(self.head)])
+        elif self.observed is not None:
             self.anchors = self._greatest_logit(hidden, self.observed[rows])
-            torch.addmm(room.copy_(-self.anchors), hidden, weight, out=room)
+            torch.addmm(buffer.copy_(-self.anchors), hidden, weight, out=buffer)
         elif self.wide_products:
-            room.copy_(torch.mm(hidden, weight, out_dtype=torch.float32))
+            buffer.copy_(torch.mm(hidden, weight, out_dtype=torch.float32))
         else:
-            torch.mm(hidden, weight, out=room)
+            torch.mm(hidden, weight, out=buffer)
 
     def _greatest_logit(self, hidden: Tensor, observed: Tensor) -> Tensor:
         """Each token's greatest logit among the words that the chunk's text has: ``[c, H]`` → ``[c, 1]``."""
@@ -138,10 +193,11 @@ class Projection:
         return (hidden @ self.weight[words].T).amax(-1, keepdim=True)
 
 
-def _chunk_size(weight: Tensor, dtype: torch.dtype, budget: dict[str, int]) -> int:
-    """Tokens whose logits fit the device's budget."""
-    room = max(budget.get(weight.device.type, budget["cuda"]), dtype.itemsize * weight.numel() // 2)
-    return max(1, room // (dtype.itemsize * max(1, len(weight))))
+def _chunk_size(rows: int, hidden: Tensor, dtype: torch.dtype, budget: dict[str, int]) -> int:
+    """Return how many tokens' logits fit the device's budget, or half the weight if that is more."""
+    half_the_weight = dtype.itemsize * rows * hidden.shape[-1] // 2
+    size = max(budget.get(hidden.device.type, budget["cuda"]), half_the_weight)
+    return max(1, size // (dtype.itemsize * max(1, rows)))
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

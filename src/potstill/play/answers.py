@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from potstill.data.chat_templates import answer_spans, render
-from potstill.generation.batch import Batch, Row
+from potstill.sampling.batch import Batch, Row
 from potstill.generation.local import end_tokens
-from potstill.generation.sampling import Sampling, sample_tokens, uniforms
+from potstill.sampling.sampler import Sampling, sample_tokens, uniforms
 from potstill.play.players import Player
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from potstill.errors import PotstillError
-from potstill.generation.sampling import Sampling
+from potstill.sampling.sampler import Sampling
 from potstill.play.answers import Candidate, next_tokens, stream_answers
 from potstill.play.players import Player
 

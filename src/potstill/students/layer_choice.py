@@ -20,7 +20,7 @@ from tqdm import tqdm
 from potstill.data import BatchLayout, tokenize_conversations
 from potstill.data.conversations import Conversation
 from potstill.errors import ConfigError
-from potstill.heads import hidden_states, output_head, supervised
+from potstill.models.heads import hidden_states, output_head, supervised
 from potstill.losses import fused_linear_divergence
 from potstill.students.layers import layer_list
 

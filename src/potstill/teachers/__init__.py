@@ -1,7 +1,83 @@
-"""Where targets come from."""
+"""Teachers and their targets. To add a kind of teacher, write one file and add one line to KINDS."""
 
-from potstill.teachers.base import LogitsTarget as LogitsTarget
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from potstill.models import ModelOpener
+from potstill.protocols import Tokenizer
 from potstill.teachers.base import Teacher as Teacher
+from potstill.teachers.base import single_device_model as single_device_model
 from potstill.teachers.local import LocalTeacher as LocalTeacher
+from potstill.teachers.local import open_local
+from potstill.teachers.targets import BlockScores as BlockScores
+from potstill.teachers.targets import CellTarget as CellTarget
+from potstill.teachers.targets import LogitsTarget as LogitsTarget
+from potstill.teachers.targets import LossSettings as LossSettings
+from potstill.teachers.targets import StatesTarget as StatesTarget
+from potstill.teachers.targets import Target as Target
 
-__all__ = ["LocalTeacher", "LogitsTarget", "Teacher"]
+
+@dataclass(frozen=True)
+class TeacherKind:
+    """One way to reach a teacher."""
+
+    name: str
+    matches: Callable[[str], bool]
+    """Return True for a source that this kind opens."""
+    open: Callable[[str, ModelOpener], Teacher]
+    open_tokenizer: Callable[[str, ModelOpener], Tokenizer]
+    """Open the tokenizer alone, to check a pair before weights are read."""
+
+
+LOCAL = TeacherKind("local", lambda source: True, open_local, lambda source, opener: opener.tokenizer(source))
+KINDS = [LOCAL]
+"""The first kind that matches a source opens it; keep LOCAL last."""
+
+
+def teacher_kind(source: str) -> TeacherKind:
+    """Return the kind of teacher that ``source`` names."""
+    return next(kind for kind in KINDS if kind.matches(source))
+
+
+def open_teacher(source: str | os.PathLike[str], **settings: Any) -> Teacher:
+    """Open a teacher: hub id, model folder, GGUF file or ``demo``.
+
+    ``settings`` are those of `potstill.models.ModelOpener`: device, dtype, chat_template,
+    trust_remote_code. Raises: as `potstill.load_model`.
+    """
+    return teacher_kind(str(source)).open(str(source), ModelOpener(**settings))
+
+
+def open_teacher_tokenizer(source: str, opener: ModelOpener) -> Tokenizer:
+    """Open the tokenizer of the teacher that ``source`` names, without its weights."""
+    return teacher_kind(source).open_tokenizer(source, opener)
+
+
+def as_teacher(teacher: Any, tokenizer: Tokenizer | None = None) -> Teacher:
+    """Return a `Teacher` as it is, and a causal language model as a `LocalTeacher`."""
+    if callable(getattr(teacher, "targets", None)):
+        return teacher  # type: ignore[no-any-return]
+    return LocalTeacher(teacher, tokenizer=tokenizer)
+
+
+__all__ = [
+    "KINDS",
+    "BlockScores",
+    "CellTarget",
+    "LocalTeacher",
+    "LogitsTarget",
+    "LossSettings",
+    "StatesTarget",
+    "Target",
+    "Teacher",
+    "TeacherKind",
+    "as_teacher",
+    "open_teacher",
+    "open_teacher_tokenizer",
+    "single_device_model",
+    "teacher_kind",
+]

@@ -1,30 +1,54 @@
-"""What a teacher is, and what it hands to the loss.
-
-N supervised tokens, V vocabulary, H hidden. A loss knows targets, not teachers: a target may come from a model in memory (now),
-a server or a disk (later). A target is the teacher's next-token distribution at each of the N supervised positions of a batch.
-"""
+"""What a teacher is: something that has a target for every supervised position of a batch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from potstill.losses import Head
-
-
-@dataclass(frozen=True)
-class LogitsTarget:
-    """The whole distribution, not yet projected: ``hidden [N, H]`` and the head that makes logits of it, chunk by chunk."""
-
-    hidden: Tensor
-    head: Head
+from potstill.losses import CallableHead
+from potstill.models.heads import output_head
+from potstill.protocols import CausalLM, Tokenizer
+from potstill.teachers.targets import Target
 
 
 class Teacher(Protocol):
-    """Whatever can say, for a batch of token ids, what it would have said at every supervised position."""
+    """A source of targets: a model in this process, later a capture on disk or a server."""
 
-    def targets(self, batch: dict[str, Tensor]) -> LogitsTarget:
-        """The targets at the positions that `potstill.heads.supervised` chooses, on the batch's device."""
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that the teacher reads, if the teacher knows it."""
         ...
+
+    @property
+    def vocabulary_rows(self) -> int:
+        """Rows of the teacher's LM head."""
+        ...
+
+    @property
+    def model(self) -> CausalLM | None:
+        """The teacher's model in this process, None if there is none.
+
+        It writes sample answers and is checked against itself. Training does not need it.
+        """
+        ...
+
+    def targets(self, batch: dict[str, Tensor]) -> Target:
+        """Return the targets at the positions `potstill.models.heads.supervised` selects.
+
+        ``batch`` has ``input_ids``, ``labels`` and the other model inputs, ``[B, T]``. The target
+        is on the batch's device.
+        """
+        ...
+
+
+def single_device_model(teacher: Teacher) -> CausalLM | None:
+    """Return the teacher's model if it can take the student's place, else None.
+
+    It can if it is in this process, on one device, with a head that is not quantized.
+    """
+    model = teacher.model
+    if model is None or len({parameter.device for parameter in model.parameters()}) > 1:
+        return None
+    head = output_head(model)  # type: ignore[arg-type]
+    return None if isinstance(head, CallableHead) else model

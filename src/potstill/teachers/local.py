@@ -1,40 +1,55 @@
-"""A teacher in this process: a model in memory, without gradients, in its own dtype, on this or another device."""
+"""A teacher in this process: a frozen model in its own dtype, on this or another device."""
 
 from __future__ import annotations
-
-import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from potstill.heads import hidden_states, output_head, supervised
-from potstill.losses import Head
-from potstill.teachers.base import LogitsTarget
+from potstill.losses import CallableHead, Head
+from potstill.models import ModelOpener
+from potstill.models.heads import hidden_states, output_head, supervised
+from potstill.protocols import CausalLM, Tokenizer
+from potstill.teachers.targets import StatesTarget
 
 
 class LocalTeacher:
-    """``model`` as a teacher over the first ``rows`` of its vocabulary (all of them by default). It is frozen for good."""
+    """Use ``model`` as a teacher, over the first ``rows`` of its vocabulary (default: all).
 
-    def __init__(self, model: Any, *, rows: int | None = None) -> None:
-        self.model = model.eval().requires_grad_(False)
+    The model is frozen and put into evaluation mode.
+    """
+
+    def __init__(
+        self, model: CausalLM, *, rows: int | None = None, tokenizer: Tokenizer | None = None
+    ) -> None:
+        self.model: CausalLM = model.eval().requires_grad_(False)
         self.rows = rows
-        self._heads: dict[torch.device, Head] = {}
+        self.tokenizer = tokenizer
+        self._heads: dict[torch.device, Head | CallableHead] = {}
+
+    @property
+    def vocabulary_rows(self) -> int:
+        """Rows of the head, cut to ``rows``."""
+        return len(output_head(self.model, rows=self.rows))
 
     @torch.no_grad()
-    def targets(self, batch: dict[str, Tensor]) -> LogitsTarget:
-        """Hidden states ``[N, H]`` at the supervised positions of ``batch``, and the head, both on the batch's device."""
-        home, away = self.model.device, batch["labels"].device
-        inputs = {name: tensor.to(home) for name, tensor in batch.items() if name != "labels"}
-        # The teacher keeps its own dtype: the autocast meant for the student would only cast its weights again.
-        with torch.autocast(home.type, enabled=False):
+    def targets(self, batch: dict[str, Tensor]) -> StatesTarget:
+        """Return hidden states ``[N, H]`` at the supervised positions, and the head."""
+        own_device, device = self.model.device, batch["labels"].device
+        inputs = {name: tensor.to(own_device) for name, tensor in batch.items() if name != "labels"}
+        # The teacher keeps its own dtype: autocast would cast its weights again at every step.
+        with torch.autocast(own_device.type, enabled=False):
             states = hidden_states(self.model, inputs)
-        hidden, _ = supervised(states, batch["labels"].to(states.device))  # of a model on several cards, the last one's
-        return LogitsTarget(hidden.to(away), self._head_on(away))
+        # A model on several cards leaves its states on the last one.
+        hidden, _ = supervised(states, batch["labels"].to(states.device))
+        return StatesTarget(hidden.to(device), self._head_on(device))
 
-    def _head_on(self, device: torch.device) -> Head:
+    def _head_on(self, device: torch.device) -> Head | CallableHead:
         if device not in self._heads:
-            head = output_head(self.model, rows=self.rows)
-            bias = None if head.bias is None else head.bias.to(device)
-            self._heads[device] = dataclasses.replace(head, weight=head.weight.to(device), bias=bias)
+            self._heads[device] = output_head(self.model, rows=self.rows).to(device)
         return self._heads[device]
+
+
+def open_local(source: str, opener: ModelOpener) -> LocalTeacher:
+    """Open a hub id, folder, GGUF file or ``demo`` as a teacher in this process."""
+    model, tokenizer = opener.model_and_tokenizer(source)
+    return LocalTeacher(model, tokenizer=tokenizer)

@@ -1,9 +1,17 @@
-"""Training: what is learned (objectives.py, cross_objective.py), that it is sound (self_check.py), and the Trainer (trainer.py)."""
+"""Training: what is learned (objectives.py, cross_objective.py), the checks before the first step
+(self_check.py), and the Trainer (trainer.py, config.py, callbacks.py)."""
 
-from potstill.training.objectives import METHODS, Objective, make_objective
-from potstill.training.trainer import DistillationConfig, DistillationTrainer, MetricsFile, ProgressBar
+from potstill.training.callbacks import MetricsFile as MetricsFile
+from potstill.training.callbacks import ProgressBar as ProgressBar
+from potstill.training.config import METHODS as METHODS
+from potstill.training.config import DistillationConfig as DistillationConfig
+from potstill.training.cross_objective import ALIGNMENTS as ALIGNMENTS
+from potstill.training.objectives import Objective as Objective
+from potstill.training.objectives import make_objective as make_objective
+from potstill.training.trainer import DistillationTrainer as DistillationTrainer
 
 __all__ = [
+    "ALIGNMENTS",
     "METHODS",
     "DistillationConfig",
     "DistillationTrainer",

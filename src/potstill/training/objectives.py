@@ -1,14 +1,15 @@
-"""What a method of distillation is: how conversations become rows, rows a batch, and a batch a loss.
+"""What a method of distillation does: conversations → rows → batches → a loss.
 
-B batch, T time, N supervised tokens of the student, M of the teacher. Three methods, one principle (losses/partitions.py): text
-knows nothing of the teacher but what it wrote, logits all, and cross (cross_objective.py) what two tokenizers let it know.
+B batch, T time, N supervised tokens of the student, M of the teacher. The three methods differ in
+what is known of the teacher (losses/partitions.py): text knows what it wrote, logits its whole
+distribution, and cross (cross_objective.py) what two tokenizers allow to compare.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -16,12 +17,14 @@ from transformers import AutoTokenizer
 from potstill.alignment import shared_rows
 from potstill.data import BatchLayout, PairLayout, TokenCounts, tokenize_conversations
 from potstill.errors import ConfigError
-from potstill.heads import carries_state, hidden_states, model_inputs, output_head, supervised
-from potstill.losses import fused_linear_cross_entropy, fused_linear_divergence
-from potstill.teachers import LocalTeacher, Teacher
+from potstill.losses import fused_linear_cross_entropy
+from potstill.models.heads import carries_state, hidden_states, model_inputs, supervised, trainable_head
+from potstill.protocols import CausalLM, Tokenizer
+from potstill.teachers import LossSettings, Teacher, as_teacher, single_device_model
 from potstill.training.cross_objective import CrossObjective, choose_cells
 
-METHODS = ("text", "logits", "cross")
+if TYPE_CHECKING:
+    from potstill.training.config import DistillationConfig
 
 
 class Objective(Protocol):
@@ -30,106 +33,127 @@ class Objective(Protocol):
     layout: Any
     """From a list of rows to a batch: the Trainer's data collator."""
 
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher; None for a method that needs only its text."""
+        ...
+
     def encode(self, conversations: Any, *, max_length: int) -> tuple[Any, TokenCounts]:
-        """Rows of token ids, and what became of the conversations."""
+        """Return rows of token ids, and how many conversations were kept, cut and dropped."""
         ...
 
     def summed_loss(self, student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Σ over the supervised tokens of ``batch``, in nats: the loss before any division."""
+        """Return the sum over the supervised tokens of ``batch``, in nats, not yet divided."""
         ...
 
     def self_divergence(self, rows: list[dict[str, Any]]) -> Tensor | None:
-        """Σ of the teacher's divergence from itself, put in the student's place: 0. None where there is no such thing."""
+        """Return the loss with the teacher as its own student, which must be 0; None if undefined."""
         ...
 
 
 @dataclass
 class TextObjective:
-    """Cross-entropy on what the teacher wrote."""
+    """Cross-entropy on the text that the teacher wrote."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     layout: BatchLayout
+    teacher: None = None
 
     def encode(self, conversations: Any, *, max_length: int) -> tuple[Any, TokenCounts]:
-        """The student's tokens alone."""
+        """Encode with the student's tokenizer."""
         return tokenize_conversations(conversations, self.tokenizer, max_length=max_length)
 
     def summed_loss(self, student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """−log p of every token to learn."""
+        """Return Σ −log p(label)."""
         hidden, labels = supervised(hidden_states(student, model_inputs(batch)), batch["labels"])
-        return fused_linear_cross_entropy(hidden, output_head(student), labels)
+        return fused_linear_cross_entropy(hidden, trainable_head(student), labels)
 
     def self_divergence(self, rows: list[dict[str, Any]]) -> Tensor | None:
-        """None: the text is all that is known."""
+        """Return None: there is no divergence."""
         return None
 
 
 @dataclass
 class LogitsObjective:
-    """A divergence between two distributions over the same tokens, cut to the ``rows`` that both heads have."""
+    """A divergence between distributions over the same tokens, the first ``rows`` of both heads."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     layout: BatchLayout
     teacher: Teacher
     rows: int | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
+    loss: LossSettings = field(default_factory=LossSettings)
 
     def encode(self, conversations: Any, *, max_length: int) -> tuple[Any, TokenCounts]:
-        """The student's tokens, which are the teacher's."""
+        """Encode with the student's tokenizer, whose tokens are the teacher's."""
         return tokenize_conversations(conversations, self.tokenizer, max_length=max_length)
 
     def summed_loss(self, student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """The divergence at every token to learn."""
+        """Return the divergence, summed over supervised tokens."""
         hidden, labels = supervised(hidden_states(student, model_inputs(batch)), batch["labels"])
         target = self.teacher.targets({**model_inputs(batch), "labels": batch["labels"]})
-        head = output_head(student, rows=self.rows)
-        return fused_linear_divergence(hidden, head, target.hidden, target.head, labels=labels, **self.settings)
+        return target.summed_loss(hidden, trainable_head(student, rows=self.rows), labels, self.loss)
 
     def self_divergence(self, rows: list[dict[str, Any]]) -> Tensor | None:
-        """The teacher through the student's way to its hidden states against the teacher through its own."""
-        if not isinstance(self.teacher, LocalTeacher) or len({p.device for p in self.teacher.model.parameters()}) > 1:
-            return None  # a teacher on several cards cannot stand in the student's place
-        model = self.teacher.model
+        """Compare the teacher's hidden states by the student's path with its own targets."""
+        model: Any = single_device_model(self.teacher)
+        if model is None:
+            return None
         batch = {name: tensor.to(model.device) for name, tensor in self.layout(rows).items()}
-        alone = dataclasses.replace(self, settings={**self.settings, "hard_label_weight": 0.0})
-        return alone.summed_loss(model, batch)
+        loss = dataclasses.replace(self.loss, hard_label_weight=0.0)
+        return dataclasses.replace(self, loss=loss).summed_loss(model, batch)
 
 
-def make_objective(args: Any, student: Any, tokenizer: Any, teacher: Any, teacher_tokenizer: Any) -> Objective:
-    """The objective that a `DistillationConfig` asks for.
+def make_objective(
+    args: DistillationConfig,
+    student: CausalLM,
+    tokenizer: Tokenizer,
+    teacher: CausalLM | Teacher | None,
+    teacher_tokenizer: Tokenizer | None,
+) -> Objective:
+    """Return the objective that ``args`` asks for.
 
-    ``teacher`` is a causal language model or any `Teacher`; its tokenizer is found by its name where it is not given. Raises:
-    ConfigError if a teacher is missing; VocabularyMismatch if `logits` is asked for and the tokens are not the same.
+    Without ``teacher_tokenizer`` the teacher's own is used, else the one found by its name. Raises:
+    ConfigError if a teacher is missing; VocabularyMismatch if `logits` is asked for and the tokens
+    differ.
     """
-    is_model = teacher is not None and not hasattr(teacher, "targets")
-    together = [student, teacher] if is_model and args.method == "logits" else [student]  # who reads the same batches
-    layout = _layout(together, tokenizer, args.packed)
     if args.method == "text":
-        return TextObjective(tokenizer, layout)
+        return TextObjective(tokenizer, _layout([student], tokenizer, args.packed))
     if teacher is None:
-        raise ConfigError(f"method {args.method} needs a teacher; give one, or use method text on text it has written")
-    if teacher_tokenizer is None and is_model:
-        teacher_tokenizer = AutoTokenizer.from_pretrained(teacher.config.name_or_path)
-    shape = {"divergence": args.divergence, **args.divergence_shape}
+        raise ConfigError(
+            f"method {args.method} needs a teacher; give one, or use method text on its text"
+        )
+    source = as_teacher(teacher)
+    model = source.model
+    teacher_tokenizer = teacher_tokenizer or source.tokenizer
+    if teacher_tokenizer is None and model is not None:
+        teacher_tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
     if args.method == "cross":
-        cells = choose_cells(args.alignment, teacher_tokenizer, tokenizer)
-        teacher_layout = _layout([teacher if is_model else student], teacher_tokenizer, args.packed)
-        teacher = LocalTeacher(teacher) if is_model else teacher
-        shape |= {"teacher_temperature": args.teacher_temperature, "within_weight": args.within_weight}
-        layouts = PairLayout(layout, teacher_layout)
-        return CrossObjective(tokenizer, teacher_tokenizer, layouts, teacher, cells, args.alignment, shape)
-    rows = getattr(teacher, "rows", None)
-    if is_model:
-        heads = [len(model.get_output_embeddings().weight) for model in (teacher, student)]
-        rows = min(shared_rows(teacher_tokenizer, tokenizer), *heads)
-        teacher = LocalTeacher(teacher, rows=rows)
-    shape |= {"temperature": args.temperature, "hard_label_weight": args.hard_label_weight, "compiled": args.compile_loss}
-    return LogitsObjective(tokenizer, layout, teacher, rows, shape)
+        if teacher_tokenizer is None:
+            raise ConfigError("method cross needs the teacher's tokenizer; give teacher_tokenizer")
+        layout = _layout([student], tokenizer, args.packed)
+        teacher_layout = _layout([model or student], teacher_tokenizer, args.packed)
+        return CrossObjective(
+            tokenizer,
+            teacher_tokenizer,
+            PairLayout(layout, teacher_layout),
+            source,
+            choose_cells(args.alignment, teacher_tokenizer, tokenizer),
+            args.alignment,
+            args.loss_settings,
+        )
+    rows = [source.vocabulary_rows, len(student.get_output_embeddings().weight)]
+    if teacher_tokenizer is not None:
+        rows.append(shared_rows(teacher_tokenizer, tokenizer))
+    readers = [student] if model is None else [student, model]
+    layout = _layout(readers, tokenizer, args.packed)
+    return LogitsObjective(tokenizer, layout, source, min(rows), args.loss_settings)
 
 
-def _layout(models: list[Any], tokenizer: Any, packed: bool) -> BatchLayout:
-    """A layout that all of ``models`` read rightly."""
+def _layout(models: list[CausalLM], tokenizer: Tokenizer, packed: bool) -> BatchLayout:
+    """Return a layout that all ``models`` read correctly."""
     packed = packed and not any(map(carries_state, models))
-    # Variable-length attention sees the seams of a single line alone.
-    variable_length = any("flash" in str(getattr(model.config, "_attn_implementation", "")) for model in models)
+    # Variable-length attention separates conversations only within a single row.
+    variable_length = any(
+        "flash" in str(getattr(model.config, "_attn_implementation", "")) for model in models
+    )
     return BatchLayout(tokenizer.pad_token_id or 0, packed, one_line=packed and variable_length)

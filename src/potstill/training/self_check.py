@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import SelfCheckFailed
-from potstill.heads import head_logits, unwrapped
+from potstill.models.heads import head_logits, unwrapped
 from potstill.training.objectives import Objective
 
 CONVERSATIONS = 4
@@ -46,8 +46,10 @@ def check_objective(
     try:
         _check_logits("student", student, rows[0]["input_ids"], device)
         with torch.autocast(torch.device(device).type, enabled=False):
-            if (teacher := getattr(getattr(objective, "teacher", None), "model", None)) is not None:
-                _check_logits("teacher", teacher, rows[0].get("teacher_input_ids", rows[0]["input_ids"]), teacher.device)
+            teacher: Any = None if objective.teacher is None else objective.teacher.model
+            if teacher is not None:
+                ids = rows[0].get("teacher_input_ids", rows[0]["input_ids"])
+                _check_logits("teacher", teacher, ids, teacher.device)
             _check_self_divergence(objective.self_divergence(rows), objective, rows)
         if len(rows) > 1:
             _check_halves(objective, student, rows, layout or objective.layout, device)
@@ -101,8 +103,8 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _teacher_dtype(objective: Objective) -> torch.dtype:
-    dtype: torch.dtype = getattr(getattr(getattr(objective, "teacher", None), "model", None), "dtype", torch.float32)
-    return dtype
+    model = None if objective.teacher is None else objective.teacher.model
+    return torch.float32 if model is None else model.dtype
 
 
 def _working_dtype(student: nn.Module, device: Any) -> torch.dtype:

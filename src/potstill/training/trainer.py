@@ -12,87 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from transformers import AutoTokenizer, Trainer
 
 from potstill.data.conversations import as_conversation
 from potstill.errors import ConfigError, NonFiniteLoss
-from potstill.losses import DIVERGENCES
-from potstill.processes import say
-from potstill.run_folder import read_rows, write_whole
-from potstill.training.cross_objective import ALIGNMENTS
-from potstill.training.kept_memory import keep_freed_memory
-from potstill.training.objectives import METHODS, Objective, make_objective
+from potstill.processes import print_main
+from potstill.training.config import DistillationConfig
+from potstill.training.objectives import Objective, make_objective
 from potstill.training.self_check import CONVERSATIONS, check_objective
-
-
-@dataclass
-class DistillationConfig(TrainingArguments):
-    """`transformers.TrainingArguments`, and what distillation adds to them.
-
-    Raises: ConfigError for a value that does not make sense.
-    """
-
-    method: str = field(
-        default="logits",
-        metadata={"help": "text: cross-entropy on the teacher's text. logits: a divergence. cross: one across tokenizers."},
-    )
-    alignment: str = field(default="pieces", metadata={"help": f"cross: one of {', '.join(ALIGNMENTS)}."})
-    divergence: str = field(default="forward_kl", metadata={"help": f"One of {', '.join(DIVERGENCES)}."})
-    temperature: float = field(default=1.0, metadata={"help": "Divides both models' logits. No temperature² factor."})
-    teacher_weight: float = field(default=0.5, metadata={"help": "The teacher's share w of jensen_shannon's mixture."})
-    skew: float = field(default=0.1, metadata={"help": "The admixture a of the two skew divergences."})
-    hard_label_weight: float = field(default=0.0, metadata={"help": "Share of cross-entropy on the text, between 0 and 1."})
-    teacher_temperature: float = field(default=1.0, metadata={"help": "cross: the temperature at which the text was sampled."})
-    within_weight: float = field(default=1.0, metadata={"help": "cross: share of what the text adds to the teacher's word."})
-    compile_loss: bool = field(default=False, metadata={"help": "logits: torch.compile the loss; for long runs on a GPU."})
-    max_length: int = field(default=2048, metadata={"help": "Tokens a conversation is cut at (counted and reported)."})
-    packed: bool = field(default=True, metadata={"help": "Lay a batch out in one line without padding."})
-
-    # The loss needs the columns that the model's forward does not name, and raises by itself where it is not finite.
-    remove_unused_columns: bool = False
-    logging_nan_inf_filter: bool = False
-
-    def __post_init__(self) -> None:
-        # Without an accelerator the CPU it is: TrainingArguments would refuse bf16 until told so.
-        if not torch.accelerator.is_available():
-            self.use_cpu = True
-        # The head is used outside of the model's forward: DDP would take it for unused, and meet its gradient all the same.
-        if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
-            self.ddp_find_unused_parameters = False
-        super().__post_init__()
-        if self.method not in METHODS:
-            raise ConfigError(f"method {self.method!r} is not known; use one of {', '.join(METHODS)}")
-        if self.alignment not in ALIGNMENTS:
-            raise ConfigError(f"alignment {self.alignment!r} is not known; use one of {', '.join(ALIGNMENTS)}")
-        if self.divergence not in DIVERGENCES:
-            raise ConfigError(f"divergence {self.divergence!r} is not known; use one of {', '.join(DIVERGENCES)}")
-        for name in ("temperature", "teacher_temperature"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} {getattr(self, name)}: must be above 0; 1.0 takes the distributions as they are")
-        for name, inside in (("teacher_weight", 0 < self.teacher_weight < 1), ("skew", 0 < self.skew < 1)):
-            if not inside:
-                raise ConfigError(f"{name} {getattr(self, name)}: must lie between 0 and 1, ends excluded")
-        for name in ("hard_label_weight", "within_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} {getattr(self, name)}: a share, so between 0 and 1")
-
-    @property
-    def divergence_shape(self) -> dict[str, Any]:
-        """The chosen divergence's own parameter, by name."""
-        if self.divergence == "jensen_shannon":
-            return {"teacher_weight": self.teacher_weight}
-        return {"skew": self.skew} if self.divergence.startswith("skew_") else {}
 
 
 class DistillationTrainer(Trainer):
@@ -126,8 +59,6 @@ class DistillationTrainer(Trainer):
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
         self.objective = objective or make_objective(args, model, processing_class, teacher, teacher_tokenizer)
-        if args.device.type == "cpu":
-            keep_freed_memory()
         args._n_gpu = min(args.n_gpu, 1)  # several cards are DDP's or FSDP's business, never DataParallel's threads
         super().__init__(
             model=model,
@@ -229,52 +160,6 @@ class DistillationTrainer(Trainer):
             )
 
 
-class MetricsFile(TrainerCallback):
-    """Writes what the trainer logs to a JSON Lines file: loss, learning rate, and tokens and seconds of training so far.
-
-    A resumed run goes on behind the row of its checkpoint: rows that an interrupt orphaned are taken out.
-    """
-
-    def __init__(self, file: Path, trainer: DistillationTrainer) -> None:
-        self.file, self.trainer = file, trainer
-        self.earlier = {"tokens": 0, "seconds": 0.0}
-        self.begun = time.perf_counter()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take out the rows behind the step at which training begins."""
-        rows = [row for row in read_rows(self.file)[0] if row.get("step", math.inf) <= state.global_step]
-        if state.is_world_process_zero:
-            write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
-        self.earlier = rows[-1] if rows else self.earlier
-        self.begun, self.trainer.seconds_evaluating = time.perf_counter(), 0.0
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Add one row."""
-        if logs is None or not {"loss", "eval_loss"} & logs.keys():
-            return
-        seconds, seen = time.perf_counter() - self.begun - self.trainer.seconds_evaluating, self.trainer.tokens_seen_by_all()
-        if not state.is_world_process_zero:
-            return
-        row = {
-            "step": state.global_step,
-            **{name: value for name, value in logs.items() if isinstance(value, int | float)},
-        }
-        row["tokens"] = self.earlier["tokens"] + seen
-        row["seconds"] = round(self.earlier["seconds"] + seconds, 3)
-        row["tokens_per_second"] = round(seen / seconds, 1)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-class ProgressBar(ProgressCallback):
-    """transformers' bar with the loss at its end, and not a line for every step: those are rows of the file above."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Show the loss."""
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
-
-
 def _encoded(dataset: Any, objective: Objective, max_length: int) -> Any:
     """``dataset`` if it is tokenized (or absent), otherwise its conversations encoded; of several by name, each."""
     if isinstance(dataset, Mapping):
@@ -285,7 +170,7 @@ def _encoded(dataset: Any, objective: Objective, max_length: int) -> Any:
         return dataset
     rows = (as_conversation(row, f"row {number}") for number, row in enumerate(dataset, 1))
     encoded, counts = objective.encode(rows, max_length=max_length)
-    say(f"data: {counts}")
+    print_main(f"data: {counts}")
     return encoded
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from potstill.errors import ConfigError
-from potstill.generation.sampling import Sampling, sample_tokens, uniforms
+from potstill.sampling.sampler import Sampling, sample_tokens, uniforms
 
 
 def nucleus(logits: torch.Tensor, temperature: float, top_p: float) -> dict[int, float]:

@@ -1,9 +1,10 @@
-"""A forward pass that stops before the head.
+"""Run a model up to its LM head, and describe that head for the losses.
 
-B batch, T time, H hidden, V vocabulary, N supervised tokens. A loss over a large vocabulary wants hidden states and the head
-apart, so that only supervised positions are projected, chunk by chunk (losses/fused.py). Rather than know where each of a
-hundred architectures keeps its decoder, we call the model as usual with somebody standing in for its head, who notes what comes and
-lets it pass: that goes through every wrapper (DDP, FSDP, PEFT, torch.compile) and works for whatever has output embeddings.
+B batch, T time, H hidden size, V vocabulary, N supervised tokens. A loss over a large vocabulary
+needs hidden states and head apart, so that only supervised positions are projected, chunk by chunk
+(losses/fused.py). The model is called as usual, with its head's forward replaced for one call by a
+function that records its input. That works through every wrapper (DDP, FSDP, PEFT, torch.compile)
+and for every architecture with output embeddings.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import ModelError
-from potstill.losses import Head, Projection
-from potstill.losses.fused import as_head
+from potstill.losses import CallableHead, Head, Projection
+from potstill.losses.fused import as_any_head
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -29,34 +30,37 @@ def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def hidden_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """What the head of ``model`` would project, ``[B, T, H]``."""
+    """Return what the LM head of ``model`` would project, ``[B, T, H]``."""
     head = _head_module(model)
-    doorman = _doormen.setdefault(head, _Doorman())
-    usual = head.__dict__.get("forward")  # where somebody (accelerate) has already put a forward of their own
-    head.forward = doorman.note
+    recorder = _recorders.setdefault(head, _HiddenStateRecorder())
+    previous = head.__dict__.get("forward")  # accelerate may have set a forward of its own
+    head.forward = recorder.record
     try:
         model(**inputs, use_cache=False)
     finally:
         del head.forward
-        if usual is not None:
-            head.forward = usual
-        hidden, doorman.hidden = doorman.hidden, None
+        if previous is not None:
+            head.forward = previous
+        hidden, recorder.hidden = recorder.hidden, None
     assert hidden is not None
     return hidden
 
 
-class _Doorman:
-    """One for each head and always the same: torch.compile would begin anew for a new one."""
+class _HiddenStateRecorder:
+    """Replace a head's forward to capture its input.
+
+    One per head, kept: torch.compile would recompile for a new one.
+    """
 
     hidden: Tensor | None = None
 
-    def note(self, hidden: Tensor) -> Tensor:
-        """Keep what the head was given; what goes back in place of logits, nobody reads."""
+    def record(self, hidden: Tensor) -> Tensor:
+        """Keep the hidden states; return a stand-in for logits, which is not read."""
         self.hidden = hidden
         return hidden[..., :1]
 
 
-_doormen: weakref.WeakKeyDictionary[nn.Module, _Doorman] = weakref.WeakKeyDictionary()
+_recorders: weakref.WeakKeyDictionary[nn.Module, _HiddenStateRecorder] = weakref.WeakKeyDictionary()
 
 
 def carries_state(model: Any) -> bool:
@@ -65,24 +69,44 @@ def carries_state(model: Any) -> bool:
     return bool(getattr(model, "_is_stateful", False)) or not ATTENTION.issuperset(kinds)
 
 
-def output_head(model: nn.Module, *, rows: int | None = None) -> Head:
-    """The head of ``model`` as the losses take it, cut to its first ``rows``: weight, bias, logit scale and softcap."""
+def output_head(model: nn.Module, *, rows: int | None = None) -> Head | CallableHead:
+    """Return the LM head of ``model`` cut to its first ``rows``: weight, bias, scale and softcap.
+
+    A head whose weights are quantized becomes a `CallableHead`.
+    """
     module = _head_module(model)
     config = unwrapped(model).config.get_text_config()
-    return Head(
-        weight=_effective_weight(module),
-        bias=getattr(module, "bias", None),
-        scale=_logit_scale(config),
-        softcap=_softcap(config),
-        rows=rows,
-    )
+    scale, softcap = _logit_scale(config), _softcap(config)
+    if _is_quantized(module):
+        size = getattr(module, "out_features", config.vocab_size)
+        return CallableHead(module, size, scale=scale, softcap=softcap, rows=rows)
+    bias = getattr(module, "bias", None)
+    return Head(_effective_weight(module), bias=bias, scale=scale, softcap=softcap, rows=rows)
+
+
+def trainable_head(model: nn.Module, *, rows: int | None = None) -> Head:
+    """Return the student's head. Raises: ModelError if its weights are quantized."""
+    head = output_head(model, rows=rows)
+    if isinstance(head, CallableHead):
+        name = type(unwrapped(model)).__name__
+        raise ModelError(f"the LM head of {name} is quantized; a student needs a floating-point head")
+    return head
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return True
+    library = type(weight).__module__.partition(".")[0]
+    return not weight.is_floating_point() or library in ("torchao", "bitsandbytes")
 
 
 def head_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """The logits ``[B, T, V]`` as our losses make them, of a few tokens: hidden states, and the head that a loss is given."""
     hidden = hidden_states(model, inputs)
-    head = as_head(output_head(model))
-    projection = Projection(hidden.flatten(0, 1).to(head.weight.device), head)
+    head = as_any_head(output_head(model))
+    states = hidden.flatten(0, 1)
+    projection = Projection(states.to(head.weight.device) if isinstance(head, Head) else states, head)
     return projection.logits(slice(0, len(projection.hidden))).view(*hidden.shape[:2], -1)
 
 

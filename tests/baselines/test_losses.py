@@ -15,10 +15,13 @@ from potstill.losses import (
     fused_linear_last_token,
     fused_linear_sorted,
 )
-from potstill.losses.chunk_likelihoods import binary_divergence
-from potstill.losses.closed_forms import CLOSED_FORMS, finite
+from potstill.baselines.chunk_likelihoods import binary_divergence
+from potstill.losses import DIVERGENCES
+from potstill.losses.closed_forms import finite
 from potstill.losses.cross_tokenizer import CellPartition, ResidualPartition
 from potstill.losses.partitions import on_support, partition_loss
+
+CLOSED_FORMS = {name: one.value_and_gradient() for name, one in DIVERGENCES.items()}
 
 N, M, V_S, V_T = 7, 6, 9, 12
 CHUNK = torch.tensor([0, 0, 1, -1, 2, 3, 3])
@@ -124,7 +127,7 @@ def test_relabelling_changes_the_padded_last_token_so_it_cannot_be_right() -> No
 
 def test_sorted_probabilities_do_not_say_which_token_had_them() -> None:
     """A student as sure as the teacher of something else: distance 0, and no gradient."""
-    from potstill.losses.sorted_probabilities import sorted_distance
+    from potstill.baselines.sorted_probabilities import sorted_distance
 
     q = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64)
     distance, gradient = sorted_distance(q, q.roll(1, -1))

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from potstill.losses.closed_forms import LossAndGradient, forward_kl
-from potstill.losses.fused import as_head, fused_linear_loss
-from potstill.losses.projection import Head, Projection
+from potstill.losses.fused import as_any_head, as_head, fused_linear_loss
+from potstill.losses.projection import CallableHead, Head, Projection
 
 
 def fused_linear_last_token(
     student_hidden: Tensor,
     student_head: Tensor | Head,
     teacher_hidden: Tensor,
-    teacher_head: Tensor | Head,
+    teacher_head: Tensor | Head | CallableHead,
     *,
     conversation: Tensor,
     teacher_conversation: Tensor,
@@ -35,7 +35,7 @@ def fused_linear_last_token(
     ``conversation [N]`` and ``teacher_conversation [M]`` say which conversation each hidden state is of. A conversation that one
     of the two has no tokens of is left out.
     """
-    student, teacher = as_head(student_head), as_head(teacher_head)
+    student, teacher = as_head(student_head), as_any_head(teacher_head)
     last, teacher_last = last_rows(conversation), last_rows(teacher_conversation)
     both = sorted(last.keys() & teacher_last.keys())
     width = max(len(student), len(teacher))

@@ -3,34 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from potstill.config import DistillRecipe
+from potstill.commands.distill import DistillRecipe
 from potstill.data import read_prompts
-from potstill.generation import LocalEngine, Sampling
+from potstill.distillation import run_distillation
+from potstill.generation import LocalEngine
+from potstill.generation.dataset import CONVERSATIONS
+from potstill.generation.make import make_dataset, standard_filters
 from potstill.models import load_model, locate
-from potstill.pipeline import distill
 from potstill.run_folder import RunFolder
+from potstill.sampling import Sampling
 from potstill.students import make_student
-from potstill.teacher_text import CONVERSATIONS, make_dataset, standard_filters
+from potstill.training.kept_memory import keep_freed_memory
 
 # Those missed least (layer_choice.py, four minutes): 3.1 nats a token from the whole at first, evenly spaced ones nearly 10.
 LAYERS = [0, 1, 2, 8, 9, 10, 11, 20, 21, 22, 23, 24, 27, 28, 29]
 ANSWER_TOKENS = 64
 
 
+@dataclass(frozen=True)
+class DemoRecipe:
+    """See it work: teacher, student, distillation, evaluation and report, on two CPU cores."""
+
+    output_dir: str = "runs/demo"
+    """Folder of the run. The same command goes on with an interrupted one."""
+    seconds: float = 180
+    """Seconds of training."""
+
+
+def run(recipe: DemoRecipe) -> None:
+    """Run the demo."""
+    keep_freed_memory()
+    demo(recipe.output_dir, seconds=recipe.seconds)
+
+
 def demo(output_dir: str = "runs/demo", *, seconds: float = 180) -> Path:
     """The whole of it on two CPU cores: SmolLM2-135M-Instruct answers, half its layers learn to. Returns the report's path."""
-    run = RunFolder(output_dir)
-    before = run.path / "student-before"
+    folder = RunFolder(output_dir)
+    before = folder.path / "student-before"
     recipe = DistillRecipe(
         teacher="demo",
         student=str(before),
-        data=str(run.data / "train" / CONVERSATIONS),
-        eval_data=str(run.data / "held_out" / CONVERSATIONS),
-        output_dir=str(run.path),
+        data=str(folder.data / "train" / CONVERSATIONS),
+        eval_data=str(folder.data / "held_out" / CONVERSATIONS),
+        output_dir=str(folder.path),
         seconds=seconds,
         learning_rate=6e-4,
         batch_size=4,
@@ -38,17 +58,17 @@ def demo(output_dir: str = "runs/demo", *, seconds: float = 180) -> Path:
         freeze_embeddings=True,  # the teacher's own: after 30 steps of 8 conversations 2.14 nats away, trained 2.22
         trainer={"adam_beta1": 0.8, "adam_beta2": 0.95},  # a run of two hundred steps has no time for a long memory
     )
-    run.refuse_other(dataclasses.asdict(recipe))
+    folder.refuse_other(dataclasses.asdict(recipe))
     locate("demo")
-    run.begin(dataclasses.asdict(recipe))
+    folder.begin(dataclasses.asdict(recipe))
     with resources.as_file(resources.files("potstill.data") / "demo_prompts.jsonl") as path:
         prompts = list(read_prompts(path))
     for split in ("train", "held_out"):
-        _answer_into(run.data / split, [prompt["messages"] for prompt in prompts if prompt["split"] == split])
+        _answer_into(folder.data / split, [prompt["messages"] for prompt in prompts if prompt["split"] == split])
     if not before.is_dir():
         print(f"cutting a student of {len(LAYERS)} layers from the teacher", flush=True)
         make_student("demo", str(before), keep=LAYERS)
-    return distill(recipe)
+    return run_distillation(recipe)
 
 
 def _answer_into(folder: Path, prompts: list[Any]) -> None:
@@ -58,4 +78,4 @@ def _answer_into(folder: Path, prompts: list[Any]) -> None:
     model, tokenizer = load_model("demo", dtype="bfloat16")
     sampling = Sampling(max_new_tokens=ANSWER_TOKENS)
     engine = LocalEngine(model, tokenizer, sampling, source="demo", batch_size=40, unit_size=80)
-    make_dataset(folder, prompts, engine, sampling, filters=standard_filters(keep={"cut_off"}))
+    make_dataset(folder, prompts, engine, sampling, drop=standard_filters(keep={"cut_off"}))

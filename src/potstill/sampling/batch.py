@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from potstill.heads import carries_state
+from potstill.models.heads import carries_state
 
 Choose = Callable[[Tensor, Sequence["Row"]], None]
 """Takes logits ``[B, V]`` and gives each row its next token."""

@@ -6,7 +6,7 @@ import pytest
 
 from conftest import conversations, sentencepiece_tokenizer, toy_tokenizer
 from potstill.alignment import token_bytes
-from potstill.data.correspondence import MOST_MEASURED, measure_text, splits_alike
+from potstill.doctor.measured_text import MOST_MEASURED, measure_text, splits_alike
 from potstill.errors import DataError
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from potstill.heads import hidden_states, output_head
+from potstill.models.heads import hidden_states, output_head
 from potstill.losses import Projection
 
 INPUTS = {"input_ids": torch.arange(24).reshape(2, 12)}

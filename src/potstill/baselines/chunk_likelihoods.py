@@ -19,8 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from potstill.losses.fused import as_head, fused_linear_cross_entropy
-from potstill.losses.projection import Head, Projection, wide_dtype
+from potstill.losses.fused import as_any_head, as_head, fused_linear_cross_entropy
+from potstill.losses.projection import CallableHead, Head, Projection, wide_dtype
 
 CHUNK_TEMPERATURE = 100.0
 
@@ -29,7 +29,7 @@ def fused_linear_chunks(
     student_hidden: Tensor,
     student_head: Tensor | Head,
     teacher_hidden: Tensor,
-    teacher_head: Tensor | Head,
+    teacher_head: Tensor | Head | CallableHead,
     *,
     labels: Tensor,
     teacher_labels: Tensor,
@@ -51,7 +51,7 @@ def fused_linear_chunks(
     with torch.no_grad():
         ours = _per_chunk(log_likelihoods(student_hidden, head, labels, chunk_tokens), chunk, count)
         theirs = _per_chunk(
-            log_likelihoods(teacher_hidden, as_head(teacher_head), teacher_labels, chunk_tokens), teacher_chunk, count
+            log_likelihoods(teacher_hidden, as_any_head(teacher_head), teacher_labels, chunk_tokens), teacher_chunk, count
         )
         present = torch.zeros(count + 1, dtype=torch.bool, device=ours.device)
         present[chunk] = True

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from alignment.toys import sentencepiece
 from conftest import conversations, sentencepiece_tokenizer, tiny_model, toy_tokenizer, write_rows
-from potstill import cli, pipeline
+from potstill import cli
+from potstill.distillation import run as pipeline
 from potstill.training.trainer import DistillationTrainer
 
 

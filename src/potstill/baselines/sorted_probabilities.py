@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from potstill.losses.closed_forms import LossAndGradient, cross_entropy
-from potstill.losses.fused import as_head, fused_linear_loss
-from potstill.losses.projection import Head, Projection
+from potstill.losses.fused import as_any_head, as_head, fused_linear_loss
+from potstill.losses.projection import CallableHead, Head, Projection
 
 SORTED_WEIGHT = 1.5
 
@@ -28,7 +28,7 @@ def fused_linear_sorted(
     student_hidden: Tensor,
     student_head: Tensor | Head,
     teacher_hidden: Tensor,
-    teacher_head: Tensor | Head,
+    teacher_head: Tensor | Head | CallableHead,
     *,
     teacher_row: Tensor,
     labels: Tensor,
@@ -41,7 +41,7 @@ def fused_linear_sorted(
 
     ``teacher_row [N]``: which of the teacher's M hidden states predicts at the same byte; −1 for none, and cross-entropy alone.
     """
-    student, teacher = as_head(student_head), as_head(teacher_head)
+    student, teacher = as_head(student_head), as_any_head(teacher_head)
     known, row = teacher_row >= 0, teacher_row.clamp_min(0)
     if not len(teacher_hidden):
         teacher_hidden = teacher_hidden.new_zeros(1, teacher_hidden.shape[-1])

@@ -1,46 +1,87 @@
-"""`potstill generate`: prompts → the teacher's answers, kept as they come → a data set, filtered and described.
-
-Like the pipeline this is the application: it knows recipes, prints, and leaves every idea to potstill.generation.
-"""
+"""`potstill generate`: let a teacher answer prompts and make a filtered data set of the answers."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from potstill.config import GenerateRecipe
 from potstill.data import read_prompts
-from potstill.data.chat_templates import ensure_chat_template
 from potstill.errors import ConfigError, DataError
-from potstill.generation import (
-    AnswerStore,
-    Engine,
-    LocalEngine,
-    Request,
-    Sampling,
-    ServerEngine,
-    answered,
-    counts_table,
-    dataset_card,
-    filters,
-    requests,
-    write_dataset,
-)
+from potstill.generation import Engine, LocalEngine, ServerEngine, filters
 from potstill.generation.card import WHAT
-from potstill.generation.dataset import CHOICES, CONVERSATIONS, Choose
+from potstill.generation.dataset import CHOICES, Choose
 from potstill.generation.filters import Filter
-from potstill.generation.keys import digest
-from potstill.generation.store import parse_answer
-from potstill.models import dtype_of, load_model, load_tokenizer, locate
-from potstill.run_folder import write_whole
+from potstill.generation.make import make_dataset, standard_filters
+from potstill.models import ModelOpener, dtype_of, locate
+from potstill.sampling import Sampling
 
-__all__ = ["CONVERSATIONS", "generate", "make_dataset", "standard_filters"]
+
+@dataclass(frozen=True)
+class GenerateRecipe:
+    """Let a teacher answer prompts, and make a filtered data set of its answers."""
+
+    teacher: str
+    """Hub id, model folder, GGUF file, or demo; with --server the name under which the server knows it."""
+    prompts: str
+    """A .jsonl file of {"prompt"} or {"messages"}, or anything the datasets library opens."""
+    output_dir: str
+    """Folder for the data set. The same command goes on with an interrupted one."""
+    engine: str = "local"
+    """local: transformers in this process. vllm: vLLM in this process. ray, ray-vllm: many of these, on many machines."""
+    server: str | None = None
+    """Address of an OpenAI-compatible server to ask instead. Its key is read from POTSTILL_API_KEY or OPENAI_API_KEY."""
+    max_new_tokens: int = 256
+    """Tokens at which an answer is cut off."""
+    temperature: float = 0.7
+    """Divides the teacher's logits before sampling; 0 takes the likeliest token."""
+    top_p: float = 0.95
+    """Sample among the likeliest tokens that together have this probability."""
+    samples: int = 1
+    """Answers to each prompt."""
+    system: str | None = None
+    """System prompt, put before prompts that have none."""
+    seed: int = 0
+    """Another seed, other answers."""
+    choose: str = "all"
+    """Of several samples: all, shortest (of the complete ones), likeliest (by the teacher), or FILE.py:FUNCTION of rows."""
+    keep: str = ""
+    """Reasons not to drop an answer for, separated by commas: cut_off, repetition_loop, refusal, empty, …"""
+    min_characters: int = 0
+    """Drop shorter answers."""
+    max_characters: int | None = None
+    """Drop longer answers."""
+    script: str | None = None
+    """Drop answers in another script: latin, cyrillic, arabic, cjk, hangul, …"""
+    language: str | None = None
+    """Drop answers in another language: en, fr, zh, … (needs py3langid)."""
+    similarity: float = 0.8
+    """Drop answers at least so similar to an earlier one (Jaccard, runs of three words); 1 drops none."""
+    held_out: str | None = None
+    """Prompts of an evaluation: what shares eight words in a row with one of them is dropped."""
+    filter: str | None = None
+    """FILE.py:FUNCTION of a row, which says True for a row to keep."""
+    batch_size: int = 32
+    """Prompts answered side by side; with --server, requests in flight."""
+    workers: int = 2
+    """Actors of the ray engines, each with a GPU where there are any."""
+    patience: float = 300
+    """Seconds to go on asking a server that does not answer."""
+    chat_template: str | None = None
+    """For tokenizers without one: plain, or the path of a Jinja template."""
+    precision: str = "bf16"
+    """bf16, fp16 or fp32."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Read it first."""
+
+
+def run(recipe: GenerateRecipe) -> None:
+    """Make the data set and print its path."""
+    print(f"data: {generate(recipe)}")
 
 
 def generate(recipe: GenerateRecipe) -> Path:
@@ -60,70 +101,11 @@ def generate(recipe: GenerateRecipe) -> Path:
         prompts,
         engine,
         sampling,
-        filters=chosen,
+        drop=chosen,
         choose=choose,
         similarity=recipe.similarity,
         made_with={"engine": "server" if recipe.server else recipe.engine, **settings, "likeliest": recipe.choose == "likeliest"},
     )
-
-
-def make_dataset(
-    folder: Path,
-    prompts: Iterable[list[dict[str, Any]]],
-    engine: Engine,
-    sampling: Sampling,
-    *,
-    filters: dict[str, Filter],
-    choose: Choose | None = None,
-    similarity: float = 0.8,
-    made_with: dict[str, Any] | None = None,
-) -> Path:
-    """A data set of ``engine``'s answers to ``prompts`` (read more than once) in ``folder``. Returns its file of conversations.
-
-    ``made_with``: what else decides the answers. Raises: RunFolderError if the folder's answers were made otherwise; DataError if
-    no answer is left.
-    """
-
-    def wanted() -> Iterator[Request]:
-        return requests(prompts, sampling, engine.identity)
-
-    keys = [request.key for request in wanted()]
-    decides = {**engine.identity, **(made_with or {}), **asdict(sampling), "prompts": digest(keys)}
-    with AnswerStore(folder, decides) as store:
-        for name in store.damaged:
-            print(f"{name}: damaged or gone; its answers are made again", flush=True)
-        _answer_all(wanted(), len(keys), engine, store, folder)
-        store.seal()
-        rows = (answered(request, parse_answer(row), sampling) for request, row in zip(wanted(), store.read(keys), strict=True))
-        counts = write_dataset(folder, rows, filters, choose=choose, similarity=similarity)
-        store.note(answers=len(keys), counts=counts)
-    write_whole(folder / "README.md", dataset_card(decides, counts))
-    print(counts_table(counts), flush=True)
-    return folder / CONVERSATIONS
-
-
-def standard_filters(*, keep: Collection[str] = ()) -> dict[str, Filter]:
-    """The filters that every data set passes, by reason, but for those in ``keep``."""
-    every = {
-        "empty": filters.empty,
-        "cut_off": filters.cut_off,
-        "repetition_loop": filters.repetition_loop,
-        "refusal": filters.refusal,
-    }
-    return {name: is_bad for name, is_bad in every.items() if name not in keep}
-
-
-def _answer_all(wanted: Iterator[Request], count: int, engine: Engine, store: AnswerStore, folder: Path) -> None:
-    """Ask for whole units, those that are there left out: a unit that lost one answer has lost all."""
-    if count == len(store):
-        return
-    print(f"{count - len(store)} answers to go into {folder}", flush=True)
-    cut = iter(lambda: list(itertools.islice(wanted, engine.unit_size)), [])
-    missing = (unit for unit in cut if not all(request.key in store for request in unit))
-    with tqdm(total=count, initial=len(store), unit="answer", desc="  answering") as progress:
-        for answers in engine.answer(missing):
-            store.add(answers)
-            progress.update(len(answers))
 
 
 def _engine(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
@@ -148,17 +130,25 @@ def _engine(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
     return RayEngine(make, workers=recipe.workers, gpus=0 if recipe.device == "cpu" else None)
 
 
-def _local(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
-    model, tokenizer = load_model(
-        recipe.teacher, dtype=dtype_of(recipe.precision), device=recipe.device, trust_remote_code=recipe.trust_remote_code
+def _opener(recipe: GenerateRecipe) -> ModelOpener:
+    return ModelOpener(
+        device=recipe.device,
+        dtype=dtype_of(recipe.precision),
+        chat_template=recipe.chat_template,
+        trust_remote_code=recipe.trust_remote_code,
     )
+
+
+def _local(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
+    model, tokenizer = _opener(recipe).model_and_tokenizer(recipe.teacher)
     return LocalEngine(
         model,
-        _with_template(tokenizer, recipe),
+        tokenizer,
         sampling,
         source=recipe.teacher,
         batch_size=recipe.batch_size,
-        unit_size=(2 if model.device.type == "cpu" else 8) * recipe.batch_size,  # what a kill may cost: minutes on either
+        # What a kill can cost: a few minutes of work on either device.
+        unit_size=(2 if model.device.type == "cpu" else 8) * recipe.batch_size,
         nats=recipe.choose == "likeliest",
     )
 
@@ -169,17 +159,12 @@ def _vllm(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
     return VllmEngine(
         recipe.teacher,
         locate(recipe.teacher),
-        _with_template(load_tokenizer(recipe.teacher, trust_remote_code=recipe.trust_remote_code), recipe),
+        _opener(recipe).tokenizer(recipe.teacher),
         sampling,
         dtype=dtype_of(recipe.precision),
         trust_remote_code=recipe.trust_remote_code,
         nats=recipe.choose == "likeliest",
     )
-
-
-def _with_template(tokenizer: Any, recipe: GenerateRecipe) -> Any:
-    ensure_chat_template(tokenizer, recipe.chat_template)
-    return tokenizer
 
 
 def _filters(recipe: GenerateRecipe) -> dict[str, Filter]:

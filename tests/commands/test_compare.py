@@ -11,7 +11,8 @@ import pytest
 
 from alignment.toys import sentencepiece
 from conftest import conversations, tiny_model, write_rows
-from potstill import cli, pipeline
+from potstill import cli
+from potstill.distillation import run as pipeline
 
 
 @pytest.fixture

@@ -19,36 +19,83 @@ import os
 import re
 import shlex
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from potstill import pipeline
 from potstill.alignment import shared_rows
-from potstill.comparison import ANSWERS, UNTOUCHED, Answers, Entrants, FinishedRun, as_html, compare_runs, open_run, read_answers
+from potstill.comparison import ANSWERS, UNTOUCHED, Answers, Entrants, FinishedRun, as_html, as_text, compare_runs, open_run, read_answers
 from potstill.comparison.text_measures import measures_against
-from potstill.config import CompareRecipe, DistillRecipe
+from potstill.commands.distill import DistillRecipe
 from potstill.data import read_conversations, without_answer
 from potstill.data.conversations import with_reference
 from potstill.errors import ConfigError, DataError, PotstillError, VocabularyMismatch
 from potstill.evaluation.held_out import last_question
 from potstill.generation import answer_prompts
-from potstill.models import dtype_of, load_model, load_tokenizer
+from potstill.defaults import PASSES
+from potstill.distillation import check_pair, opener_of, run_distillation, split_data
+from potstill.models import load_tokenizer
 from potstill.run_folder import RunFolder, write_json, write_whole
 from potstill.training import METHODS
+from potstill.training.kept_memory import keep_freed_memory
 
 REFERENCE = "reference"
 ADDABLE = ("methods", "recipes", "seeds", "text_measures")
 """What a later call may change without making the runs that are there another comparison's."""
-PASSES = 3
+
+@dataclass(frozen=True, kw_only=True)
+class CompareRecipe(DistillRecipe):
+    """Train several methods on the same data and budget, and say which is better."""
+
+    teacher: str = ""
+    """Hub id, model folder, GGUF file, or demo."""
+    student: str = ""
+    """The same, for the model to be trained, by each method anew."""
+    data: str = ""
+    """Conversations with the teacher's answers; a row's "reference" is an answer of other origin, for the method reference."""
+    method: str = "logits"
+    """Not used here, but part of a recipe for distill, which can be given as it is: see --methods."""
+    methods: str | None = None
+    """Separated by commas: text, logits, cross, and reference (cross-entropy on the reference answers). Without it: reference if
+    every row has one, text, and logits or, for different tokenizers, cross. The untouched student always takes part."""
+    recipes: str | None = None
+    """Instead of methods: YAML files for distill, separated by commas, with the same data and budget."""
+    runs: str | None = None
+    """Instead of training: folders of finished runs, separated by commas. Those that differ in -seedN alone are one method's."""
+    seeds: str = "0"
+    """Separated by commas: each method is trained once with each."""
+    answers: int = 32
+    """Held-out prompts that each student answers, to see whether it stops, loops, and how long it talks. 0: none."""
+    answer_tokens: int = 128
+    """Tokens at which such an answer is cut off."""
+    text_measures: str = ""
+    """chrf, rouge_l or both, separated by a comma: answers against the teacher's (needs potstill[measures])."""
+
+
 
 Plan = dict[str, DistillRecipe]
+
+
+def run(recipe: CompareRecipe) -> None:
+    """Compare and print the table."""
+    from potstill.cli import parse
+
+    if recipe.device in ("auto", "cpu"):
+        keep_freed_memory()
+    files = listed(recipe.recipes)
+    recipes = {Path(file).stem: parse(["distill", "--config", file])[1] for file in files}
+    if files and len(recipes) < max(2, len(files)):
+        raise ConfigError(f"--recipes {recipe.recipes}: give two or more files of different names")
+    comparison = compare(recipe, recipes)
+    page = Path(recipe.output_dir).expanduser() / "comparison.html"
+    print(f"\n{as_text(comparison)}\n\npage: {page}")
 
 
 def compare(recipe: CompareRecipe, recipes: Plan | None = None) -> dict[str, Any]:
     """Train what is not trained yet, compare all, write comparison.json and comparison.html. Returns the comparison.
 
     ``recipes``: whole recipes by name, instead of ``recipe.methods``. Raises: ConfigError, DataError; RunFolderError if runs
-    cannot be compared, naming what differs; whatever `pipeline.distill` raises.
+    cannot be compared, naming what differs; whatever `run_distillation` raises.
     """
     text_measures = listed(recipe.text_measures)
     measures_against(text_measures)  # a missing library is known before hours of training
@@ -104,7 +151,7 @@ def _trained_runs(folder: RunFolder, recipe: CompareRecipe, recipes: Plan) -> En
     train, held_out = _data(folder, base)
     plan = _plan(folder, recipes or _by_method(recipe, base, train), train)
     for one in plan.values():
-        pipeline.check_pair(one)
+        check_pair(one)
     try:
         folder.begin(asked)
         _write_data(folder, train, held_out)
@@ -127,7 +174,7 @@ def _run(folder: RunFolder, name: str, one: DistillRecipe, recipe: CompareRecipe
     done = (run.path / "report.html").is_file() and run.evaluation.is_file()
     print(f"{name}, seed {one.seed}{': done before' if done else ''}", flush=True)
     if not done:
-        pipeline.distill(one)
+        run_distillation(one)
     _answer(run.path, str(run.student), one, recipe, held_out)
     return open_run(run.path)
 
@@ -203,7 +250,7 @@ def _seeds(text: str) -> list[int]:
 def _data(folder: RunFolder, base: DistillRecipe) -> tuple[list[Any], list[Any]]:
     """Conversations to train on and held-out ones: the copy, if there is one, so that a file changed meanwhile changes nothing."""
     copies = [folder.data / "train.jsonl", folder.data / "held_out.jsonl"]
-    train, held_out = (list(map(list, map(read_conversations, copies)))) if copies[1].is_file() else pipeline.split_data(base)
+    train, held_out = (list(map(list, map(read_conversations, copies)))) if copies[1].is_file() else split_data(base)
     if not train or not held_out:
         raise DataError(f"{base.data}: too few conversations to train on some and hold out others; give --eval-data or more data")
     return train, held_out
@@ -224,9 +271,7 @@ def _answer(place: Path, source: str, one: DistillRecipe, recipe: CompareRecipe,
         return
     print(f"  {len(rows)} answers of {source}", flush=True)
     prompts = [without_answer(row["messages"]) for row in rows]
-    opening: dict[str, Any] = {"device": one.device, "trust_remote_code": one.trust_remote_code}
-    student, _ = load_model(source, dtype=dtype_of(one.precision), **opening)
-    tokenizer = pipeline.open_tokenizer(one.student, one)
+    student, tokenizer = opener_of(one).model(source), opener_of(one).tokenizer(one.student)
     answers = answer_prompts(student, tokenizer, prompts, max_new_tokens=recipe.answer_tokens, seed=one.seed)
     asked_and_wanted = zip(rows, answers, strict=True)
     beside = [

@@ -1,0 +1,27 @@
+"""The commands: one file each, with its recipe (a field's docstring is its help) and ``run``."""
+
+COMMANDS = {
+    "demo": (),
+    "doctor": ("teacher", "student"),
+    "student": ("teacher",),
+    "generate": ("teacher",),
+    "distill": ("teacher", "student"),
+    "compare": ("teacher", "student"),
+    "evaluate": ("student",),
+    "report": ("run_dir",),
+    "play": ("run_dir",),
+}
+"""Each command and its positional arguments."""
+
+SUMMARIES = {
+    "demo": "See it work: teacher, student, distillation, evaluation and report, on two CPU cores.",
+    "doctor": "Check whether and how a teacher can teach a student, and what it will cost.",
+    "student": "Make a student from a teacher: keep some layers, or change the tokenizer.",
+    "generate": "Let a teacher answer prompts, and make a filtered data set of its answers.",
+    "distill": "Train a student, evaluate it before and after, and write a report.",
+    "compare": "Train several methods on the same data and budget, and say which is better.",
+    "evaluate": "Measure a student against its teacher on held-out conversations.",
+    "report": "Write the report of a run again.",
+    "play": "Talk to a run in the browser: teacher, student before and after (potstill[play]).",
+}
+"""The first line of each recipe, so that `potstill --help` imports no command."""

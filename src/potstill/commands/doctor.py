@@ -1,0 +1,54 @@
+"""`potstill doctor`: check a pair and a planned run before any compute is spent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from potstill.defaults import MAX_LENGTH
+
+
+@dataclass(frozen=True)
+class DoctorRecipe:
+    """Check whether and how a teacher can teach a student, and what it will cost."""
+
+    teacher: str
+    """Hub id, model folder, GGUF file, or demo. A configuration and a tokenizer are enough."""
+    student: str
+    """The same, for the model to be trained."""
+    data: str | None = None
+    """Conversations with the teacher's answers, to measure on: a .jsonl file, or anything the datasets library opens."""
+    max_steps: int | None = None
+    """Optimizer steps of the planned run. Without it, three times through the data; without data, a million tokens."""
+    batch_size: int = 8
+    """Conversations in a micro-batch of the planned run."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches in an optimizer step of the planned run."""
+    max_length: int = MAX_LENGTH
+    """Tokens at which a conversation is cut."""
+    precision: str = "bf16"
+    """bf16, fp16 or fp32: of the planned run."""
+    card: str | None = None
+    """An accelerator to tell the hours for: a10, a100, a100-40gb, b200, h100, h200, l4, l40s, mi300x, rtx3090 or rtx4090."""
+    chat_template: str | None = None
+    """For tokenizers without one: plain, or the path of a Jinja template."""
+    with_weights: bool = False
+    """Read the teacher's weights, too, and score the answers under its own chat template and under the student's."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps: of the teacher, with weights."""
+    trust_remote_code: bool = False
+    """Run code that comes with the models. Read it first."""
+    json: bool = False
+    """Print JSON instead of a page."""
+
+
+def run(recipe: DoctorRecipe) -> None:
+    """Print the diagnosis."""
+    from potstill.doctor import as_text, examine
+
+    settings = dataclasses.asdict(recipe)
+    as_json = settings.pop("json")
+    diagnosis = examine(**settings)
+    as_dict = diagnosis.as_dict
+    print(json.dumps(as_dict(), indent=1, ensure_ascii=False) if as_json else as_text(diagnosis))

@@ -1,0 +1,54 @@
+"""`potstill evaluate`: measure a student against its teacher."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from potstill.defaults import MAX_LENGTH
+
+
+@dataclass(frozen=True)
+class EvaluateRecipe:
+    """Measure a student against its teacher on held-out conversations."""
+
+    student: str
+    """Hub id, model folder, GGUF file, or demo."""
+    teacher: str
+    """The same, for the teacher."""
+    data: str
+    """Held-out conversations: a .jsonl file, or anything the datasets library opens."""
+    tasks: str | None = None
+    """Asked of both: lm-evaluation-harness's tasks and .jsonl files of questions, separated by commas (needs potstill[lm-eval])."""
+    max_length: int = MAX_LENGTH
+    """Tokens at which a conversation is cut."""
+    chat_template: str | None = None
+    """For tokenizers without one: plain, or the path of a Jinja template."""
+    precision: str = "bf16"
+    """bf16, fp16 or fp32."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    trust_remote_code: bool = False
+    """Run code that comes with the models. Read it first."""
+
+
+def run(recipe: EvaluateRecipe) -> None:
+    """Print the measures of both models."""
+    from potstill.evaluation import as_table, evaluate
+    from potstill.models import dtype_of
+
+    evaluation = evaluate(
+        recipe.student,
+        recipe.teacher,
+        recipe.data,
+        tasks=recipe.tasks,
+        max_length=recipe.max_length,
+        chat_template=recipe.chat_template,
+        dtype=dtype_of(recipe.precision),
+        device=recipe.device,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    measured = evaluation.as_dict()
+    print(json.dumps(measured, indent=1) if recipe.json else as_table(measured))

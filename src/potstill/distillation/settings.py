@@ -1,0 +1,113 @@
+"""Every setting of a distillation run. A field's docstring is its help on the command line."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from potstill.defaults import EVAL_FRACTION, MAX_LENGTH
+from potstill.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """Train a student, evaluate it before and after, and write a report."""
+
+    teacher: str
+    """Hub id, model folder, GGUF file, or demo."""
+    student: str
+    """The same, for the model to train. It is not changed: the trained student is written to
+    OUTPUT_DIR/student."""
+    data: str
+    """Conversations with the teacher's answers: a .jsonl file, or anything that datasets opens."""
+    output_dir: str
+    """Folder of the run. The same command continues an interrupted run."""
+    method: str = "logits"
+    """logits: a divergence between whole distributions (same tokenizer). cross: the same across
+    different tokenizers. text: cross-entropy on the teacher's text (any tokenizers)."""
+    alignment: str = "pieces"
+    """What cross compares: pieces; cells (coarser); or a method of the literature: push_forward,
+    bpm, alm, uld, strict_topk, last_token_padded."""
+    eval_data: str | None = None
+    """Held-out conversations. Without it, a part of the data is held out."""
+    eval_fraction: float = EVAL_FRACTION
+    """The part that is held out if there is no eval-data."""
+    eval_steps: float | None = None
+    """Measure the loss on the held-out conversations every so many steps, for the report's curve;
+    below 1 a share of the run: 0.25 measures four times."""
+    tasks: str | None = None
+    """Tasks for the teacher and for the student before and after: names of lm-evaluation-harness
+    tasks and .jsonl files of questions, separated by commas (needs potstill[lm-eval])."""
+    max_steps: int | None = None
+    """Optimizer steps. Without it and without seconds: three passes over the data."""
+    seconds: float | None = None
+    """Training time instead of steps. A few steps are timed at learning rate 0, then the number of
+    steps that fits is run."""
+    learning_rate: float = 1e-4
+    """Peak learning rate: linear warm-up over the first 5 % of the steps, then cosine decay to 0."""
+    batch_size: int = 8
+    """Conversations in a micro-batch on each device."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches in an optimizer step."""
+    max_length: int = MAX_LENGTH
+    """Tokens at which a conversation is cut; cut ones are counted and reported."""
+    divergence: str = "forward_kl"
+    """The divergence to minimize: {DIVERGENCES}; or FILE.py:FUNCTION of teacher_logits [b, V] and
+    student_logits [b, V] that returns [b]."""
+    divergence_parameters: dict[str, float] = field(default_factory=dict)
+    """Parameters of a divergence of your own, by name (best in YAML)."""
+    temperature: float = 1.0
+    """logits: divides the logits of both models before they are compared."""
+    teacher_temperature: float = 1.0
+    """cross: the temperature at which the teacher's text was sampled."""
+    within_weight: float = 1.0
+    """cross: weight of the cross-entropy inside a cell, between 0 and 1; 1 is unbiased."""
+    hard_label_weight: float = 0.0
+    """Share of cross-entropy on the text mixed into the divergence, between 0 and 1."""
+    freeze_embeddings: bool = False
+    """Do not train the student's embedding and LM head. In a student cut from its teacher they are
+    the teacher's own."""
+    chat_template: str | None = None
+    """For tokenizers without one: plain, or the path of a Jinja template."""
+    precision: str = "bf16"
+    """bf16, fp16 or fp32: of the teacher and of matrix products. The student's weights stay in
+    float32."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    seed: int = 0
+    """Seed of the data order, the held-out part and the samples."""
+    trust_remote_code: bool = False
+    """Run code that comes with the models. Read it first."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Any other setting of DistillationConfig or transformers.TrainingArguments, by name (best in
+    YAML)."""
+
+    def check(self) -> None:
+        """Raises: ConfigError for a number out of range."""
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} {value}: must be above 0")
+        if self.trainer.get("eval_strategy", "no") not in ("no", False):
+            raise ConfigError("trainer.eval_strategy: give eval_steps instead, which sets it")
+
+
+POSITIVE = (
+    "batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "seconds",
+    "max_length",
+    "eval_steps",
+)
+
+
+def check_names(given: dict[str, Any]) -> None:
+    """Raises: ConfigError for a name that is no setting; it names the nearest one."""
+    known = [item.name for item in fields(DistillSettings)]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+            raise ConfigError(f"no setting {name!r}{hint}")

@@ -1,0 +1,269 @@
+"""The training stage of a run: open and check everything, plan the steps, train, save the student."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from typing import Any
+
+import transformers
+from transformers.trainer_callback import ProgressCallback
+
+from potstill.data import read_conversations
+from potstill.defaults import PASSES
+from potstill.distillation.settings import DistillSettings
+from potstill.doctor import quick_check
+from potstill.errors import ConfigError, DataError
+from potstill.evaluation import fingerprint
+from potstill.generation.filters import users_function
+from potstill.models import ModelOpener, dtype_of
+from potstill.processes import broadcast_from_main, is_main_process, print_main, process_count
+from potstill.run_folder import RunFolder, whole_folder
+from potstill.students import save_student
+from potstill.teachers import open_teacher, open_teacher_tokenizer
+from potstill.training import (
+    DistillationConfig,
+    DistillationTrainer,
+    MetricsFile,
+    ProgressBar,
+    make_objective,
+)
+
+TIMED_STEPS = 3
+MOST_BETWEEN_CHECKPOINTS = 500
+
+
+def opener_of(settings: DistillSettings) -> ModelOpener:
+    """Return how this run opens its teacher and, for evaluation, its students."""
+    return ModelOpener(
+        device=settings.device,
+        dtype=dtype_of(settings.precision),
+        chat_template=settings.chat_template,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def check_pair(settings: DistillSettings) -> None:
+    """Refuse, from the tokenizers alone, what no training could fix."""
+    opener = opener_of(settings)
+    teacher = open_teacher_tokenizer(settings.teacher, opener)
+    remark = quick_check(teacher, opener.tokenizer(settings.student), settings.method)
+    if remark:
+        print_main(remark)
+
+
+def split_data(settings: DistillSettings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return training and held-out conversations, split by the seed if no file names the latter."""
+    conversations = list(read_conversations(settings.data))
+    if settings.eval_data:
+        return conversations, list(read_conversations(settings.eval_data))
+    random.Random(settings.seed).shuffle(conversations)
+    share = max(1, round(len(conversations) * settings.eval_fraction))
+    count = share if len(conversations) > 1 else 0
+    return conversations[count:], conversations[:count]
+
+
+def train(run: RunFolder, settings: DistillSettings) -> None:
+    """Train from the last checkpoint on, and save the student.
+
+    Everything is opened first, so that a mistake is known before anything is written.
+    """
+    check_pair(settings)
+    training, held_out = split_data(settings)
+    if not held_out:
+        raise DataError(
+            "no conversation is left to hold out for evaluation; give --eval-data or more data"
+        )
+    data = {"train": fingerprint(training), "held out": fingerprint(held_out)}
+    run.refuse_other_data(data)
+    _note_precision_and_temperature(training, settings)
+    base = _arguments(run, settings)
+    student, tokenizer, objective = _open_pair(base, settings)
+    dataset, counts = objective.encode(training, max_length=settings.max_length)
+    print_main(f"data: {counts}; {len(held_out)} conversations held out")
+    watched = None
+    if settings.eval_steps:
+        watched = objective.encode(held_out, max_length=settings.max_length)[0]
+
+    def trainer(**overrides: Any) -> DistillationTrainer:
+        return DistillationTrainer(
+            model=student,
+            args=_arguments(run, settings, **overrides),
+            train_dataset=dataset,
+            eval_dataset=watched,
+            processing_class=tokenizer,
+            objective=objective,
+        )
+
+    max_steps = (
+        settings.max_steps
+        or broadcast_from_main(run.planned_steps())
+        or _planned_steps(settings, len(dataset), trainer)
+    )
+    one = trainer(max_steps=max_steps, **_saving(settings, max_steps), **_watching(settings))
+    if is_main_process():
+        run.begin({**dataclasses.asdict(settings), "max_steps": max_steps})
+        run.note_data(data)
+    _train_from_checkpoint(one, run, max_steps)
+    _save(one, run, settings, max_steps)
+
+
+def _open_pair(base: DistillationConfig, settings: DistillSettings) -> tuple[Any, Any, Any]:
+    """Return student, its tokenizer and the objective."""
+    opener = opener_of(settings)
+    tokenizer = opener.tokenizer(settings.student)
+    student = opener.model(settings.student, dtype="float32")
+    if settings.freeze_embeddings:
+        for module in (student.get_input_embeddings(), student.get_output_embeddings()):
+            module.requires_grad_(False)
+    teacher = None
+    if settings.method != "text":
+        teacher = open_teacher(settings.teacher, **vars(opener))
+    return student, tokenizer, make_objective(base, student, tokenizer, teacher, None)
+
+
+def _train_from_checkpoint(one: DistillationTrainer, run: RunFolder, max_steps: int) -> None:
+    one.add_callback(MetricsFile(run.metrics, one))
+    if one.pop_callback(ProgressCallback):  # absent where the trainer settings disable the bar
+        one.add_callback(ProgressBar())
+    checkpoint = broadcast_from_main(run.last_checkpoint() if is_main_process() else None)
+    start = f", from {checkpoint.name}" if checkpoint else ""
+    print_main(f"training for {max_steps} steps{start}")
+    one.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def _save(
+    one: DistillationTrainer, run: RunFolder, settings: DistillSettings, max_steps: int
+) -> None:
+    cross = f"cross, {settings.alignment}"
+    provenance = {
+        "teacher": settings.teacher,
+        "student before": settings.student,
+        "method": cross if settings.method == "cross" else settings.method,
+        "steps": max_steps,
+    }
+    weights = None
+    if process_count() > 1:  # FSDP keeps weights in shards: gather them from all processes
+        weights = one.accelerator.get_state_dict(one.model_wrapped)
+    if is_main_process():
+        with whole_folder(run.student) as unfinished:
+            save_student(
+                one.model,
+                one.processing_class,
+                unfinished,
+                provenance=provenance,
+                weights=weights,
+            )
+
+
+def _planned_steps(settings: DistillSettings, conversations: int, trainer: Any) -> int:
+    """Return the steps that fit into ``seconds``; without it, those of three passes."""
+    if settings.seconds is None:
+        per_step = settings.batch_size * settings.gradient_accumulation_steps * process_count()
+        return PASSES * -(-conversations // per_step)
+    fitting = max(1, int(settings.seconds / _seconds_per_step(trainer)))
+    steps: int = broadcast_from_main(fitting)
+    print_main(f"{settings.seconds:g} seconds are about {steps} steps")
+    return steps
+
+
+def _saving(settings: DistillSettings, max_steps: int) -> dict[str, int]:
+    """Save a checkpoint every quarter of the run, at least every 500 steps."""
+    if settings.trainer.keys() & {"save_steps", "save_strategy"}:
+        return {}
+    return {"save_steps": min(MOST_BETWEEN_CHECKPOINTS, -(-max_steps // 4))}
+
+
+def _watching(settings: DistillSettings) -> dict[str, Any]:
+    if not settings.eval_steps:
+        return {}
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": settings.eval_steps,
+        "per_device_eval_batch_size": settings.batch_size,
+    }
+
+
+def _note_precision_and_temperature(rows: list[dict[str, Any]], settings: DistillSettings) -> None:
+    if settings.precision == "fp16" and opener_of(settings).device_type() == "cpu":
+        print_main("note: float16 is not computed on a CPU; training is in float32")
+    cross = settings.method == "cross"
+    taken_at = settings.teacher_temperature if cross else settings.temperature
+    sampled = {row["sampling"]["temperature"] for row in rows if "sampling" in row} - {taken_at}
+    if sampled and settings.method != "text":
+        print_main(
+            f"note: text was sampled at temperature {', '.join(map(str, sorted(sampled)))}, the "
+            f"teacher's distribution is taken at {taken_at:g}: the loss is unbiased if both are equal"
+        )
+
+
+def _seconds_per_step(trainer: Any) -> float:
+    """Time a few whole steps at learning rate 0, which changes no weight."""
+    print_main("timing a few steps")
+    clock = _StepClock()
+    timed = trainer(
+        max_steps=TIMED_STEPS + 1,
+        learning_rate=0.0,
+        weight_decay=0.0,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    timed.add_callback(clock)
+    timed.train()
+    # The first step warms up and is not counted.
+    return (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1)
+
+
+class _StepClock(transformers.TrainerCallback):
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.times.append(time.perf_counter())
+
+
+def _arguments(run: RunFolder, settings: DistillSettings, **overrides: Any) -> DistillationConfig:
+    same_names = (
+        "method",
+        "alignment",
+        "teacher_temperature",
+        "within_weight",
+        "divergence_parameters",
+        "temperature",
+        "hard_label_weight",
+        "max_length",
+        "learning_rate",
+        "gradient_accumulation_steps",
+        "seed",
+    )
+    own_divergence = ".py:" in settings.divergence
+    chosen: dict[str, Any] = {
+        **{name: getattr(settings, name) for name in same_names},
+        "output_dir": str(run.checkpoints),
+        "divergence": users_function(settings.divergence) if own_divergence else settings.divergence,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "per_device_train_batch_size": settings.batch_size,
+        "bf16": settings.precision == "bf16",
+        "fp16": settings.precision == "fp16",
+        "use_cpu": opener_of(settings).device_type() == "cpu",
+        "logging_steps": 1,
+        "save_total_limit": 2,
+        "report_to": [],
+        **settings.trainer,
+        **overrides,
+    }
+    known = {item.name for item in dataclasses.fields(DistillationConfig)}
+    for name in chosen:
+        if name not in known:
+            raise ConfigError(
+                f"trainer.{name}: transformers.TrainingArguments has no such setting; check its name"
+            )
+    try:
+        return DistillationConfig(**chosen)
+    except (TypeError, ValueError) as error:  # in YAML a bare no is False
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"trainer: transformers says: {reason}; check {', '.join(settings.trainer)}"
+        ) from error

@@ -1,0 +1,81 @@
+"""Make a data set: prompts → the teacher's answers, kept through kills → filtered and described."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from potstill.generation import filters
+from potstill.generation.card import counts_table, dataset_card
+from potstill.generation.dataset import CONVERSATIONS, Choose, write_dataset
+from potstill.generation.engine import Engine, Request
+from potstill.generation.filters import Filter
+from potstill.generation.keys import answered, digest, requests
+from potstill.generation.store import AnswerStore, parse_answer
+from potstill.run_folder import write_whole
+from potstill.sampling import Sampling
+
+
+def make_dataset(
+    folder: Path,
+    prompts: Iterable[list[dict[str, Any]]],
+    engine: Engine,
+    sampling: Sampling,
+    *,
+    drop: dict[str, Filter],
+    choose: Choose | None = None,
+    similarity: float = 0.8,
+    made_with: dict[str, Any] | None = None,
+) -> Path:
+    """Write a data set of ``engine``'s answers to ``prompts`` in ``folder``; return its file.
+
+    ``prompts`` are read more than once. ``drop``: filters by the reason to drop an answer.
+    ``made_with``: other settings that decide the answers. Raises: RunFolderError if the folder's
+    answers were made with other settings; DataError if no answer is left.
+    """
+
+    def wanted() -> Iterator[Request]:
+        return requests(prompts, sampling, engine.identity)
+
+    keys = [request.key for request in wanted()]
+    decides = {**engine.identity, **(made_with or {}), **asdict(sampling), "prompts": digest(keys)}
+    with AnswerStore(folder, decides) as store:
+        for name in store.damaged:
+            print(f"{name}: damaged or missing; its answers are made again", flush=True)
+        _answer_all(wanted(), len(keys), engine, store, folder)
+        store.seal()
+        rows = (answered(request, parse_answer(row), sampling) for request, row in zip(wanted(), store.read(keys), strict=True))
+        counts = write_dataset(folder, rows, drop, choose=choose, similarity=similarity)
+        store.note(answers=len(keys), counts=counts)
+    write_whole(folder / "README.md", dataset_card(decides, counts))
+    print(counts_table(counts), flush=True)
+    return folder / CONVERSATIONS
+
+
+def standard_filters(*, keep: Collection[str] = ()) -> dict[str, Filter]:
+    """Return the default filters by reason, without the reasons in ``keep``."""
+    every = {
+        "empty": filters.empty,
+        "cut_off": filters.cut_off,
+        "repetition_loop": filters.repetition_loop,
+        "refusal": filters.refusal,
+    }
+    return {name: is_bad for name, is_bad in every.items() if name not in keep}
+
+
+def _answer_all(wanted: Iterator[Request], count: int, engine: Engine, store: AnswerStore, folder: Path) -> None:
+    """Request the units that are not stored; a unit is stored whole or not at all."""
+    if count == len(store):
+        return
+    print(f"{count - len(store)} answers to make for {folder}", flush=True)
+    cut = iter(lambda: list(itertools.islice(wanted, engine.unit_size)), [])
+    missing = (unit for unit in cut if not all(request.key in store for request in unit))
+    with tqdm(total=count, initial=len(store), unit="answer", desc="  answering") as progress:
+        for answers in engine.answer(missing):
+            store.add(answers)
+            progress.update(len(answers))

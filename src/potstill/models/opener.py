@@ -1,0 +1,58 @@
+"""The settings with which every model of a run is opened, in one value."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from potstill.models.chat_template import ensure_chat_template
+from potstill.models.sources import load_config, load_generation_config, load_model, load_tokenizer, pick_device
+from potstill.protocols import CausalLM, Tokenizer
+
+Source = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class ModelOpener:
+    """Open models, tokenizers and configurations with the same device, dtype, template and trust.
+
+    Every method raises what `load_model` raises; `tokenizer` also ChatTemplateError.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    """float32, bfloat16, float16, or auto (as saved)."""
+    chat_template: str | None = None
+    """For tokenizers without one: ``plain``, or the path of a Jinja file."""
+    trust_remote_code: bool = False
+
+    def model(self, source: Source, *, dtype: str | None = None) -> CausalLM:
+        """Open a causal language model in evaluation mode; ``dtype`` overrides the opener's."""
+        return self.model_and_tokenizer(source, dtype=dtype)[0]
+
+    def model_and_tokenizer(self, source: Source, *, dtype: str | None = None) -> tuple[CausalLM, Tokenizer]:
+        """Open a model and its tokenizer."""
+        trust = self.trust_remote_code
+        model, tokenizer = load_model(source, dtype=dtype or self.dtype, device=self.device, trust_remote_code=trust)
+        return model, self._with_template(tokenizer)
+
+    def tokenizer(self, source: Source) -> Tokenizer:
+        """Open the tokenizer alone."""
+        return self._with_template(load_tokenizer(source, trust_remote_code=self.trust_remote_code))
+
+    def config(self, source: Source) -> Any:
+        """Open the configuration alone."""
+        return load_config(source, trust_remote_code=self.trust_remote_code)
+
+    def generation_config(self, source: Source) -> Any:
+        """Open the generation settings alone."""
+        return load_generation_config(source, trust_remote_code=self.trust_remote_code)
+
+    def device_type(self) -> str:
+        """Return ``cpu``, ``cuda`` or ``mps``: where models are put."""
+        return pick_device(self.device).type
+
+    def _with_template(self, tokenizer: Tokenizer) -> Tokenizer:
+        ensure_chat_template(tokenizer, self.chat_template)
+        return tokenizer

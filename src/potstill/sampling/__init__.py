@@ -1,0 +1,7 @@
+"""Sample answers: the sampler (sampler.py) and a batch that is refilled as answers end (batch.py)."""
+
+from potstill.sampling.sampler import Sampling as Sampling
+from potstill.sampling.sampler import sample_tokens as sample_tokens
+from potstill.sampling.sampler import uniforms as uniforms
+
+__all__ = ["Sampling", "sample_tokens", "uniforms"]

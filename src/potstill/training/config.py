@@ -1,0 +1,152 @@
+"""`DistillationConfig`: transformers' TrainingArguments and what distillation adds to them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from potstill.errors import ConfigError
+from potstill.losses import DIVERGENCES
+from potstill.losses.divergences import all_parameters
+from potstill.losses.fused import DivergenceFunction, resolve_divergence
+from potstill.teachers import LossSettings
+from potstill.training.cross_objective import ALIGNMENTS
+
+METHODS = ("text", "logits", "cross")
+MAX_LENGTH = 1024
+"""Tokens at which a conversation is cut, unless the user says otherwise."""
+
+# One field for each parameter of a divergence: jensen_shannon's teacher_weight, skew_*'s skew.
+_DivergenceParameters = dataclasses.make_dataclass(
+    "_DivergenceParameters",
+    [
+        (name, float, field(default=one.default, metadata={"help": one.help}))
+        for name, one in all_parameters().items()
+    ],
+)
+
+
+@dataclass
+class DistillationConfig(_DivergenceParameters, TrainingArguments):  # type: ignore[misc, valid-type]
+    """`transformers.TrainingArguments`, and what distillation adds to them.
+
+    Raises: ConfigError for a value out of range or an unknown name.
+    """
+
+    method: str = field(
+        default="logits",
+        metadata={
+            "help": "text: cross-entropy on the teacher's text. logits: a divergence. "
+            "cross: a divergence across tokenizers."
+        },
+    )
+    alignment: str = field(
+        default="pieces", metadata={"help": f"cross: one of {', '.join(ALIGNMENTS)}."}
+    )
+    divergence: str | DivergenceFunction = field(
+        default="forward_kl",
+        metadata={"help": f"One of {', '.join(DIVERGENCES)}, or a function of two logits."},
+    )
+    divergence_parameters: dict[str, float] | None = field(
+        default=None, metadata={"help": "Parameters by name: of a divergence of your own."}
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Divides both models' logits. No temperature² factor."}
+    )
+    hard_label_weight: float = field(
+        default=0.0, metadata={"help": "Share of cross-entropy on the text, between 0 and 1."}
+    )
+    teacher_temperature: float = field(
+        default=1.0, metadata={"help": "cross: the temperature at which the text was sampled."}
+    )
+    within_weight: float = field(
+        default=1.0, metadata={"help": "cross: weight of the cross-entropy inside a cell."}
+    )
+    compile_loss: bool = field(
+        default=False,
+        metadata={"help": "logits: torch.compile the loss; for long runs on a GPU."},
+    )
+    max_length: int = field(
+        default=MAX_LENGTH,
+        metadata={"help": "Tokens at which a conversation is cut; cut ones are counted."},
+    )
+    packed: bool = field(
+        default=True, metadata={"help": "Pack several conversations into one row of a batch."}
+    )
+
+    # The loss needs columns that the model's forward does not name.
+    remove_unused_columns: bool = False
+    # A loss that is not finite raises NonFiniteLoss.
+    logging_nan_inf_filter: bool = False
+
+    def __post_init__(self) -> None:
+        # Without an accelerator TrainingArguments would refuse bf16 until told to use the CPU.
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        # The head is used outside of the model's forward, so DDP would call it unused.
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
+        super().__post_init__()
+        for name, known in (("method", METHODS), ("alignment", ALIGNMENTS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"{name} {getattr(self, name)!r} is not known; use one of {', '.join(known)}"
+                )
+        if isinstance(self.divergence, str) and self.divergence not in DIVERGENCES:
+            raise ConfigError(
+                f"divergence {self.divergence!r} is not known; use one of {', '.join(DIVERGENCES)}"
+            )
+        for name in ("temperature", "teacher_temperature"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(
+                    f"{name} {getattr(self, name)}: must be above 0; "
+                    "1.0 takes the distributions as they are"
+                )
+        for name in all_parameters():
+            if not 0 < self._parameters().get(name, 0.5) < 1:
+                raise ConfigError(
+                    f"{name} {self._parameters()[name]}: must lie between 0 and 1, ends excluded"
+                )
+        for name in ("hard_label_weight", "within_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} {getattr(self, name)}: a share, so between 0 and 1")
+        resolve_divergence(self.divergence, self._parameters())
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        """What a target needs to know to compute the loss."""
+        _, parameters = resolve_divergence(self.divergence, self._parameters())
+        return LossSettings(
+            divergence=self.divergence,
+            divergence_parameters=parameters,
+            temperature=self.temperature,
+            hard_label_weight=self.hard_label_weight,
+            teacher_temperature=self.teacher_temperature,
+            within_weight=self.within_weight,
+            compiled=self.compile_loss,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings for logs; a divergence of your own by its name."""
+        settings: dict[str, Any] = super().to_dict()
+        return {**settings, "divergence": self._divergence_name()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The Trainer pickles its settings into each checkpoint, and a lambda cannot be pickled.
+        return {**self.__dict__, "divergence": self._divergence_name()}
+
+    def _divergence_name(self) -> str:
+        if isinstance(self.divergence, str):
+            return self.divergence
+        return getattr(self.divergence, "__name__", None) or str(self.divergence)
+
+    def _parameters(self) -> dict[str, float]:
+        given = dict(self.divergence_parameters or {})
+        if not isinstance(self.divergence, str):
+            return given
+        named = {name: getattr(self, name) for name in all_parameters() if hasattr(self, name)}
+        return named | given
