@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from alignment.toys import sentencepiece
 from conftest import conversations, sentencepiece_tokenizer, tiny_model, toy_tokenizer, write_rows
 from potstill import cli
+from potstill.commands import COMMANDS
 from potstill.distillation import run as pipeline
+from potstill.distillation import training as training_stage
 from potstill.training.trainer import DistillationTrainer
 
 
@@ -302,7 +304,7 @@ def test_a_full_disk_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch, c
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", "run/student/model.safetensors")
 
-    monkeypatch.setattr(pipeline, "save_student", full)
+    monkeypatch.setattr(training_stage, "save_student", full)
     assert distill("--max-steps", "2") == 2
     assert "run/student/model.safetensors: No space left on device" in capsys.readouterr().err
     assert not (place / "run" / "student").exists()
@@ -310,7 +312,7 @@ def test_a_full_disk_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_help_explains_every_flag_in_dashes(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in cli.RECIPES:
+    for command in COMMANDS:
         with pytest.raises(SystemExit) as exit_status:
             cli.main([command, "--help"])
         assert exit_status.value.code == 0

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from potstill.data import BatchLayout, tokenize_conversations
 from potstill.data.conversations import Conversation
 from potstill.errors import ConfigError
-from potstill.models.heads import hidden_states, output_head, supervised
+from potstill.models.heads import hidden_states,  supervised, trainable_head
 from potstill.losses import fused_linear_divergence
 from potstill.students.layers import layer_list
 
@@ -42,7 +42,7 @@ def least_missed_layers(
     batch = BatchLayout(tokenizer.pad_token_id or 0, packed=False)([rows[i] for i in range(len(rows))])
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     labels = batch.pop("labels")
-    head = output_head(model)
+    head = trainable_head(model)
     outputs: list[Any] = []
     with layers[0].register_forward_hook(lambda _, __, output: outputs.append(output)):
         whole, observed = supervised(hidden_states(model, batch), labels)

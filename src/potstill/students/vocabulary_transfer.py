@@ -28,7 +28,7 @@ from torch import Tensor
 from potstill.alignment import stop_tokens, token_bytes
 from potstill.alignment.segmentation import Segmenter
 from potstill.alignment.token_bytes import special_ids
-from potstill.doctor.measured_text import PROBE
+from potstill.alignment.probe import PROBE
 from potstill.errors import ModelError, VocabularyMismatch
 
 ROLES = ("eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id")

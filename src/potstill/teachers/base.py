@@ -50,5 +50,5 @@ def single_device_model(teacher: Teacher) -> CausalLM | None:
     model = teacher.model
     if model is None or len({parameter.device for parameter in model.parameters()}) > 1:
         return None
-    head = output_head(model)  # type: ignore[arg-type]
+    head = output_head(model)
     return None if isinstance(head, CallableHead) else model

@@ -113,7 +113,7 @@ class StatesTarget:
             temperature=loss.temperature,
             hard_label_weight=loss.hard_label_weight,
             compiled=loss.compiled,
-            **loss.divergence_parameters,
+            **loss.divergence_parameters,  # type: ignore[arg-type]
         )
 
     def label_nll(self, labels: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class CellTarget:
             divergence=loss.divergence,
             teacher_temperature=loss.teacher_temperature,
             within_weight=loss.within_weight,
-            **loss.divergence_parameters,
+            **loss.divergence_parameters,  # type: ignore[arg-type]
         )
 
 

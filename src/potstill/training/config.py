@@ -88,7 +88,7 @@ class DistillationConfig(_DivergenceParameters, TrainingArguments):  # type: ign
         if not torch.accelerator.is_available():
             self.use_cpu = True
         # The head is used outside of the model's forward, so DDP would call it unused.
-        if self.ddp_find_unused_parameters is None:
+        if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             self.ddp_find_unused_parameters = False
         super().__post_init__()
         for name, known in (("method", METHODS), ("alignment", ALIGNMENTS)):
