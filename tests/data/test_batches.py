@@ -9,8 +9,8 @@ from conftest import CHATML, conversations, tiny_model, toy_tokenizer
 from potstill.data import BatchLayout, encode_conversation, tokenize_conversations
 from potstill.data.chat_templates import set_chat_template
 from potstill.errors import ChatTemplateError, DataError
-from potstill.models.heads import hidden_states, output_head, supervised
 from potstill.losses import fused_linear_cross_entropy
+from potstill.models.heads import hidden_states, output_head, supervised
 
 TWO_ANSWERS = {
     "messages": [
@@ -66,7 +66,9 @@ def test_the_end_of_a_cut_off_answer_is_not_learned(tokenizer: Any) -> None:
 
 
 def test_an_end_token_that_has_no_role_in_the_tokenizer_is_learned_as_llama_3s_must_be() -> None:
-    llama_3 = toy_tokenizer(added=("<|eot|>",), chat_template=CHATML.replace("<|im_end|>", "<|eot|>"))
+    llama_3 = toy_tokenizer(
+        added=("<|eot|>",), chat_template=CHATML.replace("<|im_end|>", "<|eot|>")
+    )
     assert learned(TWO_ANSWERS, llama_3) == ["the rain<|eot|>", "in<|eot|>"]
 
 
@@ -76,7 +78,10 @@ def test_an_empty_answer_still_teaches_to_end(tokenizer: Any) -> None:
 
 
 def test_an_answer_that_repeats_the_question_is_found_in_its_own_place(tokenizer: Any) -> None:
-    messages = [{"role": "user", "content": "the rain"}, {"role": "assistant", "content": "the rain"}]
+    messages = [
+        {"role": "user", "content": "the rain"},
+        {"role": "assistant", "content": "the rain"},
+    ]
     row = encode_conversation({"messages": messages}, tokenizer)
     first = next(i for i, label in enumerate(row["labels"]) if label != -100)
     assert "assistant" in tokenizer.decode(row["input_ids"][:first])
@@ -88,17 +93,25 @@ def test_a_template_that_trims_and_puts_a_blank_before_the_end_is_understood() -
         "{% else %} {{ m['content'] | trim }} <|im_end|>{% endif %}{% endfor %}"
     )
     messages = [{"role": "user", "content": "on"}, {"role": "assistant", "content": "  the rain\n"}]
-    assert learned({"messages": messages}, toy_tokenizer(chat_template=template)) == [" the rain <|im_end|>"]
+    assert learned({"messages": messages}, toy_tokenizer(chat_template=template)) == [
+        " the rain <|im_end|>"
+    ]
 
 
 def test_what_a_template_writes_between_generation_prompt_and_answer_is_learned() -> None:
-    template = CHATML.replace("message['content']", "('<t>' if message['role'] == 'assistant' else '') + message['content']")
-    assert learned(TWO_ANSWERS, toy_tokenizer(chat_template=template)) == ["<t>the rain<|im_end|>", "<t>in<|im_end|>"]
+    template = CHATML.replace(
+        "message['content']",
+        "('<t>' if message['role'] == 'assistant' else '') + message['content']",
+    )
+    assert learned(TWO_ANSWERS, toy_tokenizer(chat_template=template)) == [
+        "<t>the rain<|im_end|>",
+        "<t>in<|im_end|>",
+    ]
 
 
 def test_a_template_that_loses_the_answer_is_refused() -> None:
     lossy = toy_tokenizer(chat_template="{% for m in messages %}{{ m['role'] }}{% endfor %}")
-    with pytest.raises(ChatTemplateError, match="loses what the assistant said in turn 2"):
+    with pytest.raises(ChatTemplateError, match="loses the assistant's text in turn 2"):
         encode_conversation(TWO_ANSWERS, lossy)
 
 
@@ -143,7 +156,9 @@ def test_streaming_gives_the_same_rows(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2"])
 @pytest.mark.parametrize("layout", [{"packed": True}, {"packed": True, "one_line": True}])
-def test_packed_and_padded_batches_have_the_same_loss_and_gradient(tokenizer: Any, family: str, layout: dict[str, bool]) -> None:
+def test_packed_and_padded_batches_have_the_same_loss_and_gradient(
+    tokenizer: Any, family: str, layout: dict[str, bool]
+) -> None:
     model = tiny_model(family)
     dataset, _ = tokenize_conversations(conversations(7), tokenizer)
     rows = [dataset[i] for i in range(7)]

@@ -12,7 +12,10 @@ from potstill.errors import DataError
 
 
 def write(path: Path, *rows: Any) -> Path:
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n",
+        encoding="utf-8",
+    )
     return path
 
 
@@ -20,12 +23,20 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
 def test_all_three_forms_become_conversations(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl", {"messages": TURNS}, {"prompt": "a", "completion": "b"}, {"text": "t"})
-    assert list(read_conversations(file)) == [{"messages": TURNS}, {"messages": TURNS}, {"text": "t"}]
+    file = write(
+        tmp_path / "a.jsonl", {"messages": TURNS}, {"prompt": "a", "completion": "b"}, {"text": "t"}
+    )
+    assert list(read_conversations(file)) == [
+        {"messages": TURNS},
+        {"messages": TURNS},
+        {"text": "t"},
+    ]
 
 
 def test_blank_lines_are_skipped_and_other_keys_left_out(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl", {"text": "t", "source": 3}, "", {"text": "u", "cut_off": True})
+    file = write(
+        tmp_path / "a.jsonl", {"text": "t", "source": 3}, "", {"text": "u", "cut_off": True}
+    )
     assert list(read_conversations(file)) == [{"text": "t"}, {"text": "u", "cut_off": True}]
 
 
@@ -60,16 +71,28 @@ def test_a_missing_file_and_one_that_is_not_utf8_are_named(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_what_datasets_opens_is_read_too(tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_datasets_opens_is_read_too(
+    tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}] * 3).to_parquet(str(tmp_path / "a.parquet"))
-    assert list(read_conversations(tmp_path / "a.parquet", streaming=streaming)) == [{"messages": TURNS}] * 3
+    datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}] * 3).to_parquet(
+        str(tmp_path / "a.parquet")
+    )
+    assert (
+        list(read_conversations(tmp_path / "a.parquet", streaming=streaming))
+        == [{"messages": TURNS}] * 3
+    )
 
 
 def test_prompts_lose_their_answers(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl", {"prompt": "a", "subject": "s"}, {"messages": TURNS}, {"prompt": "a", "completion": "b"})
+    file = write(
+        tmp_path / "a.jsonl",
+        {"prompt": "a", "subject": "s"},
+        {"messages": TURNS},
+        {"prompt": "a", "completion": "b"},
+    )
     assert [row["messages"] for row in read_prompts(file)] == [TURNS[:1]] * 3
     assert next(iter(read_prompts(file)))["subject"] == "s"
 
@@ -79,14 +102,23 @@ def test_the_demo_prompts_are_split_by_subject() -> None:
 
     with resources.as_file(resources.files("potstill.data") / "demo_prompts.jsonl") as path:
         rows = list(read_prompts(path))
-    subjects = {split: {row["subject"] for row in rows if row["split"] == split} for split in ("train", "held_out")}
+    subjects = {
+        split: {row["subject"] for row in rows if row["split"] == split}
+        for split in ("train", "held_out")
+    }
     assert len(rows) >= 400
     assert not subjects["train"] & subjects["held_out"]
     assert len({row["messages"][0]["content"] for row in rows}) == len(rows)
 
 
 def test_a_reference_takes_the_last_answers_place_and_must_be_text(tmp_path: Path) -> None:
-    (row,) = read_conversations(write(tmp_path / "a.jsonl", {"messages": [*TURNS, *TURNS], "reference": "c", "cut_off": True}))
-    assert with_reference(row) == {"messages": [*TURNS, TURNS[0], {"role": "assistant", "content": "c"}]}
+    (row,) = read_conversations(
+        write(
+            tmp_path / "a.jsonl", {"messages": [*TURNS, *TURNS], "reference": "c", "cut_off": True}
+        )
+    )
+    assert with_reference(row) == {
+        "messages": [*TURNS, TURNS[0], {"role": "assistant", "content": "c"}]
+    }
     with pytest.raises(DataError, match=r"a\.jsonl:1: reference must be an answer as text"):
         list(read_conversations(write(tmp_path / "a.jsonl", {"messages": TURNS, "reference": 3})))

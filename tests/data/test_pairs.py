@@ -16,19 +16,28 @@ ENCODE = PairEncoder(TEACHER, STUDENT, CELLS)
 
 
 def asked(answer: str, **more: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": "on"}, {"role": "assistant", "content": answer}], **more}
+    return {
+        "messages": [{"role": "user", "content": "on"}, {"role": "assistant", "content": answer}],
+        **more,
+    }
 
 
 def test_both_models_columns_are_those_of_their_own_template() -> None:
     row = ENCODE(asked("in the rain"))
     assert row is not None
-    teacher, student = encode_conversation(asked("in the rain"), TEACHER), encode_conversation(asked("in the rain"), STUDENT)
+    teacher, student = (
+        encode_conversation(asked("in the rain"), TEACHER),
+        encode_conversation(asked("in the rain"), STUDENT),
+    )
     assert (row["input_ids"], row["labels"], row["answer_bytes"]) == (
         student["input_ids"],
         student["labels"],
         student["answer_bytes"],
     )
-    assert (row["teacher_input_ids"], row["teacher_labels"]) == (teacher["input_ids"], teacher["labels"])
+    assert (row["teacher_input_ids"], row["teacher_labels"]) == (
+        teacher["input_ids"],
+        teacher["labels"],
+    )
     for column in ("teacher_index", "start", "stop", "depth"):
         assert len(row[column]) == len(row["input_ids"])
 
@@ -66,7 +75,10 @@ def test_a_cut_on_either_side_takes_the_targets_beyond_it() -> None:
 
 def test_the_ids_the_teacher_sampled_stand_in_for_its_answer_tokenized_again() -> None:
     sampled = [*map(TEACHER.convert_tokens_to_ids, ["Ġ", "t", "h", "e"]), 265]
-    plain, row = ENCODE(asked("x the")), ENCODE(asked("x the", teacher_ids=[TEACHER.convert_tokens_to_ids("x"), *sampled]))
+    plain, row = (
+        ENCODE(asked("x the")),
+        ENCODE(asked("x the", teacher_ids=[TEACHER.convert_tokens_to_ids("x"), *sampled])),
+    )
     assert plain is not None
     assert row is not None
     assert [v for v in row["teacher_labels"] if v != IGNORED][1:] == sampled
@@ -80,7 +92,9 @@ def test_conversations_whose_bytes_differ_are_left_out_counted_and_shown() -> No
     dataset, counts = tokenize_pairs(rows, TEACHER, STUDENT, CELLS)
     assert len(dataset) == counts.conversations == 6
     assert counts.not_alignable == 1
-    assert "1 left out (the tokenizers read different bytes, first in 'a <|im_end|> b')" in str(counts)
+    assert "1 left out (the tokenizers read different bytes, first in 'a <|im_end|> b')" in str(
+        counts
+    )
     assert counts.supervised_tokens == counts.roots + counts.interiors + counts.elsewhere
     assert counts.with_target > 0.7
     assert f"the teacher has a target for {counts.with_target:.1%}" in str(counts)
@@ -94,5 +108,11 @@ def test_nothing_alignable_is_refused() -> None:
 def test_plain_text_is_aligned_too() -> None:
     row = ENCODE({"text": "x in the rain"})
     assert row is not None
-    without = [label for label, k in zip(row["labels"], row["teacher_index"], strict=True) if label != IGNORED and k < 0]
-    assert STUDENT.convert_ids_to_tokens(without) == ["x"]  # the teacher has nothing before its first token to predict it from
+    without = [
+        label
+        for label, k in zip(row["labels"], row["teacher_index"], strict=True)
+        if label != IGNORED and k < 0
+    ]
+    assert STUDENT.convert_ids_to_tokens(without) == [
+        "x"
+    ]  # the teacher has nothing before its first token to predict it from

@@ -1,7 +1,8 @@
-"""From conversations to batches of tokens: what is learned, what is masked, how rows are laid out.
+"""Turn conversations into batches of tokens: labels, masks and packing.
 
-B batch, T time. Labels follow Hugging Face's convention: they stand in their own places, −100 where nothing is to be learned.
-Learned are the assistant's tokens in every turn and the token that ends the turn; in plain text, everything after its first token.
+B batch, T time. Labels follow Hugging Face's convention: a label has the position of its token and
+is −100 where nothing is learned. Supervised are the assistant's tokens in every turn and the token
+that ends the turn; in plain text, every token but the first.
 """
 
 from __future__ import annotations
@@ -17,28 +18,32 @@ from torch import Tensor
 from potstill.alignment import special_ids
 from potstill.data.chat_templates import Span, answer_spans
 from potstill.data.conversations import Conversation
+from potstill.defaults import MAX_LENGTH
 from potstill.errors import DataError
+from potstill.protocols import Tokenizer
 
 IGNORED = -100
+Encoded = dict[str, Any]
+"""One encoded conversation: lists such as ``input_ids`` and ``labels``, and counts."""
 
 
 @dataclass
 class TokenCounts:
-    """What became of the conversations: none is shortened or left out without being counted here."""
+    """Count the conversations that are kept, cut and dropped."""
 
     conversations: int = 0
     """Conversations kept."""
     tokens: int = 0
     """Tokens kept, prompts included."""
     supervised_tokens: int = 0
-    """Tokens that have something to learn."""
+    """Tokens that contribute to the loss."""
     shortened: int = 0
     """Conversations cut at ``max_length`` tokens."""
     dropped: int = 0
-    """Conversations whose answer begins beyond ``max_length`` tokens, or is empty."""
+    """Conversations whose answer begins after ``max_length`` tokens, or is empty."""
 
-    def add(self, row: dict[str, Any]) -> bool:
-        """Count one encoded conversation; False if it is to be dropped."""
+    def add(self, row: Encoded) -> bool:
+        """Count one encoded conversation; return False if it must be dropped."""
         supervised = sum(label != IGNORED for label in row["labels"])
         if not supervised:
             self.dropped += 1
@@ -50,7 +55,8 @@ class TokenCounts:
         return True
 
     def __str__(self) -> str:
-        line = f"{self.conversations} conversations, {self.tokens} tokens, {self.supervised_tokens} of them to learn"
+        line = f"{self.conversations} conversations, {self.tokens} tokens"
+        line += f", {self.supervised_tokens} of them supervised"
         if self.shortened:
             line += f"; {self.shortened} cut at the length limit"
         if self.dropped:
@@ -58,146 +64,175 @@ class TokenCounts:
         return line
 
 
-def encode_conversation(conversation: Conversation, tokenizer: Any, *, max_length: int | None = None) -> dict[str, Any]:
-    """One conversation as ``input_ids``, ``labels`` and ``answer_bytes``, cut at ``max_length`` tokens.
+def encode_conversation(
+    conversation: Conversation, tokenizer: Tokenizer, *, max_length: int | None = None
+) -> Encoded:
+    """Return ``input_ids``, ``labels`` and ``answer_bytes``, cut at ``max_length`` tokens.
 
-    ``answer_bytes`` counts the UTF-8 bytes that the labels cover, template and end token apart. Raises: ChatTemplateError.
+    ``answer_bytes`` counts the UTF-8 bytes of the supervised text, without template and end token.
+    Raises: ChatTemplateError.
     """
-    if "text" in conversation:
+    is_text = "text" in conversation
+    if is_text:
         text, spans = conversation["text"], [(0, len(conversation["text"]))]
     else:
         text, spans = answer_spans(tokenizer, conversation["messages"])
-    encoded = tokenizer(text, add_special_tokens="text" in conversation, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=is_text, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    if "text" in conversation and tokenizer.eos_token_id is not None:
-        if ids and ids[-1] == tokenizer.eos_token_id:  # the tokenizer's own, which stands nowhere in the text: (0, 0)
+    end_id = tokenizer.eos_token_id
+    if is_text and end_id is not None:
+        if ids and ids[-1] == end_id:  # added by the tokenizer, with the offsets (0, 0)
             ids, offsets = ids[:-1], offsets[:-1]
-        ids, offsets = [*ids, tokenizer.eos_token_id], [*offsets, (len(text), len(text) + 1)]
+        ids, offsets = [*ids, end_id], [*offsets, (len(text), len(text) + 1)]
     ids, offsets = ids[:max_length], offsets[:max_length]
     labels, special = [IGNORED] * len(ids), special_ids(tokenizer)
     for number, span in enumerate(spans):
         ended = not (conversation.get("cut_off") and number == len(spans) - 1)
         for i in _tokens_of(span, offsets, text, ids, special, with_end=ended):
             labels[i] = ids[i]
-    labels[:1] = [IGNORED]  # nothing precedes the first token, so nothing predicts it
-    reached = offsets[-1][1] if offsets else 0
+    labels[:1] = [IGNORED]  # no position predicts the first token
+    text_end = offsets[-1][1] if offsets else 0
     return {
         "input_ids": ids,
         "labels": labels,
-        "answer_bytes": sum(len(text[start : min(end, reached)].encode()) for start, end in spans),
+        "answer_bytes": sum(len(text[start : min(end, text_end)].encode()) for start, end in spans),
         "shortened": len(encoded["input_ids"]) > len(ids),
     }
 
 
 def tokenize_conversations(
-    conversations: Iterable[Conversation], tokenizer: Any, *, max_length: int = 2048, streaming: bool = False
+    conversations: Iterable[Conversation],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int = MAX_LENGTH,
+    streaming: bool = False,
 ) -> tuple[Any, TokenCounts]:
-    """A `datasets.Dataset` of `encode_conversation`'s rows, and what became of the conversations.
+    """Return a `datasets.Dataset` of encoded conversations, and the counts.
 
-    One that is cut before its answer begins has nothing to learn and is dropped. ``streaming`` gives an `IterableDataset`
-    instead, whose counts grow as it is read. Raises: DataError if nothing is left to learn.
+    A conversation that is cut before its answer begins is dropped. ``streaming`` returns an
+    `IterableDataset`, whose counts grow while it is read. Raises: DataError if no row is left.
     """
     import datasets
     import pyarrow
 
     counts = TokenCounts()
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def encoded() -> Iterator[Encoded]:
         for conversation in conversations:
             row = encode_conversation(conversation, tokenizer, max_length=max_length)
             if counts.add(row):
                 yield row
 
     if streaming:
-        return datasets.IterableDataset.from_generator(rows), counts
-    integers = pyarrow.list_(pyarrow.int32())
-    columns = {"input_ids": integers, "labels": integers, "answer_bytes": pyarrow.int64(), "shortened": pyarrow.bool_()}
-    schema, batches, remaining = pyarrow.schema(columns), [], rows()
-    while batch := list(itertools.islice(remaining, 1000)):
-        batches.append(pyarrow.RecordBatch.from_pylist(batch, schema=schema))
-    if not batches:
+        return datasets.IterableDataset.from_generator(encoded), counts
+    columns = dict.fromkeys(("input_ids", "labels"), pyarrow.list_(pyarrow.int32()))
+    columns |= {"answer_bytes": pyarrow.int64(), "shortened": pyarrow.bool_()}
+    dataset = arrow_dataset(encoded(), columns)
+    if dataset is None:
         raise DataError(
-            f"nothing to learn: {counts.dropped} conversations read, none with an answer within {max_length} tokens; "
-            "raise --max-length or check the data"
+            f"nothing to learn: {counts.dropped} conversations read, none with an answer within "
+            f"{max_length} tokens; raise --max-length or check the data"
         )
-    return datasets.Dataset(pyarrow.Table.from_batches(batches)), counts
+    return dataset, counts
+
+
+def arrow_dataset(rows: Iterator[Encoded], columns: dict[str, Any]) -> Any:
+    """Return a `datasets.Dataset` of ``rows`` with Arrow types ``columns``; None for no rows."""
+    import datasets
+    import pyarrow
+
+    schema, batches = pyarrow.schema(columns), []
+    while batch := list(itertools.islice(rows, 1000)):
+        batches.append(pyarrow.RecordBatch.from_pylist(batch, schema=schema))
+    return datasets.Dataset(pyarrow.Table.from_batches(batches)) if batches else None
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """Lays the conversations of a batch out in lines. The losses are the same whichever way.
+    """Lay out the conversations of a batch in packed rows. The loss does not depend on the layout.
 
-    ``packed`` fills lines as long as the longest conversation with as many as fit (first fit, longest first). Every conversation
-    counts its positions from 0 and, there being no attention mask, transformers lets no token look across a seam. ``one_line``
-    puts all in a single line without any padding, which is what variable-length attention kernels want and dense masks do not:
-    their cost is the square of the line. Not packed, or where packing would save hardly a line, each conversation has a line and an
-    attention mask hides the padding.
+    ``packed``: a row is as long as the longest conversation and holds as many as fit (first fit,
+    longest first). Each conversation counts its positions from 0; without an attention mask
+    transformers then lets no token attend to another conversation. ``one_line``: one row without
+    padding, good for variable-length attention kernels and bad for dense masks, whose cost is
+    quadratic in the row. Not packed, or where packing saves hardly a row: one conversation a row,
+    and an attention mask.
     """
 
     pad_token_id: int
     packed: bool = True
     one_line: bool = False
 
-    def __call__(self, rows: list[dict[str, Any]], *, more: tuple[str, ...] = ()) -> dict[str, Tensor]:
-        """``input_ids``, ``labels`` and ``position_ids``, each ``[lines, T]``; ``attention_mask`` too if not packed.
+    def __call__(self, rows: list[Encoded], *, more: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """Return ``input_ids``, ``labels``, ``position_ids`` ``[B, T]``; a mask if not packed.
 
-        Columns named in ``more``, one number a token, are laid out like labels, −1 in the padding.
+        Columns named in ``more`` have one number a token; their padding is −1.
         """
-        longest = max(len(row["input_ids"]) for row in rows)
-        length = sum(len(row["input_ids"]) for row in rows) if self.one_line else longest
-        lines = _fill_lines(rows, length) if self.packed else [[row] for row in rows]
-        # A mask that keeps neighbours apart costs more than a line in eight that it may save (measured: 4 % of a step).
-        packed = self.packed and (self.one_line or len(lines) < 0.85 * len(rows))
-        if not packed:
-            lines = [[row] for row in rows]
+        sizes = [len(row["input_ids"]) for row in rows]
+        length = sum(sizes) if self.one_line else max(sizes)
+        unpacked = [[row] for row in rows]
+        packed_rows = _pack(rows, length) if self.packed else unpacked
+        # A mask between conversations costs 4 % of a step (measured): pack only if that pays.
+        is_packed = self.packed and (self.one_line or len(packed_rows) < 0.85 * len(rows))
+        if not is_packed:
+            packed_rows = unpacked
         padding = {"input_ids": self.pad_token_id, "labels": IGNORED, **dict.fromkeys(more, -1)}
-        batch = {
-            name: _padded([[i for row in line for i in row[name]] for line in lines], length, value)
-            for name, value in padding.items()
-        }
-        batch["position_ids"] = torch.tensor([_positions(line, length) for line in lines])
-        batch["labels"].masked_fill_(batch["position_ids"] == 0, IGNORED)  # nothing precedes it, whoever made the row
-        if not packed:
-            batch["attention_mask"] = torch.tensor([[int(i < len(line[0]["input_ids"])) for i in range(length)] for line in lines])
+        batch = {}
+        for name, value in padding.items():
+            columns = [[i for row in packed_row for i in row[name]] for packed_row in packed_rows]
+            batch[name] = _padded(columns, length, value)
+        batch["position_ids"] = torch.tensor([_positions(one, length) for one in packed_rows])
+        # No position predicts the first token, even if the row was made by another tool.
+        batch["labels"].masked_fill_(batch["position_ids"] == 0, IGNORED)
+        if not is_packed:
+            mask = [[1] * len(one["input_ids"]) for [one] in packed_rows]
+            batch["attention_mask"] = _padded(mask, length, 0)
         return batch
 
 
-def _fill_lines(rows: list[dict[str, Any]], length: int) -> list[list[dict[str, Any]]]:
-    lines: list[list[dict[str, Any]]] = []
-    room: list[int] = []
+def _pack(rows: list[Encoded], length: int) -> list[list[Encoded]]:
+    packed_rows: list[list[Encoded]] = []
+    free_tokens: list[int] = []
     for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
         size = len(row["input_ids"])
-        fitting = next((i for i, left in enumerate(room) if left >= size), None)
+        fitting = next((i for i, free in enumerate(free_tokens) if free >= size), None)
         if fitting is None:
-            fitting = len(lines)
-            lines.append([])
-            room.append(length)
-        lines[fitting].append(row)
-        room[fitting] -= size
-    return lines
+            fitting = len(packed_rows)
+            packed_rows.append([])
+            free_tokens.append(length)
+        packed_rows[fitting].append(row)
+        free_tokens[fitting] -= size
+    return packed_rows
 
 
-def _positions(line: list[dict[str, Any]], length: int) -> list[int]:
-    """0, 1, 2, … in each conversation, and in the padding after the last as if it were one more."""
-    sizes = [len(row["input_ids"]) for row in line]
+def _positions(packed_row: list[Encoded], length: int) -> list[int]:
+    """Return 0, 1, 2, … for each conversation, and for the padding at the end."""
+    sizes = [len(row["input_ids"]) for row in packed_row]
     return [position for size in (*sizes, length - sum(sizes)) for position in range(size)]
 
 
 def _tokens_of(
-    span: Span, offsets: list[Span], text: str, ids: list[int], special: frozenset[int], *, with_end: bool
+    span: Span,
+    offsets: list[Span],
+    text: str,
+    ids: list[int],
+    special: frozenset[int],
+    *,
+    with_end: bool,
 ) -> Iterator[int]:
-    """The tokens that lie in ``span`` or reach into it, and those up to the special token that ends the turn after it."""
+    """Yield the tokens that overlap ``span``, then those up to the special token that ends it."""
     start, end = span
     yield from (i for i, (first, last) in enumerate(offsets) if last > start and first < end)
     tail: list[int] = []
-    for i in range(next((i for i, (first, _) in enumerate(offsets) if first >= end), len(ids)), len(ids)):
+    after = next((i for i, (first, _) in enumerate(offsets) if first >= end), len(ids))
+    for i in range(after, len(ids)):
         tail.append(i)
         if ids[i] in special:
             yield from tail if with_end else ()
             return
-        if text[slice(*offsets[i])].strip():  # Llama 2 writes " </s>": only blanks may stand before the end
+        if text[slice(*offsets[i])].strip():  # Llama 2 has " </s>": only blanks may precede the end
             return
 
 
-def _padded(rows: list[list[int]], length: int, value: int) -> Tensor:
-    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+def _padded(columns: list[list[int]], length: int, value: int) -> Tensor:
+    return torch.tensor([column + [value] * (length - len(column)) for column in columns])
