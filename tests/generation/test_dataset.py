@@ -18,14 +18,15 @@ CHECKS = {"empty": filters.empty, "cut_off": filters.cut_off}
 
 
 def row(text: str, prompt: str = "why", **more: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}], **more}
+    user = {"role": "user", "content": prompt}
+    return {"messages": [user, {"role": "assistant", "content": text}], **more}
 
 
 def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def test_every_row_is_kept_or_dropped_for_a_reason_that_the_card_explains(tmp_path: Path) -> None:
+def test_each_row_is_kept_or_dropped_for_a_reason_explained_in_the_card(tmp_path: Path) -> None:
     text = "the rain falls on the old town and its river, all day and all night long"
     rows = [
         row(text),
@@ -40,34 +41,40 @@ def test_every_row_is_kept_or_dropped_for_a_reason_that_the_card_explains(tmp_pa
     assert counts.keys() <= WHAT.keys()
     assert read(tmp_path / "conversations.jsonl") == [rows[0], rows[5]]
     dropped = read(tmp_path / "dropped.jsonl")
-    assert sorted(row.pop("reason") for row in dropped) == ["cut_off", "duplicate", "empty", "near_duplicate"]
+    reasons = sorted(row.pop("reason") for row in dropped)
+    assert reasons == ["cut_off", "duplicate", "empty", "near_duplicate"]
     assert all(one in rows for one in dropped)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["conversations.jsonl", "dropped.jsonl"]
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["conversations.jsonl", "dropped.jsonl"]
 
 
-def test_nothing_left_is_an_error_that_says_why_and_leaves_the_dropped_to_look_at(tmp_path: Path) -> None:
+def test_no_row_left_is_an_error_with_the_reasons_and_keeps_the_dropped_rows(
+    tmp_path: Path,
+) -> None:
+    rows = [row(""), row(" ", "x"), row("b", cut_off=True)]
     with pytest.raises(DataError, match=r"no answer is left \(2 empty, 1 cut_off\)"):
-        write_dataset(tmp_path, [row(""), row(" ", "x"), row("b", cut_off=True)], CHECKS)
+        write_dataset(tmp_path, rows, CHECKS)
     assert [path.name for path in tmp_path.iterdir()] == ["dropped.jsonl"]
 
 
-def test_of_several_answers_one_is_chosen_among_those_that_passed() -> None:
-    rows = [row("cc"), row("", nats_per_token=0.0), row("b", nats_per_token=2), row("aaa", "how", nats_per_token=1.0)]
+def test_one_of_the_answers_that_passed_is_chosen_per_prompt() -> None:
+    rows = [row("cc"), row(""), row("b"), row("aaa", "how")]
     reasons = [reason for _, reason in sift(rows, CHECKS, shortest)]
     assert reasons == ["not_chosen", "empty", None, None]
-    assert likeliest([row("a", nats_per_token=2.0), row("bb", nats_per_token=1.0)])["messages"][1]["content"] == "bb"
-    assert shortest([row("a", cut_off=True), row("long", cut_off=False)])["messages"][1]["content"] == "long"
+    pair = [row("a", nats_per_token=2.0), row("bb", nats_per_token=1.0)]
+    assert likeliest(pair) is pair[1]
+    pair = [row("a", cut_off=True), row("long", cut_off=False)]
+    assert shortest(pair) is pair[1]
 
 
-def test_a_users_function_that_fails_or_chooses_nothing_is_named() -> None:
+def test_a_users_function_that_fails_or_returns_no_row_is_an_error() -> None:
     with pytest.raises(ConfigError, match="user function failed"):
         list(sift([row("a")], {"user": lambda row: row["none"]}))
     with pytest.raises(ConfigError, match="instead of one of the rows"):
         list(sift([row("a"), row("b")], {}, lambda rows: {}))
 
 
-def test_near_duplicates_agree_with_the_jaccard_similarity_counted_by_hand() -> None:
-    """Texts of a hundred words of which some are changed: far above the threshold all are found, far below none."""
+def test_near_duplicates_are_the_pairs_of_high_jaccard_similarity() -> None:
     random.seed(0)
     for changed, expected in ((1, True), (2, True), (20, False), (40, False)):
         for _ in range(20):
@@ -84,9 +91,10 @@ def test_near_duplicates_agree_with_the_jaccard_similarity_counted_by_hand() -> 
             assert found.flags().tolist() == [False, expected]
 
 
-def test_of_near_duplicates_the_first_stays_however_many_follow() -> None:
+def test_only_the_first_of_many_near_duplicates_is_kept() -> None:
     found = NearDuplicates(0.8)
-    texts = [f"{subject} falls on the old town and on its river and on the hills behind it" for subject in ("rain", "snow", "hail")]
+    rest = "falls on the old town and on its river and on the hills behind it"
+    texts = [f"{subject} {rest}" for subject in ("rain", "snow", "hail")]
     for text in [*texts, "something else", *texts] * 400:
         found.add(text)
     flags = found.flags().tolist()
@@ -95,5 +103,5 @@ def test_of_near_duplicates_the_first_stays_however_many_follow() -> None:
     assert all(flags[7:])
 
 
-def test_no_text_gives_no_flag() -> None:
+def test_without_texts_there_are_no_flags() -> None:
     assert NearDuplicates(0.8).flags().tolist() == []

@@ -1,37 +1,38 @@
-"""The data set's card: a README.md that says what is in the folder and how it was made, and by which `datasets` finds the rows."""
+"""Write the data set's card: a README.md for people and for `datasets`."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 WHAT = {
-    "kept": "to be learned, in conversations.jsonl",
-    "empty": "nothing but blanks",
-    "cut_off": "stopped by the limit of tokens",
-    "repetition_loop": "a run of words four times in a row or more",
-    "refusal": "opens like a refusal",
-    "wrong_script": "less than 90 % of its letters are of the script asked for",
-    "wrong_language": "in another language than asked for",
-    "too_short": "fewer characters than asked for",
-    "too_long": "more characters than asked for",
+    "kept": "written to conversations.jsonl",
+    "empty": "only white space",
+    "cut_off": "stopped by the token limit",
+    "repetition_loop": "a run of words repeated four times or more in a row",
+    "refusal": "starts like a refusal",
+    "wrong_script": "less than 90 % of the letters are of the requested script",
+    "wrong_language": "not in the requested language",
+    "too_short": "fewer characters than requested",
+    "too_long": "more characters than requested",
     "contaminated": "shares eight words in a row with a held-out prompt",
-    "user": "the user's own function says no",
+    "user": "rejected by the user's function",
     "not_chosen": "another answer to the same prompt was chosen",
-    "duplicate": "the same prompt and answer stand earlier",
-    "near_duplicate": "an earlier answer says nearly the same",
+    "duplicate": "same prompt and answer as an earlier row",
+    "near_duplicate": "nearly the same as an earlier answer",
 }
-"""What became of an answer, in the order in which it is asked."""
+"""Explanation of every outcome for an answer, in the order of the checks."""
 
 
-def counts_table(counts: dict[str, int]) -> str:
-    """What became of the answers, as a table in Markdown."""
-    rows = [f"| {name} | {counts[name]} | {what} |" for name, what in WHAT.items() if counts.get(name)]
+def counts_table(counts: Mapping[str, int]) -> str:
+    """Return a Markdown table with the number of answers per outcome."""
+    rows = [f"| {name} | {counts[name]} | {WHAT[name]} |" for name in WHAT if counts.get(name)]
     return "\n".join(["| answers | count | |", "|---|---|---|", *rows])
 
 
-def dataset_card(made_with: dict[str, Any], counts: dict[str, int]) -> str:
-    """The card of a data set with these settings and counts."""
-    settings = "\n".join(f"| {name} | {value} |" for name, value in made_with.items() if value is not None)
+def dataset_card(made_with: Mapping[str, object], counts: Mapping[str, int]) -> str:
+    """Return the card of a data set with these settings and counts."""
+    known = {name: value for name, value in made_with.items() if value is not None}
+    settings = "\n".join(f"| {name} | {value} |" for name, value in known.items())
     return f"""---
 configs:
 - config_name: default
@@ -44,11 +45,13 @@ tags:
 ---
 # Answers of {made_with["teacher"]}
 
-Conversations whose last turn `{made_with["teacher"]}` wrote, made with potstill for distillation. The teacher's licence and terms
-may bind what is trained on them. A row of `conversations.jsonl`: `messages`; `cut_off`, whether the limit of tokens stopped the
-answer; `teacher_ids`, the ids that the teacher sampled (null where its server does not say); `sampling`, how; `key`, a hash of all
-that decides the answer. `answers/` holds every answer as it came, `dropped.jsonl` those that were filtered out and why,
-`manifest.json` all of this for machines.
+Conversations for distillation, made with potstill; the last turn is by `{made_with["teacher"]}`.
+The teacher's license and terms may apply to models trained on them.
+
+`conversations.jsonl` has one row per conversation: `messages`; `cut_off`, whether the token limit
+stopped the answer; `teacher_ids`, the sampled token ids (null if the server does not return them);
+`sampling`, the settings; `key`, a hash of everything that decides the answer. `answers/` holds all
+answers, `dropped.jsonl` the dropped rows with reasons, `manifest.json` the settings and counts.
 
 {counts_table(counts)}
 

@@ -1,9 +1,9 @@
-"""From answers to a data set: filtered, chosen among, without duplicates, and described.
+"""Turn answers into a data set: filter them, choose among samples, and remove duplicates.
 
-FOLDER/conversations.jsonl  what is to be learned: a row is {"messages", "cut_off", "teacher_ids", "sampling", "key"}
-FOLDER/dropped.jsonl        what is not, each with its "reason"
+FOLDER/conversations.jsonl  kept rows: {"messages", "cut_off", "teacher_ids", "sampling", "key"}
+FOLDER/dropped.jsonl        dropped rows, each with its "reason"
 
-Rows are read and written one by one; what stays in memory is 16 bytes a text for exact duplicates and 384 for near ones.
+Rows are streamed. Memory per text: 16 bytes for exact duplicates, 384 bytes for near duplicates.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from potstill.errors import ConfigError, DataError
 from potstill.generation.duplicates import NearDuplicates
@@ -25,76 +25,90 @@ from potstill.generation.words import words
 
 CONVERSATIONS, DROPPED = "conversations.jsonl", "dropped.jsonl"
 
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 Choose = Callable[[Sequence[Row]], Row]
-"""The one of a prompt's answers to be kept."""
+"""Returns the row to keep among the rows of one prompt."""
 
 
 def shortest(rows: Sequence[Row]) -> Row:
-    """The shortest; of the complete ones if there are any."""
+    """Return the shortest answer, of the complete ones if there are any."""
     return min(rows, key=lambda row: (bool(row.get("cut_off")), len(answer(row))))
 
 
 def likeliest(rows: Sequence[Row]) -> Row:
-    """The likeliest by the teacher, token by token: the whole probability would choose the shortest."""
+    """Return the answer likeliest per token; the total likelihood would prefer short answers."""
     return min(rows, key=lambda row: float(row["nats_per_token"]))
 
 
-SHORT_WORDS = 20
+SHORT_ANSWER_WORDS = 20
 CHOICES: dict[str, Choose | None] = {"all": None, "shortest": shortest, "likeliest": likeliest}
 
 
-def sift(rows: Iterable[Row], filters: dict[str, Filter], choose: Choose | None = None) -> Iterator[tuple[Row, str | None]]:
-    """Each row, with the reason to drop it or None. Rows of one prompt stand together.
+def sift(
+    rows: Iterable[Row], filters: dict[str, Filter], choose: Choose | None = None
+) -> Iterator[tuple[Row, str | None]]:
+    """Yield each row with the reason to drop it, or None. Rows of one prompt must be adjacent.
 
-    In this order: the filters; among what is left of a prompt, the choice; then exact duplicates of an earlier row.
-    Raises: ConfigError if a function of the user's fails.
+    The filters come first, then the choice among a prompt's remaining rows, then exact duplicates.
+    Raises: ConfigError if a user's function fails.
     """
     seen: set[bytes] = set()
     for _, group in itertools.groupby(rows, key=lambda row: row["messages"][:-1]):
         answers = [(row, _reason(row, filters)) for row in group]
-        left = [row for row, reason in answers if reason is None]
-        chosen = _called("choice", choose, left) if choose and len(left) > 1 else None
+        passed = [row for row, reason in answers if reason is None]
+        chosen = _choose(choose, passed) if choose and len(passed) > 1 else None
         for row, reason in answers:
             if reason is None and chosen is not None and row is not chosen:
                 reason = "not_chosen"
             if reason is None:
-                said = hashlib.sha256(json.dumps([m["content"] for m in row["messages"]]).encode()).digest()[:16]
-                reason = "duplicate" if said in seen else None
-                seen.add(said)
+                texts = json.dumps([message["content"] for message in row["messages"]])
+                hashed = hashlib.sha256(texts.encode()).digest()[:16]
+                reason = "duplicate" if hashed in seen else None
+                seen.add(hashed)
             yield row, reason
 
 
 def write_dataset(
-    folder: Path, rows: Iterable[Row], filters: dict[str, Filter], *, choose: Choose | None = None, similarity: float = 1.0
+    folder: Path,
+    rows: Iterable[Row],
+    filters: dict[str, Filter],
+    *,
+    choose: Choose | None = None,
+    similarity: float = 1.0,
 ) -> dict[str, int]:
-    """Sift ``rows`` into two files in ``folder``. Returns how many were ``kept``, and how many were dropped by each reason.
+    """Write kept and dropped rows to two files in `folder`; return the count of every outcome.
 
-    ``similarity``: answers at least so similar to an earlier one are near duplicates; 1 looks for none. Files are there whole or
-    not at all. Raises: DataError if no row is left; ConfigError as `sift`.
+    Answers at least `similarity` similar to an earlier one are near duplicates; 1 disables this.
+    A file is complete or missing. Raises: DataError if no row is left; ConfigError as `sift`.
     """
     counts: Counter[str] = Counter()
     near = NearDuplicates(similarity) if similarity < 1 else None
-    sifted, kept, dropped = (folder / f".{name}.unfinished" for name in ("sifted", "train", "dropped"))
+    names = ("sifted", "train", "dropped")
+    sifted, kept, dropped = (folder / f".{name}.unfinished" for name in names)
     try:
-        with sifted.open("w", encoding="utf-8") as left, dropped.open("w", encoding="utf-8") as aside:
+        with sifted.open("wb") as passed, dropped.open("wb") as rejected:
             for row, reason in sift(rows, filters, choose):
                 if reason is not None:
                     counts[reason] += 1
-                    aside.write(_line({**row, "reason": reason}))
+                    rejected.write(_line({**row, "reason": reason}))
                     continue
-                left.write(_line(row))
+                passed.write(_line(row))
                 if near:
-                    near.add(_compared(row))
+                    near.add(_text_to_compare(row))
         flags = near.flags().tolist() if near else itertools.repeat(False)
-        with sifted.open("rb") as left, kept.open("wb") as out, dropped.open("ab") as aside:
-            for line, is_near in zip(left, flags, strict=False):
+        with sifted.open("rb") as passed, kept.open("wb") as out, dropped.open("ab") as rejected:
+            for line, is_near in zip(passed, flags, strict=False):
                 counts["near_duplicate" if is_near else "kept"] += 1
-                (aside if is_near else out).write(line[:-2] + b', "reason": "near_duplicate"}\n' if is_near else line)
+                if is_near:
+                    rejected.write(line[:-2] + b', "reason": "near_duplicate"}\n')
+                else:
+                    out.write(line)
         os.replace(dropped, folder / DROPPED)
         if not counts["kept"]:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common() if count)
+            reasons = ", ".join(f"{count} {name}" for name, count in counts.most_common() if count)
             raise DataError(
-                f"{folder}: no answer is left ({reasons}); look at dropped.jsonl there, and keep what should stay (--keep)"
+                f"{folder}: no answer is left ({reasons}); see dropped.jsonl and --keep"
             )
         os.replace(kept, folder / CONVERSATIONS)
     finally:
@@ -104,28 +118,33 @@ def write_dataset(
     return dict(counts)
 
 
-def _compared(row: Row) -> str:
-    """What is compared with other rows: the answer; of a short one, as many questions have it, the question too."""
-    said = answer(row)
-    if len(words(said)) >= SHORT_WORDS:
-        return said
+def _text_to_compare(row: Row) -> str:
+    """Return the answer, with its prompt if it is short: many prompts share a short answer."""
+    text = answer(row)
+    if len(words(text)) >= SHORT_ANSWER_WORDS:
+        return text
     return " ".join(message["content"] for message in row["messages"])
 
 
 def _reason(row: Row, filters: dict[str, Filter]) -> str | None:
-    return next((name for name, is_bad in filters.items() if _called(name, is_bad, row)), None)
+    return next((name for name, drops in filters.items() if _call(name, drops, row)), None)
 
 
-def _called(name: str, function: Callable[..., Any], argument: Any) -> Any:
-    """What ``function`` gives. Raises: ConfigError if it fails, or, as a choice, gives something else than one of the rows."""
+def _choose(choose: Choose, rows: list[Row]) -> Row:
+    chosen = _call("choice", choose, rows)
+    if not any(chosen is row for row in rows):
+        found = f"the choice function returned {type(chosen).__name__} instead of one of the rows"
+        raise ConfigError(f"{found}; correct it")
+    return chosen
+
+
+def _call(name: str, function: Callable[[Argument], Result], argument: Argument) -> Result:
     try:
-        result = function(argument)
-    except Exception as error:  # the user's code raises what it likes
-        raise ConfigError(f"the {name} function failed ({type(error).__name__}: {error}); mend it") from error
-    if isinstance(argument, list) and not any(result is row for row in argument):
-        raise ConfigError(f"the {name} function gave {type(result).__name__} instead of one of the rows it was given; mend it")
-    return result
+        return function(argument)
+    except Exception as error:  # the user's code can raise anything
+        message = f"the {name} function failed ({type(error).__name__}: {error}); correct it"
+        raise ConfigError(message) from error
 
 
-def _line(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+def _line(row: Row) -> bytes:
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()

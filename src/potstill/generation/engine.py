@@ -1,4 +1,4 @@
-"""What stands between prompts and answers: a request, an answer, and what every engine can do."""
+"""Define the request, the answer and the interface of every generation engine."""
 
 from __future__ import annotations
 
@@ -7,52 +7,52 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 Unit = Sequence["Request"]
-"""Requests that are answered together, and made again together if a kill leaves them unfinished."""
+"""Requests that are answered together, and again together if a kill interrupts them."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One answer that is wanted."""
+    """A request for one answer."""
 
     key: str
-    """A hash of all that decides the answer (store.py)."""
+    """A hash of everything that decides the answer (keys.py)."""
     messages: list[dict[str, Any]]
-    """The conversation, ending with a user's turn."""
+    """The conversation; its last turn is the user's."""
 
     @property
     def seed(self) -> int:
-        """The answer's own, so that neither its company nor an interrupt changes it."""
+        """Return a seed that depends on the key alone, not on the batch or on an interrupt."""
         return int(self.key[:12], 16)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the teacher said."""
+    """A teacher's answer to one request."""
 
     key: str
     text: str
     cut_off: bool
-    """Stopped by the limit of tokens, so that its end is not the teacher's."""
+    """Whether the token limit stopped the answer."""
     teacher_ids: list[int] | None = None
-    """The ids that were sampled, the one that ended the answer included, where the engine gives them."""
+    """The sampled token ids, the end token included; None if the engine does not return them."""
     nats_per_token: float | None = None
-    """− log of its probability under the teacher at temperature 1, over its tokens, where that was asked for."""
+    """Mean of −log p over the tokens, at temperature 1; None if not requested."""
 
     def as_row(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the answer as a JSON object."""
         return asdict(self)
 
 
 class Engine(Protocol):
-    """Something that can let a teacher answer."""
+    """Generates answers of one teacher."""
 
     @property
     def unit_size(self) -> int:
-        """How many requests it wants together: what a kill can cost. 1 where each answer is independent of the others."""
+        """Return the number of requests per unit: at most this many answers are lost by a kill."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Which teacher this is: ``teacher``, ``revision``, ``tokenizer`` and ``chat_template`` (hashes; None where unknown)."""
+        """Return ``teacher``, and hashes ``revision``, ``tokenizer``, ``chat_template`` or None."""
 
     def answer(self, units: Iterable[Unit]) -> Iterator[list[Answer]]:
-        """The answers to each unit, whole, in whatever order they are ready. ``units`` is read as far as there is work for it."""
+        """Yield the answers of whole units, in any order. Read `units` only as needed."""

@@ -1,7 +1,7 @@
-"""What is wrong with an answer, by name. Each filter looks at one row and says True if the row is to be dropped.
+"""Filter answers: a filter takes one row and returns True if the row is to be dropped.
 
-A row is ``{"messages": […, the answer], "cut_off": …, …}``. Filters are tried in order, and the first that says True is the reason.
-Duplicates, which are a matter between rows, are found in duplicates.py.
+A row is ``{"messages": […, the answer], "cut_off": …, …}``. The first filter that returns True is
+the reason. Duplicates need several rows and are found by duplicates.py.
 """
 
 from __future__ import annotations
@@ -26,54 +26,58 @@ CONTAMINATION_WORDS = 8
 SCRIPT_SHARE = 0.9
 
 _REFUSAL = re.compile(
-    r"\b(i('m| am) (very |so )?sorry,? (but )?(i (can|am (un|not )able|won't|will not|do not|don't)|as an)|i apologi[sz]e,? but i"
-    r"|i('m| am) (unable|not able) to|as an (ai|artificial intelligence)( language)?( model| assistant)?,? i\b"
-    r"|i (can('|no)t|can not|won't|will not) (help|assist|provide|fulfill?|comply|answer|do that|create|write|generate|discuss)"
+    r"\b(i('m| am) (very |so )?sorry,? (but )?"
+    r"(i (can|am (un|not )able|won't|will not|do not|don't)|as an)|i apologi[sz]e,? but i"
+    r"|i('m| am) (unable|not able) to"
+    r"|as an (ai|artificial intelligence)( language)?( model| assistant)?,? i\b"
+    r"|i (can('|no)t|can not|won't|will not) "
+    r"(help|assist|provide|fulfill?|comply|answer|do that|create|write|generate|discuss)"
     r"|je (suis désolée?,? mais|ne peux pas)|en tant qu'(ia|intelligence)"
     r"|lo siento,? pero|no puedo (ayudar|proporcionar)|como (una )?(ia|inteligencia)"
-    r"|es tut mir leid,? aber|ich kann (dir|ihnen) (dabei )?nicht|als (ki|künstliche intelligenz)\b)"
+    r"|es tut mir leid,? aber|ich kann (dir|ihnen) (dabei )?nicht"
+    r"|als (ki|künstliche intelligenz)\b)"
     r"|(对不起|抱歉)，?(但)?我(无法|不能)|作为一个?(ai|人工智能)|申し訳(ありません|ございません)が"
 )
 
 
 def answer(row: Row) -> str:
-    """The text that the teacher wrote."""
+    """Return the teacher's answer."""
     text: str = row["messages"][-1]["content"]
     return text
 
 
 def empty(row: Row) -> bool:
-    """Nothing but blanks."""
+    """Return whether the answer is only white space."""
     return not answer(row).strip()
 
 
 def cut_off(row: Row) -> bool:
-    """The limit of tokens stopped it."""
+    """Return whether the token limit stopped the answer."""
     return bool(row.get("cut_off"))
 
 
 def repetition_loop(row: Row) -> bool:
-    """Some run of words stands there at least four times in a row, over at least twenty words."""
-    said = words(answer(row))
-    # A loop repeats three quarters of its trigrams: without that many there is none, and most texts are done with here.
-    trigrams = max(0, len(said) - 2)
-    if trigrams - len(set(zip(said, said[1:], said[2:], strict=False))) < LOOP_WORDS * 3 // 4 - 2:
+    """Return whether a run of words occurs four times or more in a row, over at least 20 words."""
+    text = words(answer(row))
+    # A loop repeats three quarters of its trigrams. This fast check is enough for most texts.
+    trigrams = max(0, len(text) - 2)
+    if trigrams - len(set(zip(text, text[1:], text[2:], strict=False))) < LOOP_WORDS * 3 // 4 - 2:
         return False
-    for period in range(1, len(said) // LOOP_REPEATS + 1):
+    for period in range(1, len(text) // LOOP_REPEATS + 1):
         needed = max((LOOP_REPEATS - 1) * period, LOOP_WORDS - period)
-        same = (one == other for one, other in zip(said, said[period:], strict=False))
+        same = (word == later for word, later in zip(text, text[period:], strict=False))
         if any(equal and sum(1 for _ in run) >= needed for equal, run in itertools.groupby(same)):
             return True
     return False
 
 
 def refusal(row: Row) -> bool:
-    """It opens like the refusals of instruction-tuned models: in English, and the commonest in a few other languages."""
+    """Return whether the answer starts like a refusal, in English or a few other languages."""
     return bool(_REFUSAL.search(answer(row)[:200].lower().replace("’", "'")))
 
 
 def length(minimum: int, maximum: int | None) -> dict[str, Filter]:
-    """Fewer characters than ``minimum``, or more than ``maximum``."""
+    """Return filters for fewer characters than `minimum` and more than `maximum`."""
     filters: dict[str, Filter] = {}
     if minimum > 0:
         filters["too_short"] = lambda row: len(answer(row)) < minimum
@@ -83,43 +87,49 @@ def length(minimum: int, maximum: int | None) -> dict[str, Filter]:
 
 
 def wrong_script(script: str) -> Filter:
-    """Less than nine tenths of its letters are of ``script``, named as Unicode's names of letters begin (latin, cyrillic, cjk).
+    """Return a filter for answers with less than 90 % of their letters in `script`.
 
-    Raises: ConfigError for a name that no letter begins with.
+    `script` is the start of the letters' Unicode names: latin, cyrillic, cjk, …
+    Raises: ConfigError if no letter has such a name.
     """
     prefix = script.upper()
-    if not any(unicodedata.name(chr(code), "").startswith(prefix + " ") for code in range(0x41, 0xFFFF)):
+    names = (unicodedata.name(chr(code), "") for code in range(0x41, 0xFFFF))
+    if not any(name.startswith(prefix + " ") for name in names):
         raise ConfigError(
-            f"script {script!r}: no letter is named so; Unicode's names are latin, cyrillic, greek, arabic, cjk, hangul, …"
+            f"script {script!r} is unknown; use latin, cyrillic, greek, arabic, cjk, …"
         )
-    of_script: dict[str, bool] = {}
+    in_script: dict[str, bool] = {}
 
     def check(row: Row) -> bool:
         letters = [c for c in answer(row) if c.isalpha()]
-        for c in set(letters) - of_script.keys():
-            of_script[c] = unicodedata.name(c, "").startswith(prefix)
-        return sum(map(of_script.__getitem__, letters)) < SCRIPT_SHARE * len(letters)
+        for c in set(letters) - in_script.keys():
+            in_script[c] = unicodedata.name(c, "").startswith(prefix)
+        return sum(map(in_script.__getitem__, letters)) < SCRIPT_SHARE * len(letters)
 
     return check
 
 
 def wrong_language(language: str) -> Filter:
-    """The language it is most probably in is not ``language`` (an ISO 639-1 code: en, fr, …), as py3langid sees it.
+    """Return a filter for answers that py3langid does not recognize as `language` (ISO 639-1).
 
     Raises: ConfigError if py3langid is not installed or does not know the language.
     """
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
-        raise ConfigError("--language needs the package py3langid: pip install 'potstill[language]'") from None
+        message = "--language needs the package py3langid: pip install 'potstill[language]'"
+        raise ConfigError(message) from None
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
     if language not in identifier.labels:
-        raise ConfigError(f"language {language!r} is not known; use a code of ISO 639-1: en, fr, de, es, zh, …")
+        raise ConfigError(f"language {language!r} is unknown; use an ISO 639-1 code: en, fr, zh, …")
     return lambda row: identifier.classify(answer(row))[0] != language
 
 
 def contaminated(held_out: Iterable[str]) -> Filter:
-    """Its prompt or its answer shares a run of eight words with a held-out prompt; shorter prompts must be equal."""
+    """Return a filter for rows that share eight words in a row with a held-out prompt.
+
+    A held-out prompt of fewer words must be equal to the prompt or the answer.
+    """
     seen = {gram for text in held_out for gram in ngrams(words(text), CONTAMINATION_WORDS)} - {""}
 
     def check(row: Row) -> bool:
@@ -130,20 +140,21 @@ def contaminated(held_out: Iterable[str]) -> Filter:
 
 
 def users_function(place: str) -> Callable[..., Any]:
-    """The function that ``FILE.py:NAME`` names. Raises: ConfigError."""
+    """Return the function named by `place`, as ``FILE.py:NAME``. Raises: ConfigError."""
     file, _, name = place.rpartition(":")
     path = Path(file).expanduser()
     if not file.endswith(".py") or not path.is_file():
-        raise ConfigError(f"{place}: no such function; name it as FILE.py:FUNCTION")
+        raise ConfigError(f"{place}: no such function; use the form FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{place}: cannot be imported; name a function as FILE.py:FUNCTION")
+        raise ConfigError(f"{place}: cannot be imported; use the form FILE.py:FUNCTION")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's code raises what it likes
-        raise ConfigError(f"{path}: cannot be imported ({type(error).__name__}: {error}); mend it") from error
+    except Exception as error:  # the user's code can raise anything
+        message = f"{path}: cannot be imported ({type(error).__name__}: {error}); correct it"
+        raise ConfigError(message) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ConfigError(f"{path}: has no function {name!r}; name it as FILE.py:FUNCTION")
+        raise ConfigError(f"{path}: has no function {name!r}; use the form FILE.py:FUNCTION")
     return function  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
-"""From prompts to requests and back to conversations, by way of keys.
+"""Turn prompts into requests with keys, and answers into conversations.
 
-A key is a hash of the prompt, the teacher, its template, and how it is sampled. Same key, same answer: by its key an answer is
-kept, found again after an interrupt, and seeded.
+A key is a hash of the prompt, the teacher, its chat template and the sampling settings. It decides
+the answer: an answer is stored, found after an interrupt, and seeded by its key.
 """
 
 from __future__ import annotations
@@ -9,65 +9,70 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from potstill.data.conversations import Conversation
 from potstill.generation.engine import Answer, Request
+from potstill.protocols import CausalLM, Tokenizer
 from potstill.sampling.sampler import Sampling
 
 SAMPLED_VALUES = 64
-"""How many of each weight's values stand for it in a teacher's revision."""
+"""Number of values of each weight tensor in the hash of a teacher's weights."""
 
 
-def requests(prompts: Iterable[list[dict[str, Any]]], sampling: Sampling, identity: dict[str, Any]) -> Iterator[Request]:
-    """``sampling.samples`` requests a prompt, in order. A prompt that stands there twice is answered twice, differently."""
-    decides = [identity, sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.seed]
-    asked: Counter[str] = Counter()
+def requests(
+    prompts: Iterable[list[dict[str, Any]]], sampling: Sampling, identity: Mapping[str, Any]
+) -> Iterator[Request]:
+    """Yield `sampling.samples` requests per prompt, in order. Repeated prompts get new keys."""
+    settings = [sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.seed]
+    count: Counter[str] = Counter()
     for messages in prompts:
         if sampling.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": sampling.system}, *messages]
-        prompt = digest([*decides, messages])
+        prompt = digest([identity, *settings, messages])
         for _ in range(sampling.samples):
-            yield Request(digest([prompt, asked[prompt]]), messages)
-            asked[prompt] += 1
+            yield Request(digest([prompt, count[prompt]]), messages)
+            count[prompt] += 1
 
 
 def answered(request: Request, answer: Answer, sampling: Sampling) -> Conversation:
-    """The request with its answer, ready to learn from: text, the ids that were sampled, and how they were."""
-    how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_new_tokens": sampling.max_new_tokens}
-    likely = {} if answer.nats_per_token is None else {"nats_per_token": answer.nats_per_token}
+    """Return the conversation with its answer, the sampled token ids and the sampling settings."""
+    names = ("temperature", "top_p", "max_new_tokens", "seed")
+    nats = {} if answer.nats_per_token is None else {"nats_per_token": answer.nats_per_token}
     return {
         "messages": [*request.messages, {"role": "assistant", "content": answer.text}],
         "cut_off": answer.cut_off,
         "teacher_ids": answer.teacher_ids,
-        **likely,
-        "sampling": {**how, "seed": sampling.seed},
+        **nats,
+        "sampling": {name: getattr(sampling, name) for name in names},
         "key": request.key,
     }
 
 
-def digest(value: Any) -> str:
-    """128 bits of SHA-256 of a value's JSON, in hexadecimal."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+def digest(value: object) -> str:
+    """Return 128 bits of the SHA-256 hash of the value's JSON, in hexadecimal."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def identify(source: str, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Which teacher this is: its name, and digests of its weights, its tokenizer and its chat template."""
-    return {"teacher": source, "revision": _revision(model), **identify_tokenizer(tokenizer)}
+def identify(source: str, model: CausalLM, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the teacher's name and hashes of its weights, tokenizer and chat template."""
+    return {"teacher": source, "revision": _hash_weights(model), **identify_tokenizer(tokenizer)}
 
 
-def identify_tokenizer(tokenizer: Any) -> dict[str, str]:
-    """Digests of a tokenizer and of its chat template."""
+def identify_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return hashes of the tokenizer and of its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     tokens = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return {"tokenizer": digest(tokens), "chat_template": digest(tokenizer.chat_template)}
 
 
-def _revision(model: Any) -> str:
-    """The weights' own: some values of each, in the precision they are used in. A name or a commit says less."""
+def _hash_weights(model: CausalLM) -> str:
+    """Hash some values of each weight in its dtype: a name or a commit does not identify them."""
     hashed = hashlib.sha256()
     for name, weight in model.state_dict().items():
         values = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED_VALUES)]
-        hashed.update(f"{name} {tuple(weight.shape)} {weight.dtype} {values.cpu().double().tolist()}".encode())
+        numbers = values.cpu().double().tolist()
+        hashed.update(f"{name} {tuple(weight.shape)} {weight.dtype} {numbers}".encode())
     return hashed.hexdigest()[:32]
