@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from potstill.training import DistillationConfig as DistillationConfig
     from potstill.training import DistillationTrainer as DistillationTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "DistillationConfig": "potstill.training",
