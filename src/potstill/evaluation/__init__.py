@@ -1,9 +1,16 @@
-"""Was the student helped? Scores of tokens and their summary (scores.py), on the conversations held out (held_out.py); tasks.py."""
+"""Measure a student: token scores (scores.py), held-out data (held_out.py) and tasks."""
 
 from potstill.evaluation.evaluate import Comparison, Evaluation, evaluate
 from potstill.evaluation.held_out import HeldOut, fingerprint, last_question
 from potstill.evaluation.measures import MEASURES, TOKEN_MEASURES, Measure
-from potstill.evaluation.scores import TokenScores, conversation_sums, gap_closed, measure_ratios, score_tokens, summarize
+from potstill.evaluation.scores import (
+    TokenScores,
+    conversation_sums,
+    gap_closed,
+    measure_ratios,
+    score_tokens,
+    summarize,
+)
 from potstill.evaluation.table import as_table
 from potstill.evaluation.tasks import Tasks
 

@@ -1,4 +1,4 @@
-"""Did it help? Measure a student beside its teacher, and compare two measurements with intervals."""
+"""Measure a student beside its teacher, and compare two measurements with intervals."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from potstill.data import read_conversations
 from potstill.data.conversations import as_conversation
+from potstill.defaults import MAX_LENGTH
 from potstill.errors import DataError
 from potstill.evaluation.held_out import HeldOut
 from potstill.evaluation.measures import TOKEN_MEASURES
@@ -104,7 +105,7 @@ def evaluate(
     tokenizer: Tokenizer | None = None,
     teacher_tokenizer: Tokenizer | None = None,
     tasks: str | None = None,
-    max_length: int = 1024,
+    max_length: int = MAX_LENGTH,
     **opening: Any,
 ) -> Evaluation:
     """Measure a student and its teacher on held-out conversations.
@@ -133,7 +134,10 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        scores = {"teacher": pair.score_teacher(source), "student": pair.score_student(model, source)}
+        scores = {
+            "teacher": pair.score_teacher(source),
+            "student": pair.score_student(model, source),
+        }
         abilities = {}
         if tasks:
             if source.model is not None:

@@ -1,4 +1,4 @@
-"""Held-out conversations in the tokens of a teacher and of a student, and what can be measured of either on them."""
+"""Held-out conversations in the tokens of a teacher and of a student, and their scores."""
 
 from __future__ import annotations
 
@@ -18,24 +18,37 @@ from potstill.teachers import Teacher, as_teacher
 
 
 class HeldOut:
-    """``conversations`` for a pair, and how much of their vocabularies is one. Raises: as `tokenize_conversations`."""
+    """Hold ``conversations`` in the tokens of both models.
 
-    def __init__(self, teacher_tokenizer: Tokenizer, tokenizer: Tokenizer, conversations: list[Any], *, max_length: int) -> None:
+    ``rows`` is the number of vocabulary rows the models share, None if they differ.
+    Raises: as `tokenize_conversations`.
+    """
+
+    def __init__(
+        self,
+        teacher_tokenizer: Tokenizer,
+        tokenizer: Tokenizer,
+        conversations: list[Any],
+        *,
+        max_length: int,
+    ) -> None:
         self.teacher_tokenizer, self.tokenizer = teacher_tokenizer, tokenizer
         try:
             self.rows: int | None = shared_rows(teacher_tokenizer, tokenizer)
         except VocabularyMismatch:
-            self.rows = None  # their logits cannot be compared, their bits per byte can
+            self.rows = None  # only bits per byte can be compared
 
-        def has_an_answer(conversation: Any, reader: Any) -> bool:
-            row = encode_conversation(conversation, reader, max_length=max_length)
+        def has_answer(conversation: Any, tokenizer: Tokenizer) -> bool:
+            row = encode_conversation(conversation, tokenizer, max_length=max_length)
             return any(label != IGNORED for label in row["labels"])
 
-        readers = (teacher_tokenizer, tokenizer)
-        both = [conversation for conversation in conversations if all(has_an_answer(conversation, one) for one in readers)]
-        self.conversations = conversations = both or conversations
+        both = (teacher_tokenizer, tokenizer)
+        kept = [one for one in conversations if all(has_answer(one, each) for each in both)]
+        self.conversations = conversations = kept or conversations
         self.dataset, _ = tokenize_conversations(conversations, tokenizer, max_length=max_length)
-        self.teacher_dataset, _ = tokenize_conversations(conversations, teacher_tokenizer, max_length=max_length)
+        self.teacher_dataset, _ = tokenize_conversations(
+            conversations, teacher_tokenizer, max_length=max_length
+        )
 
     def score_student(
         self, student: CausalLM, teacher: CausalLM | Teacher, *, likeliest: int = 0
@@ -68,21 +81,21 @@ class HeldOut:
         return dataclasses.replace(scores, kl=zeros, agrees=ones)
 
     def per_conversation(self, scores: dict[str, TokenScores]) -> dict[str, Any]:
-        """What each model's scores add up to in each conversation, the prompts beside it, and a fingerprint of the whole."""
+        """Return each model's sums per conversation, the prompts and a fingerprint."""
         sums = {name: conversation_sums(one) for name, one in scores.items()}
         prompts = [last_question(conversation) for conversation in self.conversations]
         return {"fingerprint": fingerprint(self.conversations), "prompts": prompts, **sums}
 
 
 def last_question(conversation: dict[str, Any]) -> str:
-    """What the last answer answers; of plain text the beginning."""
-    asked = without_answer(conversation.get("messages", []))
-    return str(asked[-1]["content"]) if asked else str(conversation.get("text", ""))[:200]
+    """Return the last question; of plain text the beginning."""
+    prompt = without_answer(conversation.get("messages", []))
+    return str(prompt[-1]["content"]) if prompt else str(conversation.get("text", ""))[:200]
 
 
 def fingerprint(conversations: list[dict[str, Any]], *, of_prompts: bool = False) -> str:
-    """16 hexadecimal digits that tell one list of conversations from another, by their texts alone or by their prompts alone."""
-    texts = [conversation.get("messages") or conversation.get("text") for conversation in conversations]
+    """Return 16 hexadecimal digits that identify a list of conversations, or its prompts."""
+    texts = [one.get("messages") or one.get("text") for one in conversations]
     if of_prompts:
         texts = [without_answer(text) if isinstance(text, list) else text for text in texts]
     return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]

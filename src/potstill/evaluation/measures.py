@@ -1,4 +1,4 @@
-"""What is measured of a student, in one place: its names, its unit, and which way is better."""
+"""Define every measure of a model: its names, its unit, and whether lower is better."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ class Measure:
     """One number about a model."""
 
     short: str
-    """Over a column."""
+    """Column header."""
     title: str
-    """Before a row."""
+    """Row label."""
     unit: str
     better: Literal["lower", "higher", ""]
-    """Of an answer's length neither is."""
+    """Empty for an answer's length."""
     shown: Literal["number", "share", "score"] = "number"
-    """How it is printed: as it is, in per cent, or with one decimal."""
+    """Printed as it is, in per cent, or with one decimal."""
     of_teacher: float | None = None
-    """What the teacher has by definition."""
+    """The teacher's value, where it holds by definition."""
 
     @property
     def lower_is_better(self) -> bool:
@@ -28,20 +28,27 @@ class Measure:
 
 
 TOKEN_MEASURES = {
-    "kl_nats_per_token": Measure("KL", "Divergence from the teacher", "nats a token", "lower", of_teacher=0.0),
+    "kl_nats_per_token": Measure(
+        "KL", "Divergence from the teacher", "nats a token", "lower", of_teacher=0.0
+    ),
     "nll_nats_per_token": Measure("NLL", "Surprise at the text", "nats a token", "lower"),
     "bits_per_byte": Measure("bits/byte", "Compression of the text", "bits a byte", "lower"),
-    "top1_agreement": Measure("top-1", "Same most likely token", "of all tokens", "higher", "share", of_teacher=1.0),
+    "top1_agreement": Measure(
+        "top-1", "Same most likely token", "of all tokens", "higher", "share", of_teacher=1.0
+    ),
 }
-"""Of how a model expects text that is there."""
+"""Measured on given text."""
 
+_LIKENESS = "Likeness to the teacher's answer"
 TEXT_MEASURES = {
-    "chrf": Measure("chrF", "Likeness to the teacher's answer", "chrF, of 100", "higher", "score"),
-    "rouge_l": Measure("ROUGE-L", "Likeness to the teacher's answer", "ROUGE-L, of 100", "higher", "score"),
-    "stops": Measure("stops", "Answers that end by themselves", "of all answers", "higher", "share"),
+    "chrf": Measure("chrF", _LIKENESS, "chrF, of 100", "higher", "score"),
+    "rouge_l": Measure("ROUGE-L", _LIKENESS, "ROUGE-L, of 100", "higher", "score"),
+    "stops": Measure(
+        "stops", "Answers that end by themselves", "of all answers", "higher", "share"
+    ),
     "loops": Measure("loops", "Answers that repeat themselves", "of all answers", "lower", "share"),
     "length_words": Measure("words", "An answer's length", "an answer", "", "score"),
 }
-"""Of the answers that a model writes."""
+"""Measured on the answers that a model writes."""
 
 MEASURES = TOKEN_MEASURES | TEXT_MEASURES

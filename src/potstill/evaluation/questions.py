@@ -1,10 +1,11 @@
-"""A file of questions → a task of lm-evaluation-harness, which then needs no network.
+"""Make a task of lm-evaluation-harness, without network, from a file of questions.
 
-    {"question": "Which animal barks?", "choices": ["a cat", "a dog"], "answer": "a dog"}      the likeliest choice counts
-    {"question": "What is the capital of France? Answer in one word.", "answer": "Paris"}      what the model writes counts,
-                                                                                           whole or as a part
+    {"question": "Which animal barks?", "choices": ["a cat", "a dog"], "answer": "a dog"}
+    {"question": "What is the capital of France? Answer in one word.", "answer": "Paris"}
 
-One JSON object a line, all of a file of one kind. "prompt" may stand for "question", and a choice's number, from 0, for the choice.
+One JSON object a line, all of one kind. With choices, the most likely one is the model's answer;
+without, its text is compared, whole and as a part. "prompt" is read like "question", and a
+choice's number, from 0, like the choice.
 """
 
 from __future__ import annotations
@@ -21,37 +22,48 @@ _SCORES = {"aggregation": "mean", "higher_is_better": True}
 
 
 def read_questions(file: str) -> list[dict[str, Any]]:
-    """Rows of ``question`` and ``answer``; with ``choices`` the answer is the number of one. Raises: DataError, naming the line."""
+    """Return rows of ``question`` and ``answer``; with ``choices`` the answer is a number.
+
+    Raises: DataError with file and line.
+    """
     rows = [_checked(row, place) for place, row in json_lines(Path(file).expanduser())]
     if not rows:
-        raise DataError(f'{file}: no questions there; each line is {{"question", "choices", "answer"}} or {{"question", "answer"}}')
+        forms = '{"question", "choices", "answer"} or {"question", "answer"}'
+        raise DataError(f"{file}: no questions there; each line is {forms}")
     for number, row in enumerate(rows, 1):
         if ("choices" in row) != ("choices" in rows[0]):
-            raise DataError(f"{file}: question {number} and question 1 are of two kinds, one with choices; put each kind in a file")
+            found = f"question {number} and question 1 are of two kinds, one with choices"
+            raise DataError(f"{file}: {found}; put each kind in a file")
     return rows
 
 
 def _checked(row: dict[str, Any], place: str) -> dict[str, Any]:
-    question, choices, answer = row.get("question", row.get("prompt")), row.get("choices"), row.get("answer")
+    question = row.get("question", row.get("prompt"))
+    choices, answer = row.get("choices"), row.get("answer")
     if not isinstance(question, str) or not question.strip():
         raise DataError(f'{place}: no question there; give it as text in "question"')
     if choices is None:
         if not isinstance(answer, str) or not answer.strip():
-            raise DataError(f'{place}: no "answer" as text there, and no "choices"; a question needs an answer to compare with')
+            found = 'no "answer" as text there, and no "choices"'
+            raise DataError(f"{place}: {found}; a question needs an answer to compare with")
         return {"question": question, "answer": answer}
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) and one for one in choices):
+    are_texts = isinstance(choices, list) and all(isinstance(one, str) and one for one in choices)
+    if not are_texts or len(choices) < 2:
         raise DataError(f'{place}: "choices" must be two or more texts')
     if isinstance(answer, str) and choices.count(answer) == 1:
         answer = choices.index(answer)
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise DataError(f'{place}: "answer" {answer!r} is none of the choices; give one of them, or its number from 0')
+    is_number = isinstance(answer, int) and not isinstance(answer, bool)
+    if not is_number or not 0 <= answer < len(choices):
+        need = "give one of them, or its number from 0"
+        raise DataError(f'{place}: "answer" {answer!r} is none of the choices; {need}')
     return {"question": question, "choices": choices, "answer": answer}
 
 
 def task_config(file: str, *, chat: bool) -> dict[str, Any]:
-    """The file as lm-evaluation-harness's configuration of a task, named as the file.
+    """Return the harness's configuration of a task, named like the file.
 
-    ``chat``: the question stands alone, a chat template will be laid around it. Raises: DataError as `read_questions`.
+    ``chat``: the question is used alone, because a chat template will be applied to it.
+    Raises: DataError as `read_questions`.
     """
     import datasets
 
@@ -64,14 +76,17 @@ def task_config(file: str, *, chat: bool) -> dict[str, Any]:
     }
     if "choices" in rows.column_names:
         metrics = [{"metric": name, **_SCORES} for name in ("acc", "acc_norm")]
-        how: dict[str, Any] = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"}
-        return {**common, **how, "metric_list": metrics}
-    generation = {"until": ["\n"], "max_gen_toks": ANSWER_TOKENS, "do_sample": False}
-    how = {"output_type": "generate_until", "doc_to_target": "answer", "generation_kwargs": generation, "process_results": _grades}
-    return {**common, **how, "metric_list": [{"metric": name, **_SCORES} for name in ("exact_match", "contains")]}
+        how = {"output_type": "multiple_choice", "doc_to_choice": "choices"}
+    else:
+        metrics = [{"metric": name, **_SCORES} for name in ("exact_match", "contains")]
+        generation = {"until": ["\n"], "max_gen_toks": ANSWER_TOKENS, "do_sample": False}
+        common |= {"generation_kwargs": generation, "process_results": _grades}
+        how = {"output_type": "generate_until"}
+    return {**common, **how, "doc_to_target": "answer", "metric_list": metrics}
 
 
 def _grades(row: dict[str, Any], written: list[str]) -> dict[str, float]:
-    """Whether the answer is the whole of what was written, and whether it stands in it: small and large letters are one."""
-    wanted, found = (" ".join(re.findall(r"\w+", text.casefold())) for text in (row["answer"], written[0]))
+    """Return 1 or 0: the text equals the answer; it contains it. Case does not count."""
+    texts = (row["answer"], written[0])
+    wanted, found = (" ".join(re.findall(r"\w+", text.casefold())) for text in texts)
     return {"exact_match": float(found == wanted), "contains": float(f" {wanted} " in f" {found} ")}

@@ -1,9 +1,9 @@
-"""Was the student helped, and is that more than chance?
+"""Score a model on held-out conversations.
 
-N supervised tokens, V vocabulary, k likeliest tokens. On held-out conversations, for each model: KL from the teacher and negative
-log-likelihood in nats a token, bits per byte (which can be compared across tokenizers), and how often its first choice is the
-teacher's. Sums are kept a conversation apart, because tokens of one conversation are not independent: intervals are bootstrapped
-over conversations.
+N supervised tokens, V vocabulary, k most likely tokens. For each model: KL from the teacher and
+negative log-likelihood in nats a token, bits per byte (comparable across tokenizers), and how often
+its most likely token is the teacher's. Sums are kept per conversation, because the tokens of one
+conversation are not independent: intervals are bootstrapped over conversations.
 """
 
 from __future__ import annotations
@@ -19,40 +19,38 @@ from tqdm import tqdm
 
 from potstill.data import BatchLayout
 from potstill.evaluation.paired import Ratios, interval
-from potstill.models.heads import hidden_states, model_inputs, output_head, supervised
 from potstill.losses import CallableHead, Head, Projection
+from potstill.models.heads import hidden_states, model_inputs, output_head, supervised
 from potstill.teachers import Target, Teacher
 from potstill.teachers.targets import most_likely
 
 
 @dataclass(frozen=True)
 class Likeliest:
-    """The k tokens that a model holds likeliest to come next, the likeliest first."""
+    """A model's k most likely next tokens, the most likely first, ``[N, k]`` each."""
 
     ids: Tensor
-    """``[N, k]``"""
     probabilities: Tensor
-    """``[N, k]``"""
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """One model on one data set, a number a supervised token, in the data's order; conversation numbers beside them."""
+    """One model on one data set: numbers for its N supervised tokens, in the data's order."""
 
     nll: Tensor
-    """−log p of the token that the text has, nats ``[N]``."""
+    """−log p of the token in the text, nats ``[N]``."""
     kl: Tensor | None
     """KL(teacher ‖ model), nats ``[N]``; None without a teacher of the same vocabulary."""
     agrees: Tensor | None
-    """Whether the model's likeliest token is the teacher's ``[N]``."""
+    """1 where the model's most likely token is the teacher's, else 0 ``[N]``."""
     conversation: Tensor
-    """Which conversation each token is of ``[N]``."""
+    """The number of each token's conversation ``[N]``."""
     answer_bytes: Tensor
-    """UTF-8 bytes of text to learn, one number a conversation."""
+    """UTF-8 bytes of the supervised text, one number a conversation."""
     likeliest: Likeliest | None = None
-    """What the model would have said in each token's place; None if it was not asked for."""
+    """The model's most likely tokens at each position; None if not requested."""
     teacher_likeliest: Likeliest | None = None
-    """What the teacher would have said."""
+    """The teacher's most likely tokens at each position; None likewise."""
 
 
 @torch.no_grad()
@@ -66,23 +64,26 @@ def score_tokens(
     batch_size: int = 8,
     likeliest: int = 0,
 ) -> TokenScores:
-    """Score every supervised token of tokenized conversations (`potstill.data.tokenize_conversations`).
+    """Score every supervised token of tokenized conversations, with one chunk's logits at a time.
 
-    ``rows`` cuts the model's vocabulary to what it shares with ``teacher``, where the two are compared; how well the text is
-    predicted is asked of all of it. ``likeliest`` is how many of each model's likeliest tokens are kept. Never holds more than a
-    chunk's logits.
+    ``rows`` cuts the vocabulary to what it shares with ``teacher`` for KL and agreement; NLL uses
+    all of it. ``likeliest`` is the number of most likely tokens that are kept of each model.
     """
     head = output_head(model)
     layout = BatchLayout(pad_token_id, packed=False)
     parts: list[tuple[Tensor, ...]] = []
-    for start in tqdm(range(0, len(dataset), batch_size), desc="  scoring", unit="batch", delay=3, leave=False):
-        batch = layout([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    starts = range(0, len(dataset), batch_size)
+    for start in tqdm(starts, desc="  scoring", unit="batch", delay=3, leave=False):
+        encoded = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        batch = {name: tensor.to(model.device) for name, tensor in layout(encoded).items()}
         hidden, labels = supervised(hidden_states(model, model_inputs(batch)), batch["labels"])
         target = None if teacher is None else teacher.targets(batch)
         conversation = start + (batch["labels"][:, 1:] != -100).nonzero()[:, 0]
-        parts.append((conversation, *_score_rows(hidden, head, labels, target, rows, likeliest)))
-    conversation, nll, kl, agrees, *next_tokens = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+        parts.append(
+            (conversation, *_score_positions(hidden, head, labels, target, rows, likeliest))
+        )
+    columns = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    conversation, nll, kl, agrees, *next_tokens = columns
     known = teacher is not None
     return TokenScores(
         nll,
@@ -107,8 +108,8 @@ def score_teacher(
     device = "cpu" if teacher.model is None else teacher.model.device
     nll, conversation = [], []
     for start in range(0, len(dataset), batch_size):
-        rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        batch = {name: tensor.to(device) for name, tensor in layout(rows).items()}
+        encoded = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        batch = {name: tensor.to(device) for name, tensor in layout(encoded).items()}
         chosen = batch["labels"][:, 1:] != -100
         nll.append(teacher.targets(batch).label_nll(batch["labels"][:, 1:][chosen]).cpu())
         conversation.append(start + chosen.nonzero()[:, 0].cpu())
@@ -117,44 +118,49 @@ def score_teacher(
 
 
 def summarize(scores: TokenScores, *, seed: int = 0) -> dict[str, Any]:
-    """The means of `TOKEN_MEASURES`, with 95 % percentile intervals from 2 000 resamplings of the conversations.
+    """Return the means of `TOKEN_MEASURES`, with 95 % intervals from 2 000 resamplings.
 
-    A measure that needs a teacher is None without one. ``tokens`` and ``bytes`` say over how much the means were taken.
+    Conversations are resampled. A measure that needs a teacher is None without one. ``tokens`` and
+    ``bytes`` are the amounts measured.
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
     """
     sums = conversation_sums(scores)
-    ratios = {name: pair and Ratios(pair[0][None], pair[1][None]) for name, pair in measure_ratios(sums).items()}
+    pairs = measure_ratios(sums)
+    ratios = {name: pair and Ratios(pair[0][None], pair[1][None]) for name, pair in pairs.items()}
     summary: dict[str, Any] = {name: ratio and ratio.value for name, ratio in ratios.items()}
     summary |= {"tokens": int(sum(sums["tokens"])), "bytes": int(sum(sums["bytes"]))}
-    summary["ci95"] = {name: ratio and list(interval(ratio, seed=seed)) for name, ratio in ratios.items()}
+    intervals = {name: ratio and interval(ratio, seed=seed) for name, ratio in ratios.items()}
+    summary["ci95"] = {name: ends and list(ends) for name, ends in intervals.items()}
     return summary
 
 
 def conversation_sums(scores: TokenScores) -> dict[str, Any]:
-    """What the scores add up to in each conversation: enough to compare two models later, without either.
+    """Return ``tokens``, ``bytes``, ``nll_nats``, ``kl_nats``, ``agreeing_tokens`` per conversation.
 
-    ``tokens``, ``bytes``, ``nll_nats``, ``kl_nats`` and ``agreeing_tokens``, a number a conversation; the last two None without a
-    teacher.
+    They suffice to compare two models later. The last two are None without a teacher.
     """
 
-    def added(values: Tensor | None) -> list[float] | None:
+    def sums(values: Tensor | None) -> list[float] | None:
         if values is None:
             return None
         zeros = torch.zeros(len(scores.answer_bytes), dtype=torch.float64)
         return zeros.index_add_(0, scores.conversation, values.double()).tolist()
 
     return {
-        "tokens": added(torch.ones_like(scores.nll)),
+        "tokens": sums(torch.ones_like(scores.nll)),
         "bytes": scores.answer_bytes.double().tolist(),
-        "nll_nats": added(scores.nll),
-        "kl_nats": added(scores.kl),
-        "agreeing_tokens": added(scores.agrees),
+        "nll_nats": sums(scores.nll),
+        "kl_nats": sums(scores.kl),
+        "agreeing_tokens": sums(scores.agrees),
     }
 
 
 def measure_ratios(sums: dict[str, Any]) -> dict[str, tuple[Any, Any] | None]:
-    """Each of `TOKEN_MEASURES` as what is divided by what, a number a conversation, from `conversation_sums`."""
-    arrays = {name: None if column is None else np.asarray(column, dtype=np.float64) for name, column in sums.items()}
+    """Return (numerator, denominator) per conversation of each of `TOKEN_MEASURES`."""
+    arrays = {
+        name: None if column is None else np.asarray(column, dtype=np.float64)
+        for name, column in sums.items()
+    }
     tokens, kl, agreeing = arrays["tokens"], arrays["kl_nats"], arrays["agreeing_tokens"]
     nll: Any = arrays["nll_nats"]
     return {
@@ -165,8 +171,10 @@ def measure_ratios(sums: dict[str, Any]) -> dict[str, tuple[Any, Any] | None]:
     }
 
 
-def gap_closed(teacher: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> float | None:
-    """(before − after) / (before − teacher) in bits a byte, which tokenizers do not change: 1 is as good as the teacher.
+def gap_closed(
+    teacher: dict[str, Any], before: dict[str, Any], after: dict[str, Any]
+) -> float | None:
+    """Return (before − after) / (before − teacher) in bits per byte; 1 is as good as the teacher.
 
     None if there was no gap.
     """
@@ -175,7 +183,7 @@ def gap_closed(teacher: dict[str, Any], before: dict[str, Any], after: dict[str,
     return float((before[name] - after[name]) / gap) if gap > 0 else None
 
 
-def _score_rows(
+def _score_positions(
     hidden: Tensor,
     head: Head | CallableHead,
     labels: Tensor,
@@ -193,7 +201,9 @@ def _score_rows(
     probabilities, teacher_probabilities = (torch.zeros(shape, device=hidden.device) for _ in "12")
     score = None if target is None else target.block_scores(labels, rows=rows, likeliest=likeliest)
     for positions, logits in Projection(hidden, head, observed=labels).blocks():
-        nll[positions] = torch.nn.functional.cross_entropy(logits, labels[positions], reduction="none")
+        nll[positions] = torch.nn.functional.cross_entropy(
+            logits, labels[positions], reduction="none"
+        )
         ids[positions], probabilities[positions] = most_likely(logits, likeliest)
         if score is not None:
             block = score(positions, logits)

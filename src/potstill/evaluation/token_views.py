@@ -1,6 +1,6 @@
-"""Some held-out answers token by token, and the places where the student is worst, with what each model would have said there.
+"""Show a few held-out answers token by token, and the tokens where the student is worst.
 
-Enough for the report to show without a model: nats, and the likeliest next tokens as text with their probabilities.
+Stored for the report: nats, and each model's most likely next tokens as text with probabilities.
 """
 
 from __future__ import annotations
@@ -17,60 +17,69 @@ from potstill.evaluation.held_out import HeldOut, last_question
 from potstill.evaluation.scores import Likeliest, TokenScores
 
 VIEWED_ANSWERS = 3
-VIEWED_TOKENS = 120  # of each
+VIEWED_TOKENS = 120  # of each answer answer
 WORST = 12
 CONTEXT = 80  # characters
 
 
 def token_views(pair: HeldOut, before: TokenScores, after: TokenScores) -> dict[str, Any]:
-    """What evaluation.json keeps of single tokens.
+    """Return what evaluation.json stores of single tokens.
 
-    ``token_view`` is the first held-out answer (None if there is none), ``more_token_views`` a few more: of each token the nats
-    from the teacher (None across tokenizers), its surprise, −log p, and under ``next`` what each model held likeliest there (the
-    teacher is missing across tokenizers). ``worst_tokens`` are those furthest from the teacher after training, at most one a
-    conversation; none across tokenizers.
+    ``token_view`` is the first held-out answer (None if there is none), ``more_token_views`` a few
+    more. Each token has its KL from the teacher (None across tokenizers), −log p, and each
+    model's most likely tokens under ``next`` (no teacher across tokenizers). ``worst_tokens`` have
+    the highest KL after training, at most one a conversation; none across tokenizers.
     """
-    rows = _Rows(pair, before, after)
-    answers = [number for number in range(len(pair.conversations)) if (after.conversation == number).any()][:VIEWED_ANSWERS]
+    tokens = _SupervisedTokens(pair, before, after)
+    numbers = [i for i in range(len(pair.conversations)) if (after.conversation == i).any()]
     views = [
-        {"prompt": _question(pair, number), "tokens": [rows.row(i) for i in rows.of(number)[:VIEWED_TOKENS]]} for number in answers
+        {
+            "prompt": _question(pair, number),
+            "tokens": [tokens.view(i) for i in tokens.of(number)[:VIEWED_TOKENS]],
+        }
+        for number in numbers[:VIEWED_ANSWERS]
     ]
-    return {"token_view": views[0] if views else None, "more_token_views": views[1:], "worst_tokens": _worst(pair, rows)}
+    first = views[0] if views else None
+    worst = _worst(pair, tokens)
+    return {"token_view": first, "more_token_views": views[1:], "worst_tokens": worst}
 
 
-class _Rows:
-    """A supervised token of any held-out conversation, by its number among all of them, as evaluation.json has it."""
+class _SupervisedTokens:
+    """The supervised tokens of all held-out conversations, numbered in order."""
 
     def __init__(self, pair: HeldOut, before: TokenScores, after: TokenScores) -> None:
         self.scores = {"before": before, "after": after}
-        self.ids = [label for labels in pair.dataset["labels"] for label in labels[1:] if label != IGNORED]
+        labels = pair.dataset["labels"]
+        labels = pair.dataset["labels"]
+        self.ids = [label for one in labels for label in one[1:] if label != IGNORED]
         self.spell = speller(pair.tokenizer)
 
     def of(self, conversation: int) -> list[int]:
-        """The numbers of one conversation's tokens."""
-        numbers: list[int] = (self.scores["after"].conversation == conversation).nonzero()[:, 0].tolist()
+        """Return the numbers of one conversation's tokens."""
+        chosen = self.scores["after"].conversation == conversation
+        numbers: list[int] = chosen.nonzero()[:, 0].tolist()
         return numbers
 
-    def row(self, i: int) -> dict[str, Any]:
-        """One token."""
+    def view(self, i: int) -> dict[str, Any]:
+        """Return one token as evaluation.json stores it."""
         nats: dict[str, float | None] = {}
         for name, scores in self.scores.items():
             nats[f"{name}_kl_nats"] = None if scores.kl is None else scores.kl[i].item()
             nats[f"{name}_nll_nats"] = scores.nll[i].item()
-        said = {"teacher": self.scores["after"].teacher_likeliest, **{name: one.likeliest for name, one in self.scores.items()}}
-        return {
-            "text": self.spell(self.ids[i]),
-            **nats,
-            "next": {name: self._said(one, i) for name, one in said.items() if one is not None},
+        likely = {"teacher": self.scores["after"].teacher_likeliest}
+        likely |= {name: scores.likeliest for name, scores in self.scores.items()}
+        next_tokens = {
+            name: self._spelled(one, i) for name, one in likely.items() if one is not None
         }
+        return {"text": self.spell(self.ids[i]), **nats, "next": next_tokens}
 
-    def _said(self, likeliest: Likeliest, i: int) -> list[list[Any]]:
+    def _spelled(self, likeliest: Likeliest, i: int) -> list[list[Any]]:
         pairs = zip(likeliest.ids[i].tolist(), likeliest.probabilities[i].tolist(), strict=True)
         return [[self.spell(token), round(probability, 4)] for token, probability in pairs]
 
 
 def speller(tokenizer: Any) -> Callable[[int], str]:
-    """`spelled` for one tokenizer; where bytes cannot be recovered, as it decodes a token by itself."""
+    """Return `spelled` for one tokenizer; without known bytes, its decoding of one token."""
     try:
         tokens = token_bytes(tokenizer)
     except OpaqueTokenizer:
@@ -79,9 +88,9 @@ def speller(tokenizer: Any) -> Callable[[int], str]:
 
 
 def spelled(token: int, tokens: list[bytes | None], tokenizer: Any) -> str:
-    """The text of an id: blanks kept, special tokens by name, bytes that are no whole character as ``\\xe2``; else nothing.
+    """Return the text of an id, with blanks; ``tokens`` as from `token_bytes`.
 
-    ``tokens`` is what `token_bytes` gives.
+    Special tokens are shown by name, incomplete characters as ``\\xe2``, other ids as empty text.
     """
     known = tokens[token] if token < len(tokens) else None
     if known is not None:
@@ -89,26 +98,27 @@ def spelled(token: int, tokens: list[bytes | None], tokenizer: Any) -> str:
     return str(tokenizer.convert_ids_to_tokens(token) or "") if token < len(tokenizer) else ""
 
 
-def _worst(pair: HeldOut, rows: _Rows) -> list[dict[str, Any]]:
-    kl = rows.scores["after"].kl
+def _worst(pair: HeldOut, tokens: _SupervisedTokens) -> list[dict[str, Any]]:
+    kl = tokens.scores["after"].kl
     if kl is None:
         return []
     worst = []
     for conversation in range(len(pair.conversations)):
-        numbers = rows.of(conversation)
+        numbers = tokens.of(conversation)
         if numbers:
-            place = int(torch.stack([kl[i] for i in numbers]).argmax())
-            context = _last_words(pair.tokenizer.decode([rows.ids[i] for i in numbers[:place]]))
-            worst.append({"prompt": _question(pair, conversation), "context": context, **rows.row(numbers[place])})
-    return sorted(worst, key=lambda row: -row["after_kl_nats"])[:WORST]
+            position = int(torch.stack([kl[i] for i in numbers]).argmax())
+            context = pair.tokenizer.decode([tokens.ids[i] for i in numbers[:position]])
+            place = {"prompt": _question(pair, conversation), "context": _last_words(context)}
+            worst.append({**place, **tokens.view(numbers[position])})
+    return sorted(worst, key=lambda view: -view["after_kl_nats"])[:WORST]
 
 
 def _last_words(text: str) -> str:
-    """The end of a text, from a word's beginning on."""
+    """Return the end of a text, cut at a word."""
     return text if len(text) <= CONTEXT else "… " + text[-CONTEXT:].partition(" ")[2]
 
 
 def _question(pair: HeldOut, conversation: int) -> str:
-    """The question; of plain text, which has none, nothing."""
-    asked = pair.conversations[conversation]
-    return last_question(asked) if "messages" in asked else ""
+    """Return the question; an empty text for plain text."""
+    found = pair.conversations[conversation]
+    return last_question(found) if "messages" in found else ""
