@@ -5,7 +5,7 @@ import torch
 
 from conftest import conversations, tiny_model, toy_tokenizer
 from potstill.errors import ConfigError
-from potstill.students.layer_choice import least_missed_layers
+from potstill.students.layer_choice import most_important_layers
 
 INPUTS = {"input_ids": torch.arange(12)[None]}
 
@@ -19,17 +19,17 @@ def test_layers_that_do_nothing_are_the_first_to_go(family: str) -> None:
             last = any(part in name for part in ("o_proj", "down_proj", "c_proj"))
             parameter *= 0 if idle and last else 20 if last else 1
     before = model(**INPUTS).logits
-    assert least_missed_layers(model, toy_tokenizer(), conversations(4), 3) == [0, 2, 4]
+    assert most_important_layers(model, toy_tokenizer(), conversations(4), 3) == [0, 2, 4]
     assert torch.equal(model(**INPUTS).logits, before)
 
 
 def test_the_whole_model_is_nearest_to_itself_and_one_layer_can_be_kept() -> None:
     model = tiny_model(layers=3)
-    assert least_missed_layers(model, toy_tokenizer(), conversations(2), 3) == [0, 1, 2]
-    assert len(least_missed_layers(model, toy_tokenizer(), conversations(2), 1)) == 1
+    assert most_important_layers(model, toy_tokenizer(), conversations(2), 3) == [0, 1, 2]
+    assert len(most_important_layers(model, toy_tokenizer(), conversations(2), 1)) == 1
 
 
 @pytest.mark.parametrize("keep", [0, 4])
 def test_a_count_out_of_range_is_refused(keep: int) -> None:
     with pytest.raises(ConfigError, match="keep between 1 and 3"):
-        least_missed_layers(tiny_model(layers=3), toy_tokenizer(), conversations(2), keep)
+        most_important_layers(tiny_model(layers=3), toy_tokenizer(), conversations(2), keep)

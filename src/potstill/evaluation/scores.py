@@ -118,7 +118,7 @@ def score_teacher(
 
 
 def summarize(scores: TokenScores, *, seed: int = 0) -> dict[str, Any]:
-    """Return the means of `TOKEN_MEASURES`, with 95 % intervals from 2 000 resamplings.
+    """Return the means of `TOKEN_MEASURES`, with 95 % intervals of 2 000 resamplings.
 
     Conversations are resampled. A measure that needs a teacher is None without one. ``tokens`` and
     ``bytes`` are the amounts measured.
@@ -135,7 +135,7 @@ def summarize(scores: TokenScores, *, seed: int = 0) -> dict[str, Any]:
 
 
 def conversation_sums(scores: TokenScores) -> dict[str, Any]:
-    """Return ``tokens``, ``bytes``, ``nll_nats``, ``kl_nats``, ``agreeing_tokens`` per conversation.
+    """Return tokens, bytes, nll_nats, kl_nats and agreeing_tokens per conversation.
 
     They suffice to compare two models later. The last two are None without a teacher.
     """

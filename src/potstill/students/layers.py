@@ -1,8 +1,8 @@
-"""Make a student from a teacher: keep some of its layers.
+"""Make a student with some of its teacher's layers.
 
-A student that starts from its teacher's own layers learns far faster than one that starts from nothing: the embedding, the head
-and the residual stream they share already fit (Sanh et al. 2019, DistilBERT, arXiv 1910.01108, section 3; Sajjad et al. 2020,
-arXiv 2004.03844).
+It learns far faster than from random weights, because embedding, head and residual stream already
+fit (Sanh et al. 2019, DistilBERT, arXiv 1910.01108, section 3; Sajjad et al. 2020, arXiv
+2004.03844).
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Any
 from torch import nn
 
 from potstill.errors import ConfigError, ModelError
+from potstill.protocols import CausalLM, Tokenizer
 
 
 def choose_layers(keep: int | Sequence[int], *, of: int) -> list[int]:
-    """Which of a teacher's ``of`` layers stay: a count, spaced evenly with both ends kept, or an explicit list in order.
+    """Return the layers to keep: ``keep`` evenly spaced ones with both ends, or the given list.
 
     >>> choose_layers(4, of=10)
     [0, 3, 6, 9]
@@ -29,25 +30,28 @@ def choose_layers(keep: int | Sequence[int], *, of: int) -> list[int]:
     """
     if isinstance(keep, int):
         if not 1 <= keep <= of:
-            raise ConfigError(f"keep-layers {keep}: the teacher has {of} layers; keep between 1 and {of}")
+            found = f"the teacher has {of} layers; keep between 1 and {of}"
+            raise ConfigError(f"keep-layers {keep}: {found}")
         return [0] if keep == 1 else [round(i * (of - 1) / (keep - 1)) for i in range(keep)]
     layers = list(keep)
     for layer in layers:
         if not 0 <= layer < of:
-            raise ConfigError(f"keep-layers {layer}: no such layer; the teacher's are numbered 0 to {of - 1}")
+            need = f"the teacher's are numbered 0 to {of - 1}"
+            raise ConfigError(f"keep-layers {layer}: no such layer; {need}")
     if not layers or sorted(set(layers)) != layers:
-        raise ConfigError(f"keep-layers {','.join(map(str, layers))}: give each layer once, in rising order")
+        found = ",".join(map(str, layers))
+        raise ConfigError(f"keep-layers {found}: give each layer once, in rising order")
     return layers
 
 
-NUMBERS_OF_LAYERS = ("mlp_only_layers", "moe_layers")
-"""Lists that a configuration has of layers' numbers (mixtures of experts), not with an entry for each layer."""
+LAYER_NUMBER_LISTS = ("mlp_only_layers", "moe_layers")
+"""Configuration lists of layer numbers (mixtures of experts), not of one entry a layer."""
 
 
-def keep_layers(teacher: Any, keep: int | Sequence[int]) -> Any:
-    """A new model with the chosen layers of ``teacher`` and everything else of it, in the teacher's dtype, on the cpu.
+def keep_layers(teacher: CausalLM, keep: int | Sequence[int]) -> Any:
+    """Return a new model with the chosen layers of ``teacher``, in its dtype, on the CPU.
 
-    Raises: ConfigError as `choose_layers`; ModelError for an architecture whose layers are not one plain list.
+    Raises: ConfigError as `choose_layers`; ModelError if the layers are not one plain list.
     """
     from transformers import AutoModelForCausalLM
 
@@ -57,43 +61,52 @@ def keep_layers(teacher: Any, keep: int | Sequence[int]) -> Any:
     text_config = config.get_text_config()
     text_config.num_hidden_layers = len(layers)
     for name, value in list(vars(text_config).items()):
-        if name in NUMBERS_OF_LAYERS and isinstance(value, list):
-            setattr(text_config, name, [layers.index(layer) for layer in value if layer in layers])
-        elif isinstance(value, list) and len(value) == count:  # one entry a layer, such as layer_types (Gemma, Qwen)
+        if name in LAYER_NUMBER_LISTS and isinstance(value, list):
+            numbers = [layers.index(layer) for layer in value if layer in layers]
+            setattr(text_config, name, numbers)
+        elif isinstance(value, list) and len(value) == count:  # one entry a layer: layer_types
             setattr(text_config, name, [value[layer] for layer in layers])
     try:
         student = AutoModelForCausalLM.from_config(config, dtype=teacher.dtype)
         student.load_state_dict(_renumbered(teacher.state_dict(), prefix, layers))
     except (ValueError, RuntimeError, IndexError) as error:
         reason = " ".join(str(error).split())[-160:]
-        raise ModelError(f"{type(teacher).__name__}: its layers cannot be left out one by one: {reason}") from error
+        found = f"its layers cannot be removed one by one: {reason}"
+        raise ModelError(f"{type(teacher).__name__}: {found}") from error
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
 
 
 def save_student(
-    student: Any, tokenizer: Any, folder: Path, *, provenance: dict[str, Any], weights: dict[str, Any] | None = None
+    student: CausalLM,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    provenance: dict[str, Any],
+    weights: dict[str, Any] | None = None,
 ) -> None:
-    """Write an ordinary Hugging Face folder: safetensors, tokenizer, generation config, and a card that says what it is.
+    """Write a Hugging Face folder: safetensors, tokenizer, generation config and model card.
 
-    ``weights`` instead of the student's own: those of a model in shards, gathered.
+    ``weights`` replaces the student's state dict: the gathered weights of a sharded model.
     """
     student.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(_model_card(provenance), encoding="utf-8")
 
 
-def layer_list(model: Any) -> tuple[str, int]:
-    """The name and the length of the model's list of layers: ``model.layers``, ``transformer.h``, …"""
+def layer_list(model: CausalLM) -> tuple[str, int]:
+    """Return name and length of the model's list of layers: ``model.layers``, ``transformer.h``."""
     count = model.config.get_text_config().num_hidden_layers
-    lists = [
+    names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and re.search(r"(^|\.)(layers|h|blocks)$", name)
+        if isinstance(module, nn.ModuleList) and len(module) == count
     ]
-    if len(lists) != 1:
-        raise ModelError(f"{type(model).__name__}: its layers are not one plain list, so none can be left out; open an issue")
-    return lists[0], count
+    names = [name for name in names if re.search(r"(^|\.)(layers|h|blocks)$", name)]
+    if len(names) != 1:
+        found = "its layers are not one plain list, so none can be removed"
+        raise ModelError(f"{type(model).__name__}: {found}; open an issue")
+    return names[0], count
 
 
 def _renumbered(state: dict[str, Any], prefix: str, layers: Sequence[int]) -> dict[str, Any]:
@@ -112,4 +125,5 @@ def _model_card(provenance: dict[str, Any]) -> str:
     front = {"library_name": "transformers", "tags": ["potstill", "distillation"]}
     lines = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     facts = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in provenance.items())
-    return f"---\n{lines}\n---\n\n# A student\n\nMade with potstill.\n\n| what | value |\n|---|---|\n{facts}\n"
+    text = f"# A student\n\nMade with potstill.\n\n| what | value |\n|---|---|\n{facts}\n"
+    return f"---\n{lines}\n---\n\n{text}"
