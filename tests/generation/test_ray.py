@@ -1,4 +1,4 @@
-"""Ray on this machine: two workers, one killed."""
+"""Test the Ray engine on this machine with two workers, one of them killed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from potstill.generation import Answer, LocalEngine, Request, Sampling, requests
 SAMPLING = Sampling(max_new_tokens=24)
 
 
-class Recorded(LocalEngine):
-    """Leaves its process's number in a folder."""
+class RecordingEngine(LocalEngine):
+    """Records its process id as a file in `pids`."""
 
     pids: Path
 
@@ -34,32 +35,39 @@ class Make:
     def __call__(self) -> LocalEngine:
         from potstill import load_model
 
-        engine = Recorded(*load_model(self.model, dtype="float32"), SAMPLING, source="teacher", batch_size=4, unit_size=8)
+        opened = load_model(self.model, dtype="float32")
+        engine = RecordingEngine(*opened, SAMPLING, source="teacher", batch_size=4, unit_size=8)
         engine.pids = self.pids
         return engine
 
 
-def refuses() -> LocalEngine:
+def raise_config_error() -> LocalEngine:
     raise ConfigError("no such teacher")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")
-def test_a_worker_that_dies_takes_no_answer_with_it(
+def test_no_answer_is_lost_when_a_worker_is_killed(
     model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # else they starve on a busy machine
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # the default starves workers on a busy machine
     ray = pytest.importorskip("ray", reason="pip install 'potstill[ray]'")
     from potstill.generation.ray import RayEngine
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+    )
     try:
         with pytest.raises(ConfigError, match="^no such teacher$"):
-            RayEngine(refuses)
+            RayEngine(raise_config_error)
         make = Make(model_folder(), tmp_path)
-        wanted = list(requests([[{"role": "user", "content": f"the rain {i}"}] for i in range(320)], SAMPLING, {}))
+        prompts = [[{"role": "user", "content": f"the rain {i}"}] for i in range(320)]
+        wanted = list(requests(prompts, SAMPLING, {}))
         units: list[list[Request]] = [wanted[start : start + 8] for start in range(0, 320, 8)]
         answers, killed = [], None
         for answered in RayEngine(make, workers=2).answer(units):
@@ -69,6 +77,7 @@ def test_a_worker_that_dies_takes_no_answer_with_it(
                 os.kill(killed, signal.SIGKILL)
         assert len(list(tmp_path.iterdir())) >= 2
         expected = [answer for unit in units for answer in make().answer_unit(unit)]
-        assert sorted(answers, key=lambda answer: answer.key) == sorted(expected, key=lambda answer: answer.key)
+        by_key = attrgetter("key")
+        assert sorted(answers, key=by_key) == sorted(expected, key=by_key)
     finally:
         ray.shutdown()

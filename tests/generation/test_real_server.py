@@ -1,4 +1,4 @@
-"""`transformers serve` with a tiny model, killed and started again in the middle."""
+"""Test the server engine with `transformers serve`, killed and restarted during the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COUNT = 300
 
 
 class RealServer:
-    """A server process that can be killed and started again at the same address."""
+    """A server process that can be killed and restarted at the same address."""
 
     def __init__(self, model: Path, log: Path) -> None:
         with socket.socket() as free:
@@ -36,7 +36,8 @@ class RealServer:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        command = [str(Path(sys.executable).parent / "transformers"), "serve", str(self.model), "--port", str(self.port)]
+        executable = str(Path(sys.executable).parent / "transformers")
+        command = [executable, "serve", str(self.model), "--port", str(self.port)]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [*command, "--device", "cpu", "--host", "127.0.0.1"],
@@ -73,13 +74,17 @@ def real_server(tmp_path: Path, model_folder: Callable[..., Path]) -> Iterator[R
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_server_killed_and_started_again_loses_no_answer_and_gives_none_twice(real_server: RealServer, tmp_path: Path) -> None:
+def test_each_request_is_answered_once_when_the_server_is_killed_and_restarted(
+    real_server: RealServer, tmp_path: Path
+) -> None:
     sampling = Sampling(max_new_tokens=8)
-    wanted = list(requests([[{"role": "user", "content": f"the rain {i}"}] for i in range(COUNT)], sampling, {}))
-    engine = ServerEngine(real_server.url, str(real_server.model), sampling, concurrency=8, patience_seconds=120)
+    prompts = [[{"role": "user", "content": f"the rain {i}"}] for i in range(COUNT)]
+    wanted = list(requests(prompts, sampling, {}))
+    settings = {"concurrency": 8, "patience_seconds": 120}
+    engine = ServerEngine(real_server.url, str(real_server.model), sampling, **settings)
     killed = threading.Event()
 
-    def kill_and_start() -> None:
+    def kill_and_restart() -> None:
         real_server.kill()
         time.sleep(2)
         real_server.start()
@@ -89,11 +94,10 @@ def test_a_server_killed_and_started_again_loses_no_answer_and_gives_none_twice(
             store.add(unit)
             if len(store) == COUNT // 3 and not killed.is_set():
                 killed.set()
-                restart = threading.Thread(target=kill_and_start)
+                restart = threading.Thread(target=kill_and_restart)
                 restart.start()
         restart.join()
-    lines = [
-        json.loads(line) for line in (tmp_path / "out" / "answers" / "00000.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    ]
+    text = (tmp_path / "out" / "answers" / "00000.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.split("\n")[:-1]]
     assert sorted(line["key"] for line in lines) == sorted(request.key for request in wanted)
     assert all(line["text"] or not line["cut_off"] for line in lines)

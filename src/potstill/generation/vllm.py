@@ -54,8 +54,8 @@ class VllmEngine:
                 location, dtype=dtype, seed=sampling.seed, trust_remote_code=trust_remote_code
             )
         except Exception as error:  # vLLM has no base class for its errors
-            message = f"{teacher}: vLLM cannot open it ({_reason(error)}); use --engine local"
-            raise ModelError(message) from error
+            message = f"{teacher}: vLLM cannot open it ({_reason(error)})"
+            raise ModelError(f"{message}; correct that, or use --engine local") from error
 
     def answer(self, units: Iterable[Unit]) -> Iterator[list[Answer]]:
         """Yield the answers of one unit after the other, each seeded by its key.
