@@ -1,53 +1,40 @@
-"""Everything that can go wrong and that the user can mend, as one tree.
+"""Every error that the user can fix, as one tree of exceptions.
 
-    PotstillError
-    ├── ConfigError            a setting that does not exist or does not make sense
-    ├── ModelError             a model that cannot be opened, or is not what the work needs
-    │   ├── ModelNotFound      nothing there under that name (or no network to look)
-    │   └── UnsafeWeights      only pickled weights, or code that would have to be run
-    ├── DataError              a missing file, a malformed row, nothing usable left
-    │   └── ChatTemplateError  no chat template, or one that loses the assistant's text
-    ├── ServerError            no server there, or one that does not do what the work needs
-    ├── VocabularyMismatch     teacher and student do not share their tokens
-    ├── OpaqueTokenizer        a tokenizer that does not say which bytes its tokens stand for
-    ├── RunFolderError         an output folder that is not empty, not a run, or cannot be written
-    ├── NonFiniteLoss          training met a NaN or an infinity
-    └── SelfCheckFailed        a loss that is not what it says, found out before the first step
-
-Each message is one line: what was found, what is needed, what to do. The command line prints it and exits with status 2.
+Each message is one line: what was found, what is needed, what to do. The command line prints it and
+exits with status 2.
 """
 
 
 class PotstillError(Exception):
-    """The root: catch this to catch every error the library raises on purpose."""
+    """The base class of every error that the library raises on purpose."""
 
 
 class ConfigError(PotstillError):
-    """A setting that does not exist or does not make sense."""
+    """A setting does not exist or has an invalid value."""
 
 
 class ModelError(PotstillError):
-    """A model that cannot be opened, or is not what the work needs."""
+    """A model cannot be opened, or does not meet the requirements."""
 
 
 class ModelNotFound(ModelError):
-    """Nothing there under that name, or no network to look."""
+    """There is no such model, or no network to look for it."""
 
 
 class UnsafeWeights(ModelError):
-    """Only pickled weights, or code that would have to be run."""
+    """There are only pickled weights, or the model needs to run its own code."""
 
 
 class DataError(PotstillError):
-    """A missing file, a malformed row, nothing usable left."""
+    """A file is missing, a row is malformed, or no usable row is left."""
 
 
 class ChatTemplateError(DataError):
-    """No chat template where one is needed, or one that loses the assistant's text."""
+    """A chat template is missing or loses the assistant's text."""
 
 
 class ServerError(PotstillError):
-    """No server there, or one that does not do what the work needs."""
+    """A server does not answer, or does not have a required feature."""
 
 
 class VocabularyMismatch(PotstillError):
@@ -55,11 +42,11 @@ class VocabularyMismatch(PotstillError):
 
 
 class OpaqueTokenizer(PotstillError):
-    """A tokenizer that does not say which bytes its tokens stand for."""
+    """The bytes of a tokenizer's tokens are unknown."""
 
 
 class RunFolderError(PotstillError):
-    """An output folder that is not empty, is not a run, or cannot be written."""
+    """An output folder is not empty, is not a run, or cannot be written."""
 
 
 class NonFiniteLoss(PotstillError):
@@ -67,4 +54,4 @@ class NonFiniteLoss(PotstillError):
 
 
 class SelfCheckFailed(PotstillError):
-    """A loss that is not what it says, found out before the first step."""
+    """The self-check before the first step found a wrong loss."""

@@ -1,4 +1,4 @@
-"""One run in several processes (torchrun, accelerate launch): who speaks and writes, and what all must agree on."""
+"""Coordinate the processes of one run (torchrun, accelerate launch)."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from typing import Any
 
 
 def process_count() -> int:
-    """How many processes the launcher has started; 1 without one."""
+    """Return the number of processes that the launcher started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_main_process() -> bool:
-    """Whether this is the one that prints and writes."""
+    """Return whether this process prints and writes."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def print_main(line: str) -> None:
-    """Print, once."""
+    """Print from the main process only."""
     if is_main_process():
         print(line, flush=True)
 
 
 def broadcast_from_main(value: Any) -> Any:
-    """The main process's ``value``, in all of them. Each must ask; `transformers.TrainingArguments` must have begun the group."""
+    """Return the main process's ``value`` in every process. All must call it.
+
+    `transformers.TrainingArguments` must have started the process group.
+    """
     if process_count() == 1:
         return value
     from accelerate.utils import broadcast_object_list

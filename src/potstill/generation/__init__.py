@@ -1,9 +1,9 @@
-"""The teacher's text: prompts → answers that are kept → a data set that is clean and can be traced.
+"""Turn prompts into stored answers and a filtered data set that can be traced.
 
 keys.py      prompts → requests, each with a key that decides its answer
-engine.py    what answers them: local.py (a refilled batch, batch.py), server.py, vllm.py, ray.py; how: sampling.py
-store.py     answers on the disk, through any kill
-dataset.py   answers → conversations.jsonl, by filters.py, duplicates.py and a choice among samples; card.py tells what became of
+engine.py    the interface of the engines local.py, server.py, vllm.py and ray.py
+store.py     answers on disk, safe against kills
+dataset.py   answers → conversations.jsonl, by filters.py and duplicates.py; card.py describes it
 """
 
 from potstill.generation.card import counts_table as counts_table
@@ -16,9 +16,9 @@ from potstill.generation.keys import answered as answered
 from potstill.generation.keys import requests as requests
 from potstill.generation.local import LocalEngine as LocalEngine
 from potstill.generation.local import answer_prompts as answer_prompts
-from potstill.sampling.sampler import Sampling as Sampling
 from potstill.generation.server import ServerEngine as ServerEngine
 from potstill.generation.store import AnswerStore as AnswerStore
+from potstill.sampling.sampler import Sampling as Sampling
 
 __all__ = [
     "Answer",

@@ -19,18 +19,19 @@ from torch import Tensor, nn
 from potstill.errors import ModelError
 from potstill.losses import CallableHead, Head, Projection
 from potstill.losses.fused import as_any_head
+from potstill.protocols import CausalLM
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What of a batch a model's forward is given."""
+    """Return the columns of a batch that a model's forward takes."""
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
 
-def hidden_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Return what the LM head of ``model`` would project, ``[B, T, H]``."""
+def hidden_states(model: nn.Module | CausalLM, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the input of the LM head of ``model``, ``[B, T, H]``."""
     head = _head_module(model)
     recorder = _recorders.setdefault(head, _HiddenStateRecorder())
     previous = head.__dict__.get("forward")  # accelerate may have set a forward of its own
@@ -64,12 +65,12 @@ _recorders: weakref.WeakKeyDictionary[nn.Module, _HiddenStateRecorder] = weakref
 
 
 def carries_state(model: Any) -> bool:
-    """Whether a token sees more of its line than attention shows it: recurrences and convolutions know no seams."""
+    """Return whether the model has recurrences or convolutions, which ignore packing bounds."""
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     return bool(getattr(model, "_is_stateful", False)) or not ATTENTION.issuperset(kinds)
 
 
-def output_head(model: nn.Module, *, rows: int | None = None) -> Head | CallableHead:
+def output_head(model: nn.Module | CausalLM, *, rows: int | None = None) -> Head | CallableHead:
     """Return the LM head of ``model`` cut to its first ``rows``: weight, bias, scale and softcap.
 
     A head whose weights are quantized becomes a `CallableHead`.
@@ -84,12 +85,14 @@ def output_head(model: nn.Module, *, rows: int | None = None) -> Head | Callable
     return Head(_effective_weight(module), bias=bias, scale=scale, softcap=softcap, rows=rows)
 
 
-def trainable_head(model: nn.Module, *, rows: int | None = None) -> Head:
+def trainable_head(model: nn.Module | CausalLM, *, rows: int | None = None) -> Head:
     """Return the student's head. Raises: ModelError if its weights are quantized."""
     head = output_head(model, rows=rows)
     if isinstance(head, CallableHead):
         name = type(unwrapped(model)).__name__
-        raise ModelError(f"the LM head of {name} is quantized; a student needs a floating-point head")
+        raise ModelError(
+            f"the LM head of {name} is quantized; a student needs a floating-point head"
+        )
     return head
 
 
@@ -101,27 +104,28 @@ def _is_quantized(module: nn.Module) -> bool:
     return not weight.is_floating_point() or library in ("torchao", "bitsandbytes")
 
 
-def head_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The logits ``[B, T, V]`` as our losses make them, of a few tokens: hidden states, and the head that a loss is given."""
+def head_logits(model: nn.Module | CausalLM, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the logits ``[B, T, V]`` of a few tokens, computed as the losses compute them."""
     hidden = hidden_states(model, inputs)
     head = as_any_head(output_head(model))
     states = hidden.flatten(0, 1)
-    projection = Projection(states.to(head.weight.device) if isinstance(head, Head) else states, head)
+    states = states.to(head.weight.device) if isinstance(head, Head) else states
+    projection = Projection(states, head)
     return projection.logits(slice(0, len(projection.hidden))).view(*hidden.shape[:2], -1)
 
 
 def supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The N positions that have a next token to learn, and those tokens: ``[B, T, H]``, ``[B, T]`` → ``[N, H]``, ``[N]``.
+    """Return hidden states and next tokens of the N supervised positions: ``[N, H]``, ``[N]``.
 
-    ``labels`` stand in their own places, −100 where nothing is to be learned (Hugging Face's convention); the first of a
-    conversation never is.
+    ``labels [B, T]`` have the position of their token, −100 where nothing is learned; the first
+    label of a conversation is always −100.
     """
     chosen = labels[:, 1:] != -100
     return hidden[:, :-1][chosen], labels[:, 1:][chosen]
 
 
-def unwrapped(model: nn.Module) -> Any:
-    """The model inside DDP, FSDP and torch.compile; a PEFT model is its own, for it changes what the model computes."""
+def unwrapped(model: nn.Module | CausalLM) -> Any:
+    """Return the model inside DDP, FSDP and torch.compile. A PEFT model is kept as it is."""
     while True:
         inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
@@ -129,35 +133,38 @@ def unwrapped(model: nn.Module) -> Any:
         model = inner
 
 
-def _head_module(model: nn.Module) -> nn.Module:
+def _head_module(model: nn.Module | CausalLM) -> nn.Module:
     module = unwrapped(model).get_output_embeddings()
     if module is None:
-        raise ModelError(f"{type(unwrapped(model)).__name__} has no output embeddings; a causal language model is needed")
+        found = f"{type(unwrapped(model)).__name__} has no output embeddings"
+        raise ModelError(f"{found}; a causal language model is needed")
     return module  # type: ignore[no-any-return]
 
 
 def _effective_weight(module: nn.Module) -> Tensor:
-    """The weight that the module multiplies by, LoRA on the head included (its gradient then flows to A and B alone)."""
+    """Return the weight of the product, LoRA included (only A and B then get a gradient)."""
     base: Tensor = module.weight  # type: ignore[assignment]
     adapters = getattr(module, "active_adapters", None)
-    if not adapters or getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
+    if not adapters or getattr(module, "disable_adapters", False):
         return base
-    if not hasattr(module, "get_delta_weight"):  # PEFT's modules_to_save: the weight is the trained copy's
+    # Without get_delta_weight (PEFT's modules_to_save), the weight is the trained copy's.
+    if getattr(module, "merged", False) or not hasattr(module, "get_delta_weight"):
         return base
     if any(getattr(module, "use_dora", {}).get(name) for name in adapters):
-        raise ModelError(
-            "the head has a DoRA adapter, whose weight is no sum; use plain LoRA, or leave the head out of its targets"
-        )
-    return base + torch.stack([module.get_delta_weight(name) for name in adapters]).sum(0)  # type: ignore[operator]
+        found = "the head has a DoRA adapter, whose weight is not a sum"
+        raise ModelError(f"{found}; use plain LoRA, or leave the head out of its targets")
+    deltas = [module.get_delta_weight(name) for name in adapters]  # type: ignore[operator]
+    return base + torch.stack(deltas).sum(0)
 
 
 FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
 DIVISORS = ("logits_scaling",)  # Granite
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+# Gemma, RecurrentGemma, xLSTM
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def _logit_scale(config: Any) -> float:
-    """What logits are multiplied by, in the words of the architectures that do."""
+    """Return the factor of the logits, from the settings of the architectures that have one."""
     return math.prod(_settings(config, FACTORS)) / math.prod(_settings(config, DIVISORS))
 
 

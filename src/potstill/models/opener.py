@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from potstill.models.chat_template import ensure_chat_template
-from potstill.models.sources import load_config, load_generation_config, load_model, load_tokenizer, pick_device
+from potstill.models.sources import (
+    load_config,
+    load_generation_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+)
 from potstill.protocols import CausalLM, Tokenizer
 
 Source = str | os.PathLike[str]
@@ -31,10 +37,14 @@ class ModelOpener:
         """Open a causal language model in evaluation mode; ``dtype`` overrides the opener's."""
         return self.model_and_tokenizer(source, dtype=dtype)[0]
 
-    def model_and_tokenizer(self, source: Source, *, dtype: str | None = None) -> tuple[CausalLM, Tokenizer]:
+    def model_and_tokenizer(
+        self, source: Source, *, dtype: str | None = None
+    ) -> tuple[CausalLM, Tokenizer]:
         """Open a model and its tokenizer."""
         trust = self.trust_remote_code
-        model, tokenizer = load_model(source, dtype=dtype or self.dtype, device=self.device, trust_remote_code=trust)
+        model, tokenizer = load_model(
+            source, dtype=dtype or self.dtype, device=self.device, trust_remote_code=trust
+        )
         return model, self._with_template(tokenizer)
 
     def tokenizer(self, source: Source) -> Tokenizer:

