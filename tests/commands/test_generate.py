@@ -103,7 +103,7 @@ def test_a_damaged_shard_is_named_and_made_again_to_the_same_rows(place: Path, c
     shard = place / "out" / "answers" / "00000.jsonl"
     shard.write_bytes(shard.read_bytes()[:-9])
     assert cli.main(command()) == 0
-    assert "00000.jsonl: damaged or gone; its answers are made again" in capsys.readouterr().out
+    assert "00000.jsonl: damaged or missing; its answers are made again" in capsys.readouterr().out
     assert rows("out") == before
 
 

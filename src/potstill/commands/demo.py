@@ -1,4 +1,7 @@
-"""The whole of it on two CPU cores: the teacher answers → a student is cut → distill. Each stage is kept, as in pipeline.py."""
+"""`potstill demo`: answer, cut a student, distill and report, on two CPU cores.
+
+Each stage is kept, as in pipeline.py.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,17 @@ from potstill.sampling import Sampling
 from potstill.students import make_student
 from potstill.training.kept_memory import keep_freed_memory
 
-# Those missed least (layer_choice.py, four minutes): 3.1 nats a token from the whole at first, evenly spaced ones nearly 10.
+# Chosen by layer_choice.py in four minutes: 3.1 nats a token from the teacher, evenly spaced 10.
 LAYERS = [0, 1, 2, 8, 9, 10, 11, 20, 21, 22, 23, 24, 27, 28, 29]
 ANSWER_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class DemoRecipe:
-    """See it work: teacher, student, distillation, evaluation and report, on two CPU cores."""
+    """Run everything on two CPU cores: teacher, student, distillation, evaluation and report."""
 
     output_dir: str = "runs/demo"
-    """Folder of the run. The same command goes on with an interrupted one."""
+    """Folder of the run. The same command continues an interrupted one."""
     seconds: float = 180
     """Seconds of training."""
 
@@ -42,7 +45,7 @@ def run(recipe: DemoRecipe) -> None:
 
 
 def demo(output_dir: str = "runs/demo", *, seconds: float = 180) -> Path:
-    """The whole of it on two CPU cores: SmolLM2-135M-Instruct answers, half its layers learn to. Returns the report's path."""
+    """Distill SmolLM2-135M-Instruct into half its layers; return the report's path."""
     folder = RunFolder(output_dir)
     before = folder.path / "student-before"
     recipe = DistillRecipe(
@@ -55,8 +58,8 @@ def demo(output_dir: str = "runs/demo", *, seconds: float = 180) -> Path:
         learning_rate=6e-4,
         batch_size=4,
         eval_steps=0.25,
-        freeze_embeddings=True,  # the teacher's own: after 30 steps of 8 conversations 2.14 nats away, trained 2.22
-        trainer={"adam_beta1": 0.8, "adam_beta2": 0.95},  # a run of two hundred steps has no time for a long memory
+        freeze_embeddings=True,  # better after 30 steps: 2.14 nats, trained 2.22
+        trainer={"adam_beta1": 0.8, "adam_beta2": 0.95},  # shorter averages for 200 steps
     )
     folder.refuse_other(dataclasses.asdict(recipe))
     locate("demo")
@@ -64,7 +67,8 @@ def demo(output_dir: str = "runs/demo", *, seconds: float = 180) -> Path:
     with resources.as_file(resources.files("potstill.data") / "demo_prompts.jsonl") as path:
         prompts = list(read_prompts(path))
     for split in ("train", "held_out"):
-        _answer_into(folder.data / split, [prompt["messages"] for prompt in prompts if prompt["split"] == split])
+        messages = [prompt["messages"] for prompt in prompts if prompt["split"] == split]
+        _answer_into(folder.data / split, messages)
     if not before.is_dir():
         print(f"cutting a student of {len(LAYERS)} layers from the teacher", flush=True)
         make_student("demo", str(before), keep=LAYERS)
@@ -72,7 +76,7 @@ def demo(output_dir: str = "runs/demo", *, seconds: float = 180) -> Path:
 
 
 def _answer_into(folder: Path, prompts: list[Any]) -> None:
-    """The demo's teacher answers, sampled a little colder than it is: a small model's text reads better."""
+    """Answer with the teacher below temperature 1, which suits a small model."""
     if (folder / CONVERSATIONS).is_file():
         return
     model, tokenizer = load_model("demo", dtype="bfloat16")

@@ -1,4 +1,4 @@
-"""`potstill doctor`: check a pair and a planned run before any compute is spent."""
+"""`potstill doctor`: check a teacher, a student and a planned run before training."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ class DoctorRecipe:
     """Check whether and how a teacher can teach a student, and what it will cost."""
 
     teacher: str
-    """Hub id, model folder, GGUF file, or demo. A configuration and a tokenizer are enough."""
+    """Hub id, model folder, GGUF file, or demo. Weights are not needed."""
     student: str
-    """The same, for the model to be trained."""
+    """The model to train, given like the teacher."""
     data: str | None = None
-    """Conversations with the teacher's answers, to measure on: a .jsonl file, or anything the datasets library opens."""
+    """Conversations with the teacher's answers, as a .jsonl file or a data set's name."""
     max_steps: int | None = None
-    """Optimizer steps of the planned run. Without it, three times through the data; without data, a million tokens."""
+    """Optimizer steps. Default: three passes, or a million tokens without data."""
     batch_size: int = 8
-    """Conversations in a micro-batch of the planned run."""
+    """Conversations in a micro-batch."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches in an optimizer step of the planned run."""
+    """Micro-batches in an optimizer step."""
     max_length: int = MAX_LENGTH
     """Tokens at which a conversation is cut."""
     precision: str = "bf16"
-    """bf16, fp16 or fp32: of the planned run."""
+    """bf16, fp16 or fp32, of the planned run."""
     card: str | None = None
-    """An accelerator to tell the hours for: a10, a100, a100-40gb, b200, h100, h200, l4, l40s, mi300x, rtx3090 or rtx4090."""
+    """Estimate the hours on a10, a100, a100-40gb, b200, h100, h200, l4, l40s, mi300x, rtx3090 or
+    rtx4090."""
     chat_template: str | None = None
     """For tokenizers without one: plain, or the path of a Jinja template."""
     with_weights: bool = False
-    """Read the teacher's weights, too, and score the answers under its own chat template and under the student's."""
+    """Also score the answers with the teacher's weights, under both chat templates."""
     device: str = "auto"
-    """auto, cpu, cuda or mps: of the teacher, with weights."""
+    """auto, cpu, cuda or mps, with --with-weights."""
     trust_remote_code: bool = False
     """Run code that comes with the models. Read it first."""
     json: bool = False

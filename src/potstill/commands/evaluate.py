@@ -15,11 +15,11 @@ class EvaluateRecipe:
     student: str
     """Hub id, model folder, GGUF file, or demo."""
     teacher: str
-    """The same, for the teacher."""
+    """The teacher, given like the student."""
     data: str
-    """Held-out conversations: a .jsonl file, or anything the datasets library opens."""
+    """Held-out conversations, as a .jsonl file or a data set's name."""
     tasks: str | None = None
-    """Asked of both: lm-evaluation-harness's tasks and .jsonl files of questions, separated by commas (needs potstill[lm-eval])."""
+    """Tasks of lm-evaluation-harness and .jsonl files of questions, separated by commas."""
     max_length: int = MAX_LENGTH
     """Tokens at which a conversation is cut."""
     chat_template: str | None = None

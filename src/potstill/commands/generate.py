@@ -24,31 +24,31 @@ class GenerateRecipe:
     """Let a teacher answer prompts, and make a filtered data set of its answers."""
 
     teacher: str
-    """Hub id, model folder, GGUF file, or demo; with --server the name under which the server knows it."""
+    """Hub id, model folder, GGUF file, or demo; with --server, its name on the server."""
     prompts: str
-    """A .jsonl file of {"prompt"} or {"messages"}, or anything the datasets library opens."""
+    """A .jsonl file of {"prompt"} or {"messages"}, or a data set's name."""
     output_dir: str
-    """Folder for the data set. The same command goes on with an interrupted one."""
+    """Folder for the data set. The same command continues an interrupted one."""
     engine: str = "local"
-    """local: transformers in this process. vllm: vLLM in this process. ray, ray-vllm: many of these, on many machines."""
+    """local (transformers) or vllm, in this process; ray or ray-vllm, on many machines."""
     server: str | None = None
-    """Address of an OpenAI-compatible server to ask instead. Its key is read from POTSTILL_API_KEY or OPENAI_API_KEY."""
+    """OpenAI-compatible server to use. The key is in POTSTILL_API_KEY or OPENAI_API_KEY."""
     max_new_tokens: int = 256
     """Tokens at which an answer is cut off."""
     temperature: float = 0.7
-    """Divides the teacher's logits before sampling; 0 takes the likeliest token."""
+    """Divides the teacher's logits; 0 takes the most likely token."""
     top_p: float = 0.95
-    """Sample among the likeliest tokens that together have this probability."""
+    """Sample among the most likely tokens with this total probability."""
     samples: int = 1
     """Answers to each prompt."""
     system: str | None = None
-    """System prompt, put before prompts that have none."""
+    """System prompt for the prompts that have none."""
     seed: int = 0
-    """Another seed, other answers."""
+    """A different seed gives different answers."""
     choose: str = "all"
-    """Of several samples: all, shortest (of the complete ones), likeliest (by the teacher), or FILE.py:FUNCTION of rows."""
+    """Samples to keep: all, shortest, likeliest (by the teacher), or FILE.py:FUNCTION."""
     keep: str = ""
-    """Reasons not to drop an answer for, separated by commas: cut_off, repetition_loop, refusal, empty, …"""
+    """Reasons that do not drop an answer, separated by commas: cut_off, refusal, empty, …"""
     min_characters: int = 0
     """Drop shorter answers."""
     max_characters: int | None = None
@@ -58,17 +58,17 @@ class GenerateRecipe:
     language: str | None = None
     """Drop answers in another language: en, fr, zh, … (needs py3langid)."""
     similarity: float = 0.8
-    """Drop answers at least so similar to an earlier one (Jaccard, runs of three words); 1 drops none."""
+    """Drop answers with this Jaccard similarity (3 words) to an earlier one; 1 drops none."""
     held_out: str | None = None
-    """Prompts of an evaluation: what shares eight words in a row with one of them is dropped."""
+    """Evaluation prompts. Answers that share eight consecutive words with one are dropped."""
     filter: str | None = None
-    """FILE.py:FUNCTION of a row, which says True for a row to keep."""
+    """FILE.py:FUNCTION that returns True for a row to keep."""
     batch_size: int = 32
-    """Prompts answered side by side; with --server, requests in flight."""
+    """Prompts in a batch; with --server, parallel requests."""
     workers: int = 2
-    """Actors of the ray engines, each with a GPU where there are any."""
+    """Actors of the ray engines, each with a GPU if there is one."""
     patience: float = 300
-    """Seconds to go on asking a server that does not answer."""
+    """Seconds of retries for a server that does not answer."""
     chat_template: str | None = None
     """For tokenizers without one: plain, or the path of a Jinja template."""
     precision: str = "bf16"
@@ -85,17 +85,21 @@ def run(recipe: GenerateRecipe) -> None:
 
 
 def generate(recipe: GenerateRecipe) -> Path:
-    """Let the teacher answer, go on with an interrupted run, filter. Returns the file of conversations.
+    """Answer the prompts, or continue an interrupted run; filter; return the conversations file.
 
     Raises: ConfigError, DataError, ModelError, RunFolderError, ServerError.
     """
     sampling = Sampling(**{name: getattr(recipe, name) for name in Sampling.__dataclass_fields__})
     chosen, choose = _filters(recipe), _choice(recipe)
     prompts = _PromptFile(recipe.prompts)
-    if not sum(1 for _ in prompts):  # all of them: a broken row is found before any work is done
-        raise DataError(f'{recipe.prompts}: no prompt there; each line holds one, as {{"prompt": …}} or {{"messages": …}}')
+    if not sum(1 for _ in prompts):  # reads all, to find a malformed row before any work is done
+        need = 'each line holds one, as {"prompt": …} or {"messages": …}'
+        raise DataError(f"{recipe.prompts}: no prompt there; {need}")
     engine = _engine(recipe, sampling)
-    settings = {} if recipe.server else {"precision": recipe.precision, "batch_size": recipe.batch_size}
+    made_with: dict[str, Any] = {"engine": "server" if recipe.server else recipe.engine}
+    if not recipe.server:
+        made_with |= {"precision": recipe.precision, "batch_size": recipe.batch_size}
+    made_with["likeliest"] = recipe.choose == "likeliest"
     return make_dataset(
         Path(recipe.output_dir).expanduser(),
         prompts,
@@ -104,7 +108,7 @@ def generate(recipe: GenerateRecipe) -> Path:
         drop=chosen,
         choose=choose,
         similarity=recipe.similarity,
-        made_with={"engine": "server" if recipe.server else recipe.engine, **settings, "likeliest": recipe.choose == "likeliest"},
+        made_with=made_with,
     )
 
 
@@ -118,10 +122,11 @@ def _engine(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
             patience_seconds=recipe.patience,
             nats=recipe.choose == "likeliest",
         )
-    dtype_of(recipe.precision)  # refused before anything is opened
+    dtype_of(recipe.precision)  # raise before a model is opened
     makers = {"local": _local, "vllm": _vllm, "ray": _local, "ray-vllm": _vllm}
     if recipe.engine not in makers:
-        raise ConfigError(f"engine {recipe.engine!r} is not known; use {', '.join(makers)}, or give --server")
+        known = ", ".join(makers)
+        raise ConfigError(f"engine {recipe.engine!r} is not known; use {known}, or give --server")
     make = functools.partial(makers[recipe.engine], recipe, sampling)
     if not recipe.engine.startswith("ray"):
         return make()
@@ -147,7 +152,7 @@ def _local(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
         sampling,
         source=recipe.teacher,
         batch_size=recipe.batch_size,
-        # What a kill can cost: a few minutes of work on either device.
+        # A kill loses at most a unit, a few minutes of work.
         unit_size=(2 if model.device.type == "cpu" else 8) * recipe.batch_size,
         nats=recipe.choose == "likeliest",
     )
@@ -171,19 +176,23 @@ def _filters(recipe: GenerateRecipe) -> dict[str, Filter]:
     keep = {name.strip() for name in recipe.keep.split(",") if name.strip()}
     unknown = keep - WHAT.keys()
     if unknown:
-        raise ConfigError(f"--keep {min(unknown)}: no such reason; reasons are {', '.join(list(WHAT)[1:])}")
+        known = ", ".join(list(WHAT)[1:])
+        raise ConfigError(f"--keep {min(unknown)}: no such reason; reasons are {known}")
     if not 0 < recipe.similarity <= 1:
-        raise ConfigError(f"similarity {recipe.similarity}: above 0 and at most 1; 1 drops no near duplicates")
+        need = "above 0 and at most 1; 1 drops no near duplicates"
+        raise ConfigError(f"similarity {recipe.similarity}: {need}")
     chosen = standard_filters() | filters.length(recipe.min_characters, recipe.max_characters)
     if recipe.script:
         chosen["wrong_script"] = filters.wrong_script(recipe.script)
     if recipe.language:
         chosen["wrong_language"] = filters.wrong_language(recipe.language)
     if recipe.held_out:
-        chosen["contaminated"] = filters.contaminated(row["messages"][-1]["content"] for row in read_prompts(recipe.held_out))
+        held_out = read_prompts(recipe.held_out)
+        questions = (row["messages"][-1]["content"] for row in held_out)
+        chosen["contaminated"] = filters.contaminated(questions)
     if recipe.filter:
-        says_keep = filters.users_function(recipe.filter)
-        chosen["user"] = lambda row: not says_keep(row)
+        is_kept = filters.users_function(recipe.filter)
+        chosen["user"] = lambda row: not is_kept(row)
     return {name: is_bad for name, is_bad in chosen.items() if name not in keep}
 
 
@@ -191,12 +200,13 @@ def _choice(recipe: GenerateRecipe) -> Choose | None:
     if recipe.choose in CHOICES:
         return CHOICES[recipe.choose]
     if ".py:" not in recipe.choose:
-        raise ConfigError(f"choose {recipe.choose!r} is not known; use {', '.join(CHOICES)} or FILE.py:FUNCTION")
+        known = ", ".join(CHOICES)
+        raise ConfigError(f"choose {recipe.choose!r} is not known; use {known} or FILE.py:FUNCTION")
     return filters.users_function(recipe.choose)
 
 
 class _PromptFile:
-    """The conversations of a file of prompts, read from it each time."""
+    """Iterate over the conversations of a prompt file, read anew each time."""
 
     def __init__(self, source: str) -> None:
         self.source = source

@@ -1,4 +1,4 @@
-"""`potstill play`: talk to the three models of a run in a browser."""
+"""`potstill play`: chat with the three models of a run in a browser."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PlayRecipe:
-    """Talk to a run in the browser: teacher, student before and after (potstill[play])."""
+    """Chat with teacher, student before and student after in a browser (needs potstill[play])."""
 
     run_dir: str
     """Folder of a finished run of distill or demo."""
     host: str = "127.0.0.1"
-    """Address to serve at: this machine alone. 0.0.0.0 lets others in, and asks them for no password."""
+    """Address to serve at. 0.0.0.0 gives every machine access, without a password."""
     port: int = 7860
     """Port to serve at."""
     device: str = "auto"
-    """auto, cpu, cuda or mps: of all three models."""
+    """auto, cpu, cuda or mps, for all three models."""
 
 
 def run(recipe: PlayRecipe) -> None:

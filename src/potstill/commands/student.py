@@ -14,15 +14,13 @@ class StudentRecipe:
     teacher: str
     """Hub id, model folder, GGUF file, or demo."""
     output_dir: str
-    """Folder for the student, which must not hold anything yet."""
+    """Folder for the student, empty or new."""
     keep_layers: str | None = None
-    """How many layers to keep, evenly spaced with both ends (8), which ones (0,1,5,9), half, or all. Without it: half, or all with
-    --tokenizer."""
+    """Layers to keep: 8, or 0,1,5,9, or half (default), or all (default with --tokenizer)."""
     data: str | None = None
-    """Conversations on which a number of layers is chosen: those that are missed least, instead of evenly spaced ones."""
+    """Conversations that decide which layers are kept. Default: evenly spaced layers."""
     tokenizer: str | None = None
-    """Whose tokenizer the student gets instead of its teacher's: hub id, folder, GGUF file or demo. Each new token starts from the
-    teacher's tokens for the same bytes. If it has no chat template, the student gets the plain one."""
+    """Another model's tokenizer. New tokens start from old tokens of the same bytes."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Read it first."""
 
@@ -48,7 +46,6 @@ def _layers(text: str | None) -> int | list[int] | str | None:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(
-            f"--keep-layers {text}: give a number (8), a list (0,1,5,9), half or all"
-        ) from None
+        need = "give a number (8), a list (0,1,5,9), half or all"
+        raise ConfigError(f"--keep-layers {text}: {need}") from None
     return numbers if "," in text else numbers[0]

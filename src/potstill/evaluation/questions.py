@@ -53,7 +53,7 @@ def _checked(row: dict[str, Any], place: str) -> dict[str, Any]:
     if isinstance(answer, str) and choices.count(answer) == 1:
         answer = choices.index(answer)
     is_number = isinstance(answer, int) and not isinstance(answer, bool)
-    if not is_number or not 0 <= answer < len(choices):
+    if not is_number or answer not in range(len(choices)):
         need = "give one of them, or its number from 0"
         raise DataError(f'{place}: "answer" {answer!r} is none of the choices; {need}')
     return {"question": question, "choices": choices, "answer": answer}

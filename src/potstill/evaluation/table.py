@@ -16,7 +16,6 @@ def as_table(measured: Mapping[str, Any]) -> str:
     """
     names = [name for name in measured if name != "tasks"]
     models = [measured[name] for name in names]
-    models = [measured[name] for name in names]
     lines = [*_lines(names, "95 % interval of the last", _measures(models))]
     if "tasks" in measured:
         models = [measured["tasks"][name] for name in names]

@@ -17,7 +17,7 @@ from potstill.evaluation.held_out import HeldOut, last_question
 from potstill.evaluation.scores import Likeliest, TokenScores
 
 VIEWED_ANSWERS = 3
-VIEWED_TOKENS = 120  # of each answer answer
+VIEWED_TOKENS = 120  # of each answer
 WORST = 12
 CONTEXT = 80  # characters
 
@@ -49,7 +49,6 @@ class _SupervisedTokens:
 
     def __init__(self, pair: HeldOut, before: TokenScores, after: TokenScores) -> None:
         self.scores = {"before": before, "after": after}
-        labels = pair.dataset["labels"]
         labels = pair.dataset["labels"]
         self.ids = [label for one in labels for label in one[1:] if label != IGNORED]
         self.spell = speller(pair.tokenizer)

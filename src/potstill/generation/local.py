@@ -30,7 +30,7 @@ Prompt = str | list[dict[str, Any]]
 
 
 def answer_prompts(
-    model: CausalLM,
+    model: Any,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     *,
@@ -61,7 +61,7 @@ class LocalEngine:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: Any,
         tokenizer: Tokenizer,
         sampling: Sampling,
         *,

@@ -85,7 +85,7 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_generation_config(source: Source, *, trust_remote_code: bool = False) -> Any:
-    """Open the generation config, else derive it from the configuration. Raises: as `load_model`."""
+    """Open the generation config, or derive it from the configuration."""
     location = locate(source, weights=False)
     from transformers import GenerationConfig
 
@@ -283,9 +283,7 @@ def _is_quantized(gguf: Path) -> bool:
     from gguf import GGUFReader
 
     file_type = GGUFReader(gguf).fields.get("general.file_type")
-    return (
-        file_type is not None and int(file_type.parts[-1][0]) > 1
-    )  # 0 is float32 and 1 is float16
+    return file_type is not None and int(file_type.parts[-1][0]) > 1  # 0: float32, 1: float16
 
 
 def _torch_dtype(dtype: str | torch.dtype) -> Any:

@@ -36,7 +36,7 @@ def make_student(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunFolderError(f"{folder}: not empty; give another --output-dir")
     keep = keep or ("all" if tokenizer else "half")
-    trust = {"trust_remote_code": trust_remote_code}
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     config = load_config(teacher, **trust)
     count = config.get_text_config().num_hidden_layers
     if isinstance(keep, str):

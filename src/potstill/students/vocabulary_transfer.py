@@ -29,7 +29,7 @@ from potstill.alignment.probe import PROBE
 from potstill.alignment.segmentation import Segmenter
 from potstill.alignment.token_bytes import special_ids
 from potstill.errors import ModelError, VocabularyMismatch
-from potstill.protocols import CausalLM, Tokenizer
+from potstill.protocols import Tokenizer
 
 ROLES = ("eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id")
 # Settings of a generation config that contain ids of the old vocabulary.
@@ -65,7 +65,7 @@ def token_sources(tokenizer: Tokenizer, new_tokenizer: Tokenizer) -> list[tuple[
 
 
 def change_tokenizer(
-    model: CausalLM,
+    model: Any,
     tokenizer: Tokenizer,
     new_tokenizer: Tokenizer,
     *,

@@ -1,4 +1,4 @@
-"""Trainer callbacks: a metrics file that survives interrupts, and a progress bar with the loss."""
+"""Trainer callbacks: a metrics file that survives interruptions, and a progress bar."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from potstill.run_folder import read_rows, write_whole
 if TYPE_CHECKING:
     from potstill.training.trainer import DistillationTrainer
 
+Logs = dict[str, Any] | None
+
 
 class MetricsFile(TrainerCallback):
-    """Writes what the trainer logs to a JSON Lines file: loss, learning rate, and tokens and seconds of training so far.
+    """Write the trainer's logs to a JSON Lines file, with tokens and seconds of training so far.
 
-    A resumed run goes on behind the row of its checkpoint: rows that an interrupt orphaned are taken out.
+    A resumed run continues after its checkpoint's row; later rows are deleted.
     """
 
     def __init__(self, file: Path, trainer: DistillationTrainer) -> None:
@@ -29,24 +31,24 @@ class MetricsFile(TrainerCallback):
         self.begun = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take out the rows behind the step at which training begins."""
-        rows = [row for row in read_rows(self.file)[0] if row.get("step", math.inf) <= state.global_step]
+        """Delete the rows after the step at which training begins."""
+        step, rows = state.global_step, read_rows(self.file)[0]
+        rows = [row for row in rows if row.get("step", math.inf) <= step]
         if state.is_world_process_zero:
             write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
         self.earlier = rows[-1] if rows else self.earlier
         self.begun, self.trainer.seconds_evaluating = time.perf_counter(), 0.0
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Logs = None, **_: Any) -> None:
         """Add one row."""
         if logs is None or not {"loss", "eval_loss"} & logs.keys():
             return
-        seconds, seen = time.perf_counter() - self.begun - self.trainer.seconds_evaluating, self.trainer.tokens_seen_by_all()
+        seconds = time.perf_counter() - self.begun - self.trainer.seconds_evaluating
+        seen = self.trainer.tokens_seen_by_all()
         if not state.is_world_process_zero:
             return
-        row = {
-            "step": state.global_step,
-            **{name: value for name, value in logs.items() if isinstance(value, int | float)},
-        }
+        numbers = {name: value for name, value in logs.items() if isinstance(value, int | float)}
+        row = {"step": state.global_step, **numbers}
         row["tokens"] = self.earlier["tokens"] + seen
         row["seconds"] = round(self.earlier["seconds"] + seconds, 3)
         row["tokens_per_second"] = round(seen / seconds, 1)
@@ -55,9 +57,9 @@ class MetricsFile(TrainerCallback):
 
 
 class ProgressBar(ProgressCallback):
-    """transformers' bar with the loss at its end, and not a line for every step: those are rows of the file above."""
+    """transformers' progress bar with the loss, without a printed line per step."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Logs = None, **_: Any) -> None:
         """Show the loss."""
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")

@@ -1,8 +1,8 @@
-"""On a CPU, the memory that a training step frees is kept for the next one.
+"""Keep freed memory for the next training step, on a CPU.
 
-Every step makes the tensors of the step before. When a large one is freed, glibc gives it back to the system, and the next step
-asks for it again: page by page, each an interrupt and 4 kB of zeros, a hundred thousand of them in a step of the demo and a
-fifth of its time (docs/decisions/0008). On a GPU torch's own allocator keeps what is freed.
+Each step allocates the same tensors. glibc returns a large freed one to the system, and the next
+step gets it again page by page, each filled with zeros: in the demo a hundred thousand page faults
+and a fifth of the time (docs/decisions/0008). On a GPU torch's allocator keeps freed memory.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ import ctypes
 import os
 import sys
 
-# What <malloc.h> calls them.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
 ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_"}
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc for that, for the whole process and for good; whether it agreed.
+    """Make glibc keep freed memory in this process; return whether it accepted.
 
-    Nothing is asked of another C library, nor where the environment has settled it: ``MALLOC_TRIM_THRESHOLD_=131072``, glibc's
-    own value, leaves things as they are.
+    Does nothing for another C library, or if the environment sets it already. To keep glibc's
+    default, set ``MALLOC_TRIM_THRESHOLD_=131072``.
     """
     if sys.platform != "linux" or ENVIRONMENT & os.environ.keys():
         return False
