@@ -1,53 +1,61 @@
-"""Logit distillation in a family whose vocabularies differ a little: Qwen2.5-7B (152 064 rows) → Qwen2.5-1.5B (151 936 rows).
+"""Logit distillation with slightly different vocabularies: Qwen2.5-7B → Qwen2.5-1.5B.
 
-    python examples/distiller_qwen_7b_to_1_5b.py            # the models of its name: one 80 GB GPU
-    python examples/distiller_qwen_7b_to_1_5b.py --demo     # SmolLM2 with 128 padded rows → half its layers: CPU, about 3 minutes
+    python examples/distiller_qwen_7b_to_1_5b.py            # one 80 GB GPU
+    python examples/distiller_qwen_7b_to_1_5b.py --demo     # SmolLM2 with 128 padded rows, on a CPU
 
-Both tokenizers are the same 151 665 tokens. The rows beyond are padding: no text produces them, and the two sizes pad differently.
-Libraries that compare sizes refuse this pair, or fill up with logit 0, which is weight e⁰ and not probability 0. potstill compares
-tokens, cuts both heads to the rows they share, and lets the softmax renormalise. Expect the KL from teacher to student to fall.
+Both tokenizers have the same 151 665 tokens. The heads have 152 064 and 151 936 rows: the rows
+beyond the tokens are padding, and no text produces them. Libraries that compare sizes refuse this
+pair, or pad with logit 0, which is weight e⁰ and not probability 0. potstill compares tokens, cuts
+both heads to the shared rows, and the softmax renormalizes. Expect KL from teacher to student to
+fall.
 """
 
 import sys
 
-from potstill import DistillationConfig, DistillationTrainer, alignment, answer_prompts, keep_layers, load_model
+import potstill
+from potstill import DistillationConfig, DistillationTrainer, alignment, answer_prompts
 
 DEMO = "--demo" in sys.argv
-TOPICS = ("rain", "bread", "a river", "the moon", "music", "a school", "winter", "a friend", "the sea", "a garden")
-PROMPTS = [f"{ask} {topic}." for topic in TOPICS for ask in ("Tell me about", "Write a line about", "Why do people like")]
-HELD_OUT = ["Tell me about snow.", "Why do people like dogs?"]
+TOPICS = ["rain", "bread", "a river", "the moon", "music", "a school", "winter", "the sea"]
+ASK = "Tell me about", "Write a line about", "Why do people like"
+PROMPTS = [f"{ask} {topic}." for topic in TOPICS for ask in ASK]
+HELD_OUT = [f"{ask} {topic}." for topic in ("snow", "dogs", "tea", "gardens") for ask in ASK]
 
-# 1. Open both. The demo makes the same relation: a teacher with more rows than its tokenizer has tokens.
-teacher, teacher_tokenizer = load_model("demo" if DEMO else "Qwen/Qwen2.5-7B-Instruct", dtype="bfloat16")
+# 1. Open both models. The demo's teacher has more head rows than its tokenizer has tokens.
+name = "demo" if DEMO else "Qwen/Qwen2.5-7B-Instruct"
+teacher, teacher_tokenizer = potstill.load_model(name, dtype="bfloat16")
 if DEMO:
-    student, tokenizer = keep_layers(teacher, 15).float(), teacher_tokenizer
+    student, tokenizer = potstill.keep_layers(teacher, 15).float(), teacher_tokenizer
     teacher.resize_token_embeddings(len(teacher_tokenizer) + 128)
 else:
-    student, tokenizer = load_model("Qwen/Qwen2.5-1.5B-Instruct", dtype="float32")
+    student, tokenizer = potstill.load_model("Qwen/Qwen2.5-1.5B-Instruct", dtype="float32")
 
-# 2. What they share is found from tokens. An id that meant two things would be an error that names it.
+# 2. Find the shared rows. An id with two meanings is an error that names it.
 sizes = [len(model.get_output_embeddings().weight) for model in (teacher, student)]
-print(f"head rows {sizes[0]} and {sizes[1]}, shared {alignment.shared_rows(teacher_tokenizer, tokenizer)}")
+shared = alignment.shared_rows(teacher_tokenizer, tokenizer)
+print(f"head rows {sizes[0]} and {sizes[1]}, shared {shared}")
 
-# 3. The teacher answers.
+# 3. The teacher answers. At temperature 1 its text follows the distribution of its logits.
 sampling = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 48 if DEMO else 256}
-train, held_out = (answer_prompts(teacher, teacher_tokenizer, asked, **sampling) for asked in (PROMPTS, HELD_OUT))
+train = answer_prompts(teacher, teacher_tokenizer, PROMPTS, **sampling)
+held_out = answer_prompts(teacher, teacher_tokenizer, HELD_OUT, **sampling)
+pair = {"teacher_tokenizer": teacher_tokenizer}
 
 
-def measure():
-    """KL in nats a token on the held-out answers, and what the student itself says."""
-    answer = answer_prompts(student.eval(), tokenizer, HELD_OUT[:1], temperature=0, max_new_tokens=48)[0]
-    return trainer.evaluate()["eval_loss"], answer["messages"][-1]["content"]
+def measure(when):
+    """Print the KL on the held-out answers; return all measures."""
+    found = potstill.evaluate(student, teacher, held_out, tokenizer=tokenizer, **pair)
+    print(f"{when}: KL {found['kl_nats_per_token']:.2f} nats per token", flush=True)
+    return found
 
 
-# 4. Distil, and compare.
+# 4. Distill, and compare.
+before = measure("before")
 settings = DistillationConfig(
-    "runs/qwen_7b_to_1_5b", method="logits", max_steps=25 if DEMO else 500, learning_rate=1e-3 if DEMO else 1e-5,
-    warmup_steps=2, lr_scheduler_type="cosine", bf16=True, report_to=[], save_strategy="no",
+    "runs/qwen_7b_to_1_5b", method="logits", max_steps=25 if DEMO else 500, bf16=True, report_to=[],
+    learning_rate=1e-3 if DEMO else 1e-5, warmup_steps=2, lr_scheduler_type="cosine",
+    save_strategy="no",
 )  # fmt: skip
-trainer = DistillationTrainer(student, teacher, settings, train, held_out, tokenizer, teacher_tokenizer=teacher_tokenizer)
-before = measure()
-trainer.train()
-after = measure()
-for name, (kl, answer) in {"before": before, "after": after}.items():
-    print(f"\n{name}: KL {kl:.2f} nats a token\n{answer}")
+data = {"train_dataset": train, "processing_class": tokenizer, **pair}
+DistillationTrainer(model=student, teacher=teacher, args=settings, **data).train()
+print(measure("after").compare(before).verdict("after", "before"))

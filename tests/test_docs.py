@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import potstill
-from potstill import alignment, cli, losses
+from potstill import alignment, baselines, cli, losses
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -95,7 +95,7 @@ def test_every_script_and_make_target_in_the_pages_exists() -> None:
         assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE), page
 
 
-@pytest.mark.parametrize("module", [losses, alignment])
+@pytest.mark.parametrize("module", [losses, alignment, baselines])
 def test_every_public_name_stands_in_the_reference(module: object) -> None:
     name = module.__name__  # type: ignore[attr-defined]
     page = PAGES[f"api/{name.rpartition('.')[2]}.md"]
