@@ -16,19 +16,36 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-torch.set_num_threads(1)  # models this small only lose by sharing the work
+torch.set_num_threads(1)  # more threads are slower for tiny models
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 ABSENT = not (CHROMIUM and shutil.which("chromedriver") and importlib.util.find_spec("selenium"))
 IN_CHROMIUM = [
     pytest.mark.browser,
-    pytest.mark.skipif(ABSENT and os.environ.get("CI") != "true", reason="needs chromium, chromedriver and selenium"),
+    pytest.mark.skipif(
+        ABSENT and os.environ.get("CI") != "true",
+        reason="needs chromium, chromedriver and selenium",
+    ),
 ]
-SWITCHES = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-SWITCHES += ["--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
+SWITCHES = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+]
+SWITCHES += [
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-dev-shm-usage",
+]
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' "
+    "+ message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 MERGES = ["Ġ t", "h e", "Ġt he", "i n", "r a", "ra in", "Ġ a", "o n"]
@@ -42,19 +59,26 @@ def toy_tokenizer(*, chat_template: str | None = CHATML, added: tuple[str, ...] 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*alphabet, *("".join(merge.split()) for merge in MERGES)]
     vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[tuple(merge.split()) for merge in MERGES]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=[tuple(merge.split()) for merge in MERGES])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>", *added)])
+    tokenizer.add_special_tokens(
+        [AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>", *added)]
+    )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
     )
     fast.chat_template = chat_template
     return fast
 
 
 def sentencepiece_tokenizer(*, chat_template: str | None = None) -> Any:
-    """A BPE tokenizer of Llama 2's kind: ``▁`` for a blank, a dummy prefix, bytes as ``<0xNN>``, and other words than the toy's."""
+    """A BPE tokenizer like Llama 2's: ``▁``, a dummy prefix, ``<0xNN>``, and its own words."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,30 +89,63 @@ def sentencepiece_tokenizer(*, chat_template: str | None = None) -> Any:
     words = [*specials, *bytes_, *letters, *("".join(merge.split()) for merge in merges)]
     vocabulary = {word: number for number, word in enumerate(words)}
     pairs = [tuple(merge.split()) for merge in merges]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary, merges=pairs, unk_token="<unk>", byte_fallback=True, fuse_unk=True
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in specials])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
     )
     fast.chat_template = chat_template
     return fast
 
 
 def tiny_model(
-    family: str = "llama", *, layers: int = 4, rows: int = 272, hidden: int = 32, seed: int = 0, tied: bool | None = None
+    family: str = "llama",
+    *,
+    layers: int = 4,
+    rows: int = 272,
+    hidden: int = 32,
+    seed: int = 0,
+    tied: bool | None = None,
 ) -> Any:
     """A random model of a family, with at most a few ten thousand weights."""
     import transformers
 
-    common: dict[str, Any] = {"vocab_size": rows, "bos_token_id": 264, "eos_token_id": 265, "pad_token_id": 265}
+    common: dict[str, Any] = {
+        "vocab_size": rows,
+        "bos_token_id": 264,
+        "eos_token_id": 265,
+        "pad_token_id": 265,
+    }
     if family == "gpt2":
-        config: Any = transformers.GPT2Config(n_layer=layers, n_embd=hidden, n_head=4, n_positions=512, **common)
+        config: Any = transformers.GPT2Config(
+            n_layer=layers, n_embd=hidden, n_head=4, n_positions=512, **common
+        )
     else:
-        shape = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": 64, "num_attention_heads": 4}
+        shape = {
+            "num_hidden_layers": layers,
+            "hidden_size": hidden,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+        }
         more = {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
         name = {
             "llama": "Llama",
@@ -117,7 +174,10 @@ def conversations(count: int = 12) -> list[dict[str, Any]]:
             {"role": "assistant", "content": "in the rain " * (1 + i % 5)},
         ]
         if i % 3 == 0:
-            messages += [{"role": "user", "content": "and then"}, {"role": "assistant", "content": f"on {i} the"}]
+            messages += [
+                {"role": "user", "content": "and then"},
+                {"role": "assistant", "content": f"on {i} the"},
+            ]
         rows.append({"messages": messages})
     return rows
 
@@ -133,7 +193,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes a folder with a tiny model and the toy tokenizer in it."""
+    """Return a function that writes a folder with a tiny model and the toy tokenizer."""
 
     def make(**shape: Any) -> Path:
         folder = tmp_path_factory.mktemp("model")
@@ -145,8 +205,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
 
 @pytest.fixture
-def pair_folder(tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to stand in, with a teacher of four layers and a student of two; what a run lets them answer is short."""
+def pair_folder(
+    tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A working folder with a teacher of 4 layers and a student of 2; answers are short."""
     from potstill.distillation import run as pipeline
 
     monkeypatch.chdir(tmp_path)
@@ -157,8 +219,10 @@ def pair_folder(tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: 
 
 
 @pytest.fixture
-def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., contextlib.AbstractContextManager[None]]:
-    """A context in which training (by ``method``, if one is named) is interrupted as a step would begin."""
+def interrupt_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., contextlib.AbstractContextManager[None]]:
+    """A context that interrupts training (by ``method``, if given) before a step."""
     from potstill.training.trainer import DistillationTrainer
 
     original = DistillationTrainer.training_step
@@ -179,7 +243,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., contextlib.Ab
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Headless Chromium, which logs what pages say and what they ask for."""
+    """Headless Chromium, which logs console messages and requests."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 

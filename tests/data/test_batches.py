@@ -23,7 +23,7 @@ TWO_ANSWERS = {
 
 
 def learned(conversation: dict[str, Any], tokenizer: Any, **options: Any) -> list[str]:
-    """The text that is learned, one string a run of labels."""
+    """The supervised text, one string per run of labels."""
     row = encode_conversation(conversation, tokenizer, **options)
     runs: list[list[int]] = [[]]
     for label in row["labels"]:
@@ -38,8 +38,8 @@ def test_every_assistant_turn_and_its_end_token_is_learned_and_nothing_else(toke
     assert learned(TWO_ANSWERS, tokenizer) == ["the rain<|im_end|>", "in<|im_end|>"]
 
 
-def test_a_label_with_nothing_before_it_is_not_learned_whoever_made_the_row() -> None:
-    """Regression: rows with ``labels = input_ids`` taught, in a packed line, to go on from one conversation to the next."""
+def test_the_first_label_of_a_conversation_is_ignored_in_every_row() -> None:
+    """Regression: ``labels = input_ids`` trained on a transition between packed conversations."""
     row = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
     long = {"input_ids": [1] * 9, "labels": [1] * 9}
     for packed in (True, False):
@@ -49,7 +49,7 @@ def test_a_label_with_nothing_before_it_is_not_learned_whoever_made_the_row() ->
         assert int((batch["labels"][:, 1:] != -100).sum()) == learned
 
 
-def test_an_end_that_the_tokenizer_writes_itself_is_learned_once() -> None:
+def test_an_end_token_added_by_the_tokenizer_is_learned_once() -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = toy_tokenizer()
@@ -65,19 +65,19 @@ def test_the_end_of_a_cut_off_answer_is_not_learned(tokenizer: Any) -> None:
     assert learned({**TWO_ANSWERS, "cut_off": True}, tokenizer) == ["the rain<|im_end|>", "in"]
 
 
-def test_an_end_token_that_has_no_role_in_the_tokenizer_is_learned_as_llama_3s_must_be() -> None:
+def test_an_end_token_without_a_role_in_the_tokenizer_is_learned() -> None:
     llama_3 = toy_tokenizer(
         added=("<|eot|>",), chat_template=CHATML.replace("<|im_end|>", "<|eot|>")
     )
     assert learned(TWO_ANSWERS, llama_3) == ["the rain<|eot|>", "in<|eot|>"]
 
 
-def test_an_empty_answer_still_teaches_to_end(tokenizer: Any) -> None:
+def test_the_end_token_of_an_empty_answer_is_learned(tokenizer: Any) -> None:
     messages = [{"role": "user", "content": "on"}, {"role": "assistant", "content": ""}]
     assert learned({"messages": messages}, tokenizer) == ["<|im_end|>"]
 
 
-def test_an_answer_that_repeats_the_question_is_found_in_its_own_place(tokenizer: Any) -> None:
+def test_an_answer_that_repeats_the_question_is_located_correctly(tokenizer: Any) -> None:
     messages = [
         {"role": "user", "content": "the rain"},
         {"role": "assistant", "content": "the rain"},
@@ -87,7 +87,7 @@ def test_an_answer_that_repeats_the_question_is_found_in_its_own_place(tokenizer
     assert "assistant" in tokenizer.decode(row["input_ids"][:first])
 
 
-def test_a_template_that_trims_and_puts_a_blank_before_the_end_is_understood() -> None:
+def test_a_template_that_trims_and_adds_a_blank_before_the_end_is_supported() -> None:
     template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
         "{% else %} {{ m['content'] | trim }} <|im_end|>{% endif %}{% endfor %}"
@@ -98,7 +98,7 @@ def test_a_template_that_trims_and_puts_a_blank_before_the_end_is_understood() -
     ]
 
 
-def test_what_a_template_writes_between_generation_prompt_and_answer_is_learned() -> None:
+def test_text_between_generation_prompt_and_answer_is_learned() -> None:
     template = CHATML.replace(
         "message['content']",
         "('<t>' if message['role'] == 'assistant' else '') + message['content']",
@@ -123,7 +123,7 @@ def test_without_a_chat_template_the_plain_one_is_offered_and_works() -> None:
     assert learned(TWO_ANSWERS, base) == ["the rain<|im_end|>", "in<|im_end|>"]
 
 
-def test_plain_text_is_learned_whole_but_for_its_first_token(tokenizer: Any) -> None:
+def test_all_plain_text_but_its_first_token_is_learned(tokenizer: Any) -> None:
     row = encode_conversation({"text": "on the rain"}, tokenizer)
     assert tokenizer.decode(row["input_ids"]) == "on the rain<|im_end|>"
     assert row["labels"] == [-100, *row["input_ids"][1:]]

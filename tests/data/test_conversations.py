@@ -71,7 +71,7 @@ def test_a_missing_file_and_one_that_is_not_utf8_are_named(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_what_datasets_opens_is_read_too(
+def test_sources_of_the_datasets_library_are_read(
     tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
@@ -111,7 +111,7 @@ def test_the_demo_prompts_are_split_by_subject() -> None:
     assert len({row["messages"][0]["content"] for row in rows}) == len(rows)
 
 
-def test_a_reference_takes_the_last_answers_place_and_must_be_text(tmp_path: Path) -> None:
+def test_a_reference_replaces_the_last_answer_and_must_be_text(tmp_path: Path) -> None:
     (row,) = read_conversations(
         write(
             tmp_path / "a.jsonl", {"messages": [*TURNS, *TURNS], "reference": "c", "cut_off": True}

@@ -61,7 +61,7 @@ def test_every_target_is_at_the_same_bytes_of_the_answer() -> None:
     assert sum(k >= 0 for k in row["teacher_index"]) > 15
 
 
-def test_a_cut_on_either_side_takes_the_targets_beyond_it() -> None:
+def test_a_cut_on_either_side_removes_the_targets_after_it() -> None:
     whole = ENCODE(asked("in the rain in the rain"))
     assert whole is not None
     for limit in range(len(whole["teacher_input_ids"]) - 12, 60):
@@ -73,7 +73,7 @@ def test_a_cut_on_either_side_takes_the_targets_beyond_it() -> None:
         assert len(row["teacher_input_ids"]) == min(limit, len(whole["teacher_input_ids"]))
 
 
-def test_the_ids_the_teacher_sampled_stand_in_for_its_answer_tokenized_again() -> None:
+def test_sampled_teacher_ids_replace_the_tokenized_answer() -> None:
     sampled = [*map(TEACHER.convert_tokens_to_ids, ["Ġ", "t", "h", "e"]), 265]
     plain, row = (
         ENCODE(asked("x the")),
@@ -87,7 +87,7 @@ def test_the_ids_the_teacher_sampled_stand_in_for_its_answer_tokenized_again() -
     assert ENCODE(asked("x the", teacher_ids=sampled)) == plain
 
 
-def test_conversations_whose_bytes_differ_are_left_out_counted_and_shown() -> None:
+def test_conversations_with_different_bytes_are_dropped_counted_and_shown() -> None:
     rows = [*conversations(6), asked("a <|im_end|> b")]
     dataset, counts = tokenize_pairs(rows, TEACHER, STUDENT, CELLS)
     assert len(dataset) == counts.conversations == 6
@@ -100,12 +100,12 @@ def test_conversations_whose_bytes_differ_are_left_out_counted_and_shown() -> No
     assert f"the teacher has a target for {counts.with_target:.1%}" in str(counts)
 
 
-def test_nothing_alignable_is_refused() -> None:
+def test_data_without_an_alignable_conversation_is_an_error() -> None:
     with pytest.raises(DataError, match="different bytes in 1"):
         tokenize_pairs([asked("a <|im_end|> b")], TEACHER, STUDENT, CELLS)
 
 
-def test_plain_text_is_aligned_too() -> None:
+def test_plain_text_is_aligned() -> None:
     row = ENCODE({"text": "x in the rain"})
     assert row is not None
     without = [
@@ -115,4 +115,4 @@ def test_plain_text_is_aligned_too() -> None:
     ]
     assert STUDENT.convert_ids_to_tokens(without) == [
         "x"
-    ]  # the teacher has nothing before its first token to predict it from
+    ]  # the teacher cannot predict its first token

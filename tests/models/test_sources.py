@@ -14,12 +14,15 @@ from potstill.models import load_config, load_generation_config, load_model, loa
 
 
 def test_importing_potstill_imports_neither_torch_nor_transformers() -> None:
-    program = "import sys, potstill, potstill.cli; assert not {'torch', 'transformers'} & set(sys.modules), 'heavy'"
+    heavy = "{'torch', 'transformers'} & set(sys.modules)"
+    program = f"import sys, potstill, potstill.cli; assert not {heavy}, 'heavy'"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_folder_opens_in_the_dtype_asked_for(model_folder: Callable[..., Path], dtype: str) -> None:
+def test_a_folder_opens_in_the_requested_dtype(
+    model_folder: Callable[..., Path], dtype: str
+) -> None:
     model, tokenizer = load_model(model_folder(), dtype=dtype, device="cpu")
     assert model.dtype == getattr(torch, dtype)
     assert not model.training

@@ -10,7 +10,7 @@ from potstill.sampling.sampler import Sampling, sample_tokens, uniforms
 
 
 def nucleus(logits: torch.Tensor, temperature: float, top_p: float) -> dict[int, float]:
-    """By hand: add the likeliest tokens one by one until top_p is reached."""
+    """By hand: add the most likely tokens one by one until top_p is reached."""
     probabilities = torch.softmax(logits.double() / temperature, -1).tolist()
     kept: dict[int, float] = {}
     for token in sorted(range(len(probabilities)), key=lambda token: -probabilities[token]):
@@ -20,20 +20,30 @@ def nucleus(logits: torch.Tensor, temperature: float, top_p: float) -> dict[int,
     return {token: share / sum(kept.values()) for token, share in kept.items()}
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.95), (2.0, 0.3), (0.5, 0.999)])
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.95), (2.0, 0.3), (0.5, 0.999)]
+)
 @pytest.mark.parametrize("vocabulary", [3, 300])
-def test_tokens_come_as_often_as_the_nucleus_says(temperature: float, top_p: float, vocabulary: int) -> None:
+def test_token_frequencies_are_the_probabilities_of_the_nucleus(
+    temperature: float, top_p: float, vocabulary: int
+) -> None:
     logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(1))
     expected = nucleus(logits, temperature, top_p)
     count = 20_000
-    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count  # every uniform number once, so no chance is left
+    uniform = (
+        torch.arange(count, dtype=torch.float64) + 0.5
+    ) / count  # every uniform number once: deterministic
     tokens = sample_tokens(logits.expand(count, -1), uniform, temperature=temperature, top_p=top_p)
     seen = torch.bincount(tokens, minlength=vocabulary) / count
-    assert seen.tolist() == pytest.approx([expected.get(token, 0.0) for token in range(vocabulary)], abs=2 / count + 1e-6)
+    assert seen.tolist() == pytest.approx(
+        [expected.get(token, 0.0) for token in range(vocabulary)], abs=2 / count + 1e-6
+    )
 
 
-def test_at_temperature_zero_the_likeliest_token_is_taken() -> None:
-    assert sample_tokens(torch.tensor([[0.0, 3.0, 1.0]]), torch.tensor([0.99]), temperature=0, top_p=0.9).tolist() == [1]
+def test_temperature_zero_takes_the_most_likely_token() -> None:
+    assert sample_tokens(
+        torch.tensor([[0.0, 3.0, 1.0]]), torch.tensor([0.99]), temperature=0, top_p=0.9
+    ).tolist() == [1]
 
 
 def test_a_token_of_probability_zero_is_never_taken() -> None:
@@ -44,7 +54,7 @@ def test_a_token_of_probability_zero_is_never_taken() -> None:
         assert sample_tokens(logits, uniform, temperature=1.0, top_p=0.9).tolist() == [1]
 
 
-def test_uniform_numbers_are_the_seeds_alone() -> None:
+def test_uniform_numbers_depend_on_the_seed_alone() -> None:
     assert torch.equal(uniforms(2**47 + 5, 9), uniforms(2**47 + 5, 9))
     assert not torch.equal(uniforms(1, 9), uniforms(2, 9))
     assert torch.equal(uniforms(1, 9)[:3], uniforms(1, 3))
@@ -62,6 +72,6 @@ def test_uniform_numbers_are_the_seeds_alone() -> None:
         {"samples": 2, "temperature": 0},
     ],
 )
-def test_settings_that_make_no_sense_are_refused(setting: dict[str, Any]) -> None:
+def test_invalid_settings_are_an_error(setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         Sampling(**setting)

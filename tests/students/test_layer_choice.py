@@ -11,7 +11,7 @@ INPUTS = {"input_ids": torch.arange(12)[None]}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen2"])
-def test_layers_that_do_nothing_are_the_first_to_go(family: str) -> None:
+def test_layers_without_effect_are_removed_first(family: str) -> None:
     model = tiny_model(family, layers=5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -23,7 +23,7 @@ def test_layers_that_do_nothing_are_the_first_to_go(family: str) -> None:
     assert torch.equal(model(**INPUTS).logits, before)
 
 
-def test_the_whole_model_is_nearest_to_itself_and_one_layer_can_be_kept() -> None:
+def test_all_layers_or_a_single_one_can_be_kept() -> None:
     model = tiny_model(layers=3)
     assert most_important_layers(model, toy_tokenizer(), conversations(2), 3) == [0, 1, 2]
     assert len(most_important_layers(model, toy_tokenizer(), conversations(2), 1)) == 1

@@ -1,4 +1,4 @@
-"""Each method's loss on whole batches, as a trainer would ask for it."""
+"""Each method's loss on whole batches, as in a trainer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ import torch
 
 from alignment.toys import sentencepiece
 from conftest import conversations, tiny_model, toy_tokenizer
-from potstill.training.cross_objective import ALIGNMENTS, OVER_CELLS
 from potstill.training import DistillationConfig, DistillationTrainer
+from potstill.training.cross_objective import ALIGNMENTS, OVER_CELLS
 
 
 def trainer(folder: Path, student: Any = None, **settings: Any) -> DistillationTrainer:
     tokenizer = settings.pop("tokenizer", None) or toy_tokenizer()
     teacher = settings.pop("teacher", None) or tiny_model(layers=4)
-    common = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+    common = {
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
     return DistillationTrainer(
         student or tiny_model(layers=2, seed=1),
         teacher,
@@ -31,7 +37,13 @@ def trainer(folder: Path, student: Any = None, **settings: Any) -> DistillationT
 def across(folder: Path, **settings: Any) -> DistillationTrainer:
     """A student whose tokens are SentencePiece's."""
     tokenizer = sentencepiece(prepend="first")
-    return trainer(folder, tiny_model(layers=2, rows=len(tokenizer), seed=1), tokenizer=tokenizer, method="cross", **settings)
+    return trainer(
+        folder,
+        tiny_model(layers=2, rows=len(tokenizer), seed=1),
+        tokenizer=tokenizer,
+        method="cross",
+        **settings,
+    )
 
 
 def loss_of(one: DistillationTrainer) -> torch.Tensor:
@@ -41,8 +53,10 @@ def loss_of(one: DistillationTrainer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_cross_with_one_tokenizer_is_logit_distillation(tmp_path: Path, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for special tokens and padded rows, which are in no cell: of a student as sharp as this they have next to nothing."""
+def test_cross_with_one_tokenizer_is_logit_distillation(
+    tmp_path: Path, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Special tokens and padded rows are in no cell, and have almost no probability here."""
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path))
     results = []
     for method in ("logits", "cross"):
@@ -70,7 +84,9 @@ def test_over_cells_any_divergence_is_finite_and_learns(
     tmp_path: Path, alignment: str, divergence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path))
-    one = across(tmp_path, alignment=alignment, divergence=divergence, max_steps=12, learning_rate=1e-2)
+    one = across(
+        tmp_path, alignment=alignment, divergence=divergence, max_steps=12, learning_rate=1e-2
+    )
     one.train()
     losses = [row["loss"] for row in one.state.log_history if "loss" in row]
     assert losses[-1] < 0.9 * losses[0]
@@ -93,26 +109,35 @@ def test_every_alignment_gives_the_same_loss_packed_padded_and_in_two_batches(
 
 
 @pytest.mark.parametrize("method", ["text", "logits", "cross"])
-def test_the_loss_is_the_same_packed_and_padded(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_is_the_same_packed_and_padded(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path))
     results = [loss_of(trainer(tmp_path, method=method, packed=packed)) for packed in (True, False)]
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["logits", "text"])
-def test_a_line_is_packed_only_for_models_that_see_its_seams(tmp_path: Path, method: str) -> None:
-    """A recurrence or a convolution would go on from the conversation before."""
-    for kinds, packed in ((["full_attention", "sliding_attention"], True), (["linear_attention", "full_attention"], False)):
+def test_rows_are_packed_only_for_models_that_separate_conversations(
+    tmp_path: Path, method: str
+) -> None:
+    """A recurrence or a convolution would continue the conversation before."""
+    for kinds, packed in (
+        (["full_attention", "sliding_attention"], True),
+        (["linear_attention", "full_attention"], False),
+    ):
         student = tiny_model(layers=2, seed=1)
         student.config.layer_types = kinds
         assert trainer(tmp_path, student, method=method).objective.layout.packed == packed
     student, teacher = tiny_model(layers=2, seed=1), tiny_model()
     teacher._is_stateful = True
-    assert trainer(tmp_path, student, teacher=teacher, method=method).objective.layout.packed == (method == "text")
+    assert trainer(tmp_path, student, teacher=teacher, method=method).objective.layout.packed == (
+        method == "text"
+    )
 
 
-def test_one_of_two_with_variable_length_attention_puts_all_in_one_line(tmp_path: Path) -> None:
-    """Regression: a teacher with flash attention saw the seams of a single line alone, and the layout asked the student."""
+def test_one_model_of_two_with_variable_length_attention_uses_one_line(tmp_path: Path) -> None:
+    """Regression: the layout of a flash-attention teacher was decided by its student."""
     teacher = tiny_model()
     teacher.config._attn_implementation = "flash_attention_2"
     assert trainer(tmp_path, teacher=teacher, method="logits").objective.layout.one_line

@@ -1,4 +1,4 @@
-"""The check before the first step: it passes for every method, finds what is broken, and changes nothing."""
+"""The check before the first step: passes for every method, detects errors, changes nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def across(folder: Path, **settings: Any) -> Any:
     tokenizer = sentencepiece(prepend="first")
-    return trainer(folder, tiny_model(layers=2, rows=len(tokenizer), seed=1), tokenizer=tokenizer, method="cross", **settings)
+    return trainer(
+        folder,
+        tiny_model(layers=2, rows=len(tokenizer), seed=1),
+        tokenizer=tokenizer,
+        method="cross",
+        **settings,
+    )
 
 
 def check(one: Any, objective: Any = None) -> None:
@@ -39,9 +45,15 @@ def test_every_alignment_passes(tmp_path: Path, alignment: str, packed: bool) ->
     check(across(tmp_path, alignment=alignment, packed=packed))
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"])
+@pytest.mark.parametrize(
+    "divergence", ["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"]
+)
 def test_every_divergence_of_a_teacher_from_itself_is_zero(tmp_path: Path, divergence: str) -> None:
-    check(trainer(tmp_path, method="logits", divergence=divergence, temperature=1.5, hard_label_weight=0.3))
+    check(
+        trainer(
+            tmp_path, method="logits", divergence=divergence, temperature=1.5, hard_label_weight=0.3
+        )
+    )
     check(across(tmp_path, divergence=divergence))
 
 
@@ -65,18 +77,22 @@ class _Mean(LogitsObjective):
 
 
 @pytest.mark.parametrize("method", ["logits", "cross"])
-def test_a_teacher_whose_targets_stand_one_position_late_is_found(tmp_path: Path, method: str) -> None:
+def test_targets_shifted_by_one_position_are_detected(tmp_path: Path, method: str) -> None:
     one = across(tmp_path) if method == "cross" else trainer(tmp_path, method="logits")
     with torch.no_grad():
-        one.objective.teacher.model.lm_head.weight *= 50  # sure enough of what comes next that its place matters
-    late = dataclasses.replace(one.objective, teacher=_Late(one.objective.teacher.model, rows=one.objective.teacher.rows))
+        one.objective.teacher.model.lm_head.weight *= 50  # so confident that a shift matters
+    late = dataclasses.replace(
+        one.objective, teacher=_Late(one.objective.teacher.model, rows=one.objective.teacher.rows)
+    )
     with pytest.raises(SelfCheckFailed, match="away from itself, and must be 0"):
         check(one, late)
 
 
-def test_a_mean_where_a_sum_belongs_is_found(tmp_path: Path) -> None:
+def test_a_mean_instead_of_a_sum_is_detected(tmp_path: Path) -> None:
     one = trainer(tmp_path, method="logits")
-    fields = {item.name: getattr(one.objective, item.name) for item in dataclasses.fields(one.objective)}
+    fields = {
+        item.name: getattr(one.objective, item.name) for item in dataclasses.fields(one.objective)
+    }
     with pytest.raises(SelfCheckFailed, match="their two halves"):
         check(one, _Mean(**fields))
 
@@ -84,7 +100,9 @@ def test_a_mean_where_a_sum_belongs_is_found(tmp_path: Path) -> None:
 def test_a_failed_check_stops_the_run_before_a_weight_has_changed(tmp_path: Path) -> None:
     one = trainer(tmp_path, method="logits", max_steps=3)
     before = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
-    fields = {item.name: getattr(one.objective, item.name) for item in dataclasses.fields(one.objective)}
+    fields = {
+        item.name: getattr(one.objective, item.name) for item in dataclasses.fields(one.objective)
+    }
     one.objective = _Mean(**fields)
     with pytest.raises(SelfCheckFailed):
         one.train()
@@ -101,7 +119,9 @@ def test_the_check_draws_no_random_numbers_and_leaves_the_student_as_it_was(tmp_
     assert all(parameter.grad is None for parameter in one.model.parameters())
 
 
-def test_a_run_ends_bitwise_where_it_would_without_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_has_the_same_bits_as_without_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs = []
     for checked in (True, False):
         one = trainer(tmp_path, method="logits", max_steps=3)
@@ -111,14 +131,14 @@ def test_a_run_ends_bitwise_where_it_would_without_the_check(tmp_path: Path, mon
     assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
 
 
-def test_one_tokenizer_for_both_has_a_self_divergence_too(tmp_path: Path) -> None:
+def test_cross_with_one_tokenizer_has_a_self_divergence(tmp_path: Path) -> None:
     one = trainer(tmp_path, method="cross", tokenizer=toy_tokenizer())
     nats = one.objective.self_divergence([one.train_dataset[i] for i in range(4)])
     assert abs(float(nats)) < 1e-3
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
-def test_an_architecture_that_does_more_to_its_logits_is_found(tmp_path: Path, who: str) -> None:
+def test_an_unknown_operation_on_logits_is_detected(tmp_path: Path, who: str) -> None:
     one = trainer(tmp_path, method="logits")
     model = one.model if who == "student" else one.objective.teacher.model
     original = type(model).forward

@@ -24,7 +24,7 @@ from potstill.protocols import Tokenizer
 
 IGNORED = -100
 Encoded = dict[str, Any]
-"""One encoded conversation: lists such as ``input_ids`` and ``labels``, and counts."""
+"""Lists such as ``input_ids`` and ``labels``, and counts."""
 
 
 @dataclass
@@ -55,8 +55,8 @@ class TokenCounts:
         return True
 
     def __str__(self) -> str:
-        line = f"{self.conversations} conversations, {self.tokens} tokens"
-        line += f", {self.supervised_tokens} of them supervised"
+        line = f"{self.conversations} conversations, {self.tokens} tokens, "
+        line += f"{self.supervised_tokens} of them supervised"
         if self.shortened:
             line += f"; {self.shortened} cut at the length limit"
         if self.dropped:

@@ -7,18 +7,19 @@ from pathlib import Path
 from potstill.errors import ChatTemplateError
 from potstill.protocols import Tokenizer
 
-# For base models, which have no template. Roles stand on lines of their own: a prompt that ends in
-# a blank would lose it to the first token of the answer (" the" is one token).
+# For base models, which have no template. A prompt must not end in a blank, because the answer's
+# first token contains it (" the" is one token): each role is on a line of its own.
 PLAIN_CHAT_TEMPLATE = (
     "{% if bos_token and bos_token != eos_token %}{{ bos_token }}{% endif %}"
-    "{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] | trim }}"
+    "{% for message in messages %}{{ message['role'] | capitalize }}:\n"
+    "{{ message['content'] | trim }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
 
 
 def set_chat_template(tokenizer: Tokenizer, chat_template: str | None) -> None:
-    """Set the plain template (``plain``) or one from a Jinja file; keep the tokenizer's own for None.
+    """Set the plain template (``plain``) or one from a Jinja file; None keeps the tokenizer's.
 
     Raises: ChatTemplateError if the file does not exist.
     """

@@ -171,8 +171,8 @@ class DistillationTrainer(Trainer):
         if not torch.isfinite(value):
             raise NonFiniteLoss(
                 f"the {name} became {value.item()} at step {self.state.global_step + 1}; the "
-                "student was not updated, earlier checkpoints are good: try a lower --learning-rate, "
-                "bf16 instead of fp16, or look at the data of that step"
+                "student was not updated, earlier checkpoints are good: lower --learning-rate, use "
+                "bf16 instead of fp16, or check the data of that step"
             )
 
 
