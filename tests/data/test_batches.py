@@ -89,7 +89,8 @@ def test_an_answer_that_repeats_the_question_is_located_correctly(tokenizer: Any
 
 def test_a_template_that_trims_and_adds_a_blank_before_the_end_is_supported() -> None:
     template = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
+        "{% for m in messages %}"
+        "{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
         "{% else %} {{ m['content'] | trim }} <|im_end|>{% endif %}{% endfor %}"
     )
     messages = [{"role": "user", "content": "on"}, {"role": "assistant", "content": "  the rain\n"}]
