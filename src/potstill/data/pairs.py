@@ -39,7 +39,7 @@ class PairCounts(TokenCounts):
     roots: int = 0
     """Tokens with a target, at a boundary of both tokenizations."""
     interiors: int = 0
-    """Tokens with a target, inside a teacher token whose start is also a student token's start."""
+    """Tokens with a target, inside a teacher token; a student token starts where that one does."""
     disagreeing_roots: int = 0
     """Roots outside the cell of the teacher's token: the two tokenize the text differently."""
     disagreeing_interiors: int = 0

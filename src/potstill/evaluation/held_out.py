@@ -20,7 +20,7 @@ from potstill.teachers import Teacher, as_teacher
 class HeldOut:
     """Hold ``conversations`` in the tokens of both models.
 
-    ``rows`` is the number of vocabulary rows the models share, None if they differ.
+    ``rows`` is the number of vocabulary rows that the models share; None if they share none.
     Raises: as `tokenize_conversations`.
     """
 
@@ -42,8 +42,8 @@ class HeldOut:
             row = encode_conversation(conversation, tokenizer, max_length=max_length)
             return any(label != IGNORED for label in row["labels"])
 
-        both = (teacher_tokenizer, tokenizer)
-        kept = [one for one in conversations if all(has_answer(one, each) for each in both)]
+        pair = (teacher_tokenizer, tokenizer)
+        kept = [one for one in conversations if all(has_answer(one, each) for each in pair)]
         self.conversations = conversations = kept or conversations
         self.dataset, _ = tokenize_conversations(conversations, tokenizer, max_length=max_length)
         self.teacher_dataset, _ = tokenize_conversations(

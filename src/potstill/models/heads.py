@@ -77,7 +77,7 @@ def output_head(model: nn.Module | CausalLM, *, rows: int | None = None) -> Head
     """
     module = _head_module(model)
     config = unwrapped(model).config.get_text_config()
-    scale, softcap = _logit_scale(config), _softcap(config)
+    scale, softcap = _logit_scale(config), next(iter(_settings(config, SOFTCAPS)), None)
     if _is_quantized(module):
         size = getattr(module, "out_features", config.vocab_size)
         return CallableHead(module, size, scale=scale, softcap=softcap, rows=rows)
@@ -166,10 +166,6 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 def _logit_scale(config: Any) -> float:
     """Return the factor of the logits, from the settings of the architectures that have one."""
     return math.prod(_settings(config, FACTORS)) / math.prod(_settings(config, DIVISORS))
-
-
-def _softcap(config: Any) -> float | None:
-    return next(iter(_settings(config, SOFTCAPS)), None)
 
 
 def _settings(config: Any, names: tuple[str, ...]) -> list[float]:

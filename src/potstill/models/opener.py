@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 from potstill.models.chat_template import ensure_chat_template
 from potstill.models.sources import (
+    Source,
     load_config,
     load_generation_config,
     load_model,
@@ -15,8 +15,6 @@ from potstill.models.sources import (
     pick_device,
 )
 from potstill.protocols import CausalLM, Tokenizer
-
-Source = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
