@@ -410,13 +410,13 @@ def test_without_gradients_only_the_logits_are_made() -> None:
 def test_no_tensor_of_all_logits_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case()
     seen: list[tuple[int, ...]] = []
-    bend = Head.bend
+    to_logits = Head.to_logits
 
     def spy(head: Head, product: Tensor) -> Tensor:
         seen.append(tuple(product.shape))
-        return bend(head, product)
+        return to_logits(head, product)
 
-    monkeypatch.setattr(Head, "bend", spy)
+    monkeypatch.setattr(Head, "to_logits", spy)
     fused_linear_divergence(*case.models, chunk_tokens=3)
     assert seen == [(3, VOCABULARY)] * 4 + [(1, VOCABULARY)] * 2
 

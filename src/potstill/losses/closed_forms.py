@@ -1,13 +1,12 @@
-"""The value and the gradient of each loss in closed form, from one block of logits.
+"""Compute the value and the gradient of each loss in closed form, from one block of logits.
 
-b tokens, V vocabulary. q is the teacher's distribution, p the student's, t and s their logits. Each function takes
-logits ``[b, V]`` in float32 or wider, **which it may write over**, and returns the loss ``[b]`` in nats and its gradient
-with respect to s, ``[b, V]``. Logits are finite: a token that cannot be has `LOWEST`, not −inf (`finite`).
+b tokens, V vocabulary. q is the teacher's distribution, p the student's, t and s their logits. Each
+function takes finite logits ``[b, V]`` in float32 or wider, **which it may overwrite**, and returns
+the loss ``[b]`` in nats and its gradient with respect to s, ``[b, V]``. `finite` makes −inf finite.
 
-For every divergence D the chain rule through the softmax reads ∂D/∂s = u − p·Σu with u = p ⊙ ∂D/∂p, and in forward KL
-it shrinks to p − q. What autograd would keep of the way there (six tensors of b × V) is never made. Logarithms of
-probabilities are not made either where their expectation will do: log q = t − log Σeᵗ, so
-KL(q‖p) = Σ q (t − s) − log Σeᵗ + log Σeˢ, one softmax a model and one product.
+For every divergence D, ∂D/∂s = u − p·Σu with u = p ⊙ ∂D/∂p; for forward KL this is p − q. The six
+tensors of b × V that autograd would keep are not needed. Nor are log-probabilities where their mean
+is enough: log q = t − log Σeᵗ, so KL(q‖p) = Σ q (t − s) − log Σeᵗ + log Σeˢ.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ LossAndGradient = tuple[Tensor, Tensor]
 ClosedForm = Callable[..., LossAndGradient]
 
 LOWEST = -1e30
-"""Stands for a logit of −inf: its softmax is 0 just the same, and 0 · −1e30 is 0 where 0 · −inf is NaN."""
+"""Replaces a logit of −inf: its softmax is 0, too, but 0 · −1e30 is 0 and 0 · −inf is NaN."""
 
 
 def finite(logits: Tensor) -> Tensor:
-    """The same logits, `LOWEST` where they are −inf, written over."""
+    """Replace −inf by `LOWEST`, in place."""
     return logits.clamp_(min=LOWEST)
 
 
 def cross_entropy(labels: Tensor, student_logits: Tensor) -> LossAndGradient:
-    """−log p(label), and p − onehot(label). ``labels [b]``, ``student_logits [b, V]``."""
+    """Return −log p(label) and p − onehot(label), for ``labels [b]``."""
     p, log_normalizer = _softmax(student_logits)
     loss = log_normalizer - student_logits.gather(-1, labels[:, None]).squeeze(-1)
     return loss, p.scatter_add_(-1, labels[:, None], p.new_full((len(labels), 1), -1.0))
 
 
 def forward_kl(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGradient:
-    """KL(q‖p), and p − q."""
+    """Return KL(q‖p) and p − q."""
     q, teacher_normalizer = _softmax(teacher_logits)
     p, student_normalizer = _softmax(student_logits)
     expected = _dot(q, teacher_logits.sub_(student_logits))
@@ -46,29 +45,34 @@ def forward_kl(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGradien
 
 
 def reverse_kl(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGradient:
-    """KL(p‖q), and p ⊙ (log p − log q − KL(p‖q)), in which the normalizers cancel."""
+    """Return KL(p‖q) and p ⊙ (log p − log q − KL(p‖q)), in which the normalizers cancel."""
     _, teacher_normalizer = _softmax(teacher_logits)
     p, student_normalizer = _softmax(student_logits)
     difference = student_logits.sub_(teacher_logits)
     expected = _dot(p, difference)
-    return _infinite(expected - student_normalizer + teacher_normalizer), difference.sub_(expected[:, None]).mul_(p)
+    loss = _infinite(expected - student_normalizer + teacher_normalizer)
+    return loss, difference.sub_(expected[:, None]).mul_(p)
 
 
-def jensen_shannon(teacher_logits: Tensor, student_logits: Tensor, *, teacher_weight: float = 0.5) -> LossAndGradient:
-    """w·KL(q‖m) + (1−w)·KL(p‖m) with m = w·q + (1−w)·p, and (1−w)·p ⊙ (log p − log m − KL(p‖m))."""
+def jensen_shannon(
+    teacher_logits: Tensor, student_logits: Tensor, *, teacher_weight: float = 0.5
+) -> LossAndGradient:
+    """Return w·KL(q‖m) + (1−w)·KL(p‖m) and (1−w)·p ⊙ (log p − log m − KL(p‖m)), m = w·q + (1−w)·p."""
     w = inside_unit_interval("teacher_weight", teacher_weight)
     q, teacher_normalizer = _softmax(teacher_logits)
     p, student_normalizer = _softmax(student_logits)
     log_m = _mixture(p, q, w).log_()
     teacher_part = _dot(q, teacher_logits.sub_(log_m)) - teacher_normalizer
-    log_ratio = student_logits.sub_(log_m)  # but for the normalizer, which the gradient does not see
+    log_ratio = student_logits.sub_(log_m)  # without the normalizer, which the gradient ignores
     expected = _dot(p, log_ratio)
     loss = w * teacher_part + (1 - w) * (expected - student_normalizer)
     return loss, log_ratio.sub_(expected[:, None]).mul_(p).mul_(1 - w)
 
 
-def skew_forward_kl(teacher_logits: Tensor, student_logits: Tensor, *, skew: float = 0.1) -> LossAndGradient:
-    """KL(q‖m) with m = a·q + (1−a)·p, whose p·∂/∂p is −(1−a)·p·q/m."""
+def skew_forward_kl(
+    teacher_logits: Tensor, student_logits: Tensor, *, skew: float = 0.1
+) -> LossAndGradient:
+    """Return KL(q‖m) with m = a·q + (1−a)·p, and its gradient from u = −(1−a)·p·q/m."""
     a = inside_unit_interval("skew", skew)
     log_q, _, q, p = _log_probabilities(teacher_logits, student_logits)
     m = _mixture(p, q, a)
@@ -77,8 +81,13 @@ def skew_forward_kl(teacher_logits: Tensor, student_logits: Tensor, *, skew: flo
     return loss, _through_softmax(p, u)
 
 
-def skew_reverse_kl(teacher_logits: Tensor, student_logits: Tensor, *, skew: float = 0.1) -> LossAndGradient:
-    """KL(p‖m) with m = (1−a)·q + a·p, whose p·∂/∂p is p·(log p − log m + 1 − a·p/m)."""
+def skew_reverse_kl(
+    teacher_logits: Tensor, student_logits: Tensor, *, skew: float = 0.1
+) -> LossAndGradient:
+    """Return KL(p‖m) with m = (1−a)·q + a·p, and its gradient.
+
+    u = p·(log p − log m + 1 − a·p/m); the 1 adds nothing to u − p·Σu.
+    """
     a = inside_unit_interval("skew", skew)
     _, log_p, q, p = _log_probabilities(teacher_logits, student_logits)
     m = _mixture(q, p, a)
@@ -89,33 +98,35 @@ def skew_reverse_kl(teacher_logits: Tensor, student_logits: Tensor, *, skew: flo
 
 
 def total_variation(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGradient:
-    """½ Σ |q − p|, whose ∂/∂p is ½·sign(p − q), taken as 0 where they tie."""
+    """Return ½ Σ |q − p| and its gradient from ∂/∂p = ½·sign(p − q), 0 where p = q."""
     p = student_logits.softmax(-1)
     difference = p - teacher_logits.softmax(-1)
     return 0.5 * difference.abs().sum(-1), _through_softmax(p, 0.5 * p * difference.sign())
 
 
 def inside_unit_interval(name: str, value: float) -> float:
-    """``value`` if it lies in the open interval (0, 1). Raises: ValueError that names it, otherwise."""
+    """Return ``value``. Raises: ValueError if it is not in the open interval (0, 1)."""
     if not 0 < value < 1:
-        raise ValueError(f"{name} = {value}: must lie between 0 and 1, ends excluded; 0.5 and 0.1 are usual")
+        raise ValueError(f"{name} = {value}: must be between 0 and 1, excluding both")
     return value
 
 
 def positive_temperature(value: float) -> float:
-    """``value`` if it is positive. Raises: ValueError otherwise."""
+    """Return ``value``. Raises: ValueError if it is not positive."""
     if not value > 0:
-        raise ValueError(f"temperature = {value}: must be positive; 1.0 compares the distributions as they are")
+        raise ValueError(f"temperature = {value}: must be positive; 1.0 leaves logits unchanged")
     return value
 
 
 def by_autograd(divergence: Callable[..., Tensor]) -> ClosedForm:
-    """A divergence of one's own, ``(teacher_logits, student_logits)`` → ``[b]`` in torch, as if it had a closed form."""
+    """Return the value and gradient of ``(teacher_logits, student_logits)`` → ``[b]`` by autograd."""
 
-    def value_and_gradient(teacher_logits: Tensor, student_logits: Tensor, **shape: float) -> LossAndGradient:
+    def value_and_gradient(
+        teacher_logits: Tensor, student_logits: Tensor, **divergence_parameters: float
+    ) -> LossAndGradient:
         with torch.enable_grad():
             student_logits = student_logits.detach().requires_grad_()
-            loss = divergence(teacher_logits.detach(), student_logits, **shape)
+            loss = divergence(teacher_logits.detach(), student_logits, **divergence_parameters)
             (gradient,) = torch.autograd.grad(loss.sum(), student_logits)
         return loss.detach(), gradient
 
@@ -123,20 +134,23 @@ def by_autograd(divergence: Callable[..., Tensor]) -> ClosedForm:
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities ``[b, V]``, and log Σe^logits ``[b]`` for next to nothing: at the largest, log p = logit − log Σe^logits."""
+    """Return probabilities ``[b, V]`` and log Σe^logits ``[b]``, from the largest logit − log p."""
     probabilities = logits.softmax(-1)
     return probabilities, logits.amax(-1) - probabilities.amax(-1).log()
 
 
-def _log_probabilities(teacher_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log q, log p, q, p; a logarithm is finite even where its probability is 0."""
+def _log_probabilities(
+    teacher_logits: Tensor, student_logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return log q, log p, q, p; the logarithms are finite even where the probability is 0."""
     q, teacher_normalizer = _softmax(teacher_logits)
     p, student_normalizer = _softmax(student_logits)
-    return teacher_logits.sub_(teacher_normalizer[:, None]), student_logits.sub_(student_normalizer[:, None]), q, p
+    log_q = teacher_logits.sub_(teacher_normalizer[:, None])
+    return log_q, student_logits.sub_(student_normalizer[:, None]), q, p
 
 
 def _mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """(1 − weight)·a + weight·b, and the least there is where that is 0: its logarithm is finite, and will be multiplied by 0."""
+    """Return (1 − weight)·a + weight·b, at least the smallest normal number: its log is finite."""
     mixture = torch.lerp(a, b, weight)
     return mixture.clamp_min_(torch.finfo(mixture.dtype).tiny)
 
@@ -147,7 +161,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _infinite(loss: Tensor) -> Tensor:
-    """What met a logit of −inf where there was mass is infinite."""
+    """Replace a loss by infinity if a logit of −inf (`LOWEST`) met a positive probability."""
     return loss.masked_fill(loss > -LOWEST * 1e-20, math.inf)
 
 

@@ -1,16 +1,14 @@
-"""Six ways to say how far a student's next-token distribution is from its teacher's.
+"""Measure how far a student's next-token distribution is from its teacher's, in six ways.
 
-N supervised tokens, V vocabulary. q is the teacher's distribution and p the student's, both softmaxes of logits divided
-by one temperature. Every function takes ``teacher_logits [N, V]`` and ``student_logits [N, V]`` and returns ``[N]``
-nats, one number a token, in float32 or wider whatever the logits' dtype: sum them, and divide once by the number of
-supervised tokens.
+N supervised tokens, V vocabulary. q is the teacher's distribution and p the student's: softmaxes of
+logits divided by one temperature. Every function takes ``teacher_logits [N, V]`` and
+``student_logits [N, V]`` and returns ``[N]`` nats, one number per token, in float32 or wider.
 
-No function multiplies by temperature². That factor (Hinton et al. 2015, arXiv 1503.02531, section 2) only keeps
-gradients of the same size as the temperature rises; here a number in nats stays a number in nats, and the learning rate
-is where scale belongs.
+No function multiplies by temperature² (Hinton et al. 2015, arXiv 1503.02531, section 2): that factor
+keeps the size of gradients, and the learning rate can do this instead.
 
-A logit of −inf is probability 0 and contributes 0 · log 0 = 0. Where the teacher has mass and the student has none,
-``forward_kl`` is infinite, as it should be. An empty batch (N = 0) gives an empty result.
+A logit of −inf is probability 0 and contributes 0 · log 0 = 0. ``forward_kl`` is infinite if the
+student gives 0 to a token to which the teacher does not. N = 0 returns an empty tensor.
 """
 
 from __future__ import annotations
@@ -26,8 +24,10 @@ from potstill.losses import closed_forms
 from potstill.losses.closed_forms import inside_unit_interval, positive_temperature
 
 
-def forward_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """KL(q‖p) = Σ q log(q/p): the student must cover whatever the teacher would say. ``[N, V]`` twice → ``[N]`` nats.
+def forward_kl(
+    teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    """Return KL(q‖p) = Σ q log(q/p) ``[N]``: large if the student misses tokens of the teacher.
 
     Source: Hinton, Vinyals and Dean 2015, arXiv 1503.02531, without the factor temperature².
 
@@ -39,24 +39,30 @@ def forward_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperature: f
     return _kl(log_q, log_p)
 
 
-def reverse_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """KL(p‖q) = Σ p log(p/q): the student must not say what the teacher would not. ``[N, V]`` twice → ``[N]`` nats.
+def reverse_kl(
+    teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    """Return KL(p‖q) = Σ p log(p/q) ``[N]``: large if the student has tokens the teacher avoids.
 
-    Source: Gu et al. 2023 (MiniLLM), arXiv 2306.08543, equation 1, over the vocabulary instead of over sampled texts.
+    Source: Gu et al. 2023 (MiniLLM), arXiv 2306.08543, equation 1, summed over the vocabulary.
     """
     log_q, log_p = _log_probabilities(teacher_logits, student_logits, temperature)
     return _kl(log_p, log_q)
 
 
 def jensen_shannon(
-    teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0, teacher_weight: float = 0.5
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    teacher_weight: float = 0.5,
 ) -> Tensor:
-    """w·KL(q‖m) + (1−w)·KL(p‖m) with m = w·q + (1−w)·p and w = ``teacher_weight`` in (0, 1). → ``[N]`` nats.
+    """Return w·KL(q‖m) + (1−w)·KL(p‖m) ``[N]`` with m = w·q + (1−w)·p and w = ``teacher_weight``.
 
-    At w = ½ it is symmetric and at most log 2. Divided by w it tends to ``forward_kl`` as w → 0; divided by 1 − w, to
-    ``reverse_kl`` as w → 1 (at the very ends it is 0, so they are refused).
+    At w = ½ it is symmetric and at most log 2. Divided by w it tends to ``forward_kl`` as w → 0;
+    divided by 1 − w it tends to ``reverse_kl`` as w → 1.
 
-    Raises: ValueError if ``teacher_weight`` is not inside (0, 1).
+    Raises: ValueError if ``teacher_weight`` is not in (0, 1); at 0 and 1 the divergence is 0.
     Source: Agarwal et al. 2023 (GKD), arXiv 2306.13649, equation 1.
     """
     w = inside_unit_interval("teacher_weight", teacher_weight)
@@ -65,10 +71,12 @@ def jensen_shannon(
     return w * _kl(log_q, log_m) + (1 - w) * _kl(log_p, log_m)
 
 
-def skew_forward_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0, skew: float = 0.1) -> Tensor:
-    """KL(q ‖ a·q + (1−a)·p) with a = ``skew`` in (0, 1): forward KL that stays finite, at most −log a. → ``[N]`` nats.
+def skew_forward_kl(
+    teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0, skew: float = 0.1
+) -> Tensor:
+    """Return KL(q ‖ a·q + (1−a)·p) ``[N]`` with a = ``skew``, at most −log a.
 
-    Raises: ValueError if ``skew`` is not inside (0, 1).
+    Raises: ValueError if ``skew`` is not in (0, 1).
     Source: Ko et al. 2024 (DistiLLM), arXiv 2402.03898, section 3.1.
     """
     a = inside_unit_interval("skew", skew)
@@ -76,10 +84,12 @@ def skew_forward_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperatu
     return _kl(log_q, mix_log_probabilities(log_q, log_p, a))
 
 
-def skew_reverse_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0, skew: float = 0.1) -> Tensor:
-    """KL(p ‖ (1−a)·q + a·p) with a = ``skew`` in (0, 1): reverse KL that stays finite, at most −log a. → ``[N]`` nats.
+def skew_reverse_kl(
+    teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0, skew: float = 0.1
+) -> Tensor:
+    """Return KL(p ‖ (1−a)·q + a·p) ``[N]`` with a = ``skew``, at most −log a.
 
-    Raises: ValueError if ``skew`` is not inside (0, 1).
+    Raises: ValueError if ``skew`` is not in (0, 1).
     Source: Ko et al. 2024 (DistiLLM), arXiv 2402.03898, section 3.1.
     """
     a = inside_unit_interval("skew", skew)
@@ -87,8 +97,10 @@ def skew_reverse_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperatu
     return _kl(log_p, mix_log_probabilities(log_p, log_q, a))
 
 
-def total_variation(teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """½ Σ |q − p|: the largest difference the two give to any event, in [0, 1] (no nats here). → ``[N]``.
+def total_variation(
+    teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    """Return ½ Σ |q − p| ``[N]``: the largest difference over all events, in [0, 1], not in nats.
 
     Source: Wen et al. 2023 (f-distillation), arXiv 2307.15190, section 3.
     """
@@ -97,9 +109,9 @@ def total_variation(teacher_logits: Tensor, student_logits: Tensor, *, temperatu
 
 
 def mix_log_probabilities(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
-    """log(weight·a + (1−weight)·b), elementwise, from logarithms and without leaving them. Same shape.
+    """Return log(weight·a + (1−weight)·b), elementwise, from logarithms.
 
-    Where both are log 0 so is the result, with gradient 0 (logaddexp alone would give NaN there).
+    If both are −inf, the result is −inf with gradient 0 (logaddexp alone gives NaN).
     """
     both_zero = (log_a == -math.inf) & (log_b == -math.inf)
     log_a, log_b = log_a.masked_fill(both_zero, 0.0), log_b.masked_fill(both_zero, 0.0)
@@ -107,51 +119,55 @@ def mix_log_probabilities(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor
     return mixed.masked_fill(both_zero, -math.inf)
 
 
-def _log_probabilities(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _log_probabilities(
+    teacher_logits: Tensor, student_logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(
-            f"teacher_logits {tuple(teacher_logits.shape)} and student_logits {tuple(student_logits.shape)} differ in "
-            "shape: cut both to the shared vocabulary first (potstill.alignment.shared_rows)"
+            f"teacher_logits {tuple(teacher_logits.shape)} and student_logits "
+            f"{tuple(student_logits.shape)} differ in shape: cut both to the shared vocabulary "
+            "(potstill.alignment.shared_rows)"
         )
     temperature = positive_temperature(temperature)
-    wide = torch.promote_types(torch.promote_types(teacher_logits.dtype, student_logits.dtype), torch.float32)
-    teacher_logits, student_logits = teacher_logits.to(wide), student_logits.to(wide)
-    return (teacher_logits / temperature).log_softmax(-1), (student_logits / temperature).log_softmax(-1)
+    wide = torch.promote_types(teacher_logits.dtype, student_logits.dtype)
+    wide = torch.promote_types(wide, torch.float32)
+    log_q = (teacher_logits.to(wide) / temperature).log_softmax(-1)
+    return log_q, (student_logits.to(wide) / temperature).log_softmax(-1)
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Σ a·(log a − log b) over the last axis. Where a = 0 the term is 0 and so is its gradient, whatever b is."""
+    """Return Σ a·(log a − log b) over the last axis; a = 0 adds 0, and its gradient is 0."""
     a = log_a.exp()
-    # Asked of a, not of log a: an a that underflows to 0 has a finite logarithm, and 0 · (log a + inf) is NaN.
+    # Test a, not log a: if a underflows to 0, log a is finite and 0 · (log a + inf) is NaN.
     return (a * torch.where(a == 0, 0.0, log_a - log_b)).sum(-1)
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A number in (0, 1) that a divergence takes, by name."""
+    """Describe a parameter of a divergence: a number in (0, 1)."""
 
     name: str
     default: float
     help: str
 
     def check(self, value: float) -> float:
-        """Return ``value``. Raises: ValueError if it is not inside (0, 1)."""
+        """Return ``value``. Raises: ValueError if it is not in (0, 1)."""
         return inside_unit_interval(self.name, value)
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Everything the library knows about one divergence.
+    """Describe one divergence; calling the record calls its dense form.
 
-    The loss, the configuration, the command line, the plots and the table in the documentation are
-    derived from `DIVERGENCES`. Calling a record calls its dense form.
+    Losses, configuration, command line, plots and the table in the docs are derived from
+    `DIVERGENCES`.
     """
 
     name: str
     dense: Callable[..., Tensor]
     """``(teacher_logits [N, V], student_logits [N, V], *, temperature, **parameters)`` → ``[N]`` nats."""
     closed_form: closed_forms.ClosedForm | None = None
-    """Loss and gradient of one block of logits; without it autograd differentiates ``dense``."""
+    """Loss and gradient of one block of logits; if None, autograd differentiates ``dense``."""
     parameters: tuple[Parameter, ...] = ()
     formula: str = ""
     source: str = ""
@@ -169,7 +185,9 @@ class Divergence:
         return {one.name: one.check(given.get(one.name, one.default)) for one in self.parameters}
 
 
-TEACHER_WEIGHT = Parameter("teacher_weight", 0.5, "The teacher's share w of jensen_shannon's mixture.")
+TEACHER_WEIGHT = Parameter(
+    "teacher_weight", 0.5, "The teacher's share w of jensen_shannon's mixture."
+)
 SKEW = Parameter("skew", 0.1, "The admixture a of the two skew divergences.")
 
 RECORDS = (
@@ -219,7 +237,7 @@ RECORDS = (
         source="Wen et al. 2023 (f-distillation), arXiv 2307.15190",
     ),
 )
-"""Add a divergence here, and nowhere else."""
+"""All divergences. To add one, add a record here."""
 
 DIVERGENCES: dict[str, Divergence] = {one.name: one for one in RECORDS}
 

@@ -1,17 +1,17 @@
-"""From hidden states to logits: a model's head, asked a few tokens at a time.
+"""Compute the logits of hidden states a few tokens at a time.
 
 c tokens in a chunk, b tokens in a block, V vocabulary, H hidden size.
 
-Matrix products want many tokens at once, the arithmetic on logits wants few: a block of b tokens stays in the processor's
-cache, and there a softmax costs a fifth of what it costs in memory. So a chunk is projected in one product, and handed out in
-blocks of float32.
+A matrix product is fast with many tokens, softmax with few: a block of b tokens stays in the
+processor's cache, where a softmax takes a fifth of the time. So one product computes a chunk, and
+the chunk is split into blocks of float32 logits.
 
-**Anchors.** bfloat16 keeps eight bits of whatever it stores, and a logit of 20 so rounded is off by up to 0.06: a student near
-its teacher then gets a gradient that is wrong by 40 %. But softmax sees differences alone. Half-precision products are
-therefore stored as logit − anchor, where a token's anchor is its greatest logit among the words that the chunk's text has: small
-wherever the probability is large. The subtraction happens inside the product, before anything is rounded, and the error falls
-twentyfold.
-On CUDA, products of half-precision tensors come out in float32 and need none of this.
+**Anchors.** bfloat16 keeps eight bits, so a logit of 20 is rounded by up to 0.06. A student close
+to its teacher then gets a gradient that is wrong by 40 %. Softmax depends on differences only, so
+half-precision products are stored as logit − anchor. The anchor of a token is its largest logit
+among the labels of the chunk, so stored values are small where the probability is large. The
+product subtracts the anchor before it rounds, and the error becomes twenty times smaller.
+On CUDA, products of half-precision tensors are stored in float32 and need no anchors.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from torch import Tensor
 
 from potstill.losses.closed_forms import finite
 
-# One chunk's product, or half the weight if that is more. Logits alone need so many tokens as keep a product at full speed; where
-# gradients follow, the weight's is read and written once a chunk, and wants as many as may be. Both are small beside dense logits.
+# The size of a chunk's logits, or half the weight if that is more. With gradients chunks are larger:
+# each chunk reads and writes the weight's gradient once.
 LOGITS_BYTES = {"cpu": 48 * 2**20, "cuda": 256 * 2**20}
 GRADIENT_BYTES = {"cpu": 192 * 2**20, "cuda": 256 * 2**20}
-# One block's float32 logits, and there are a handful of such tensors at a time in a core's cache. A GPU takes a chunk at once.
+# The float32 logits of one block; a few such tensors fit the cache. On a GPU a block is a chunk.
 BLOCK_BYTES = {"cpu": 3 * 2**19}
 
 
 class _OutputLayer:
-    """What both kinds of head do to the product ``hidden @ weight.T``."""
+    """Turn the product ``hidden @ weight.T`` into logits: bias, scale, softcap."""
 
     bias: Tensor | None
     scale: float
@@ -57,7 +57,7 @@ class _OutputLayer:
         return logits
 
     def logit_derivative(self, logits: Tensor) -> Tensor | None:
-        """Return ∂logits/∂(hidden @ weight.T + bias), elementwise; None where it is 1 everywhere."""
+        """Return ∂logits/∂(hidden @ weight.T + bias), elementwise; None if it is 1 everywhere."""
         if self.softcap is not None:
             return self.scale * (1 - (logits / self.softcap) ** 2)
         return None if self.scale == 1.0 else logits.new_full((1, 1), self.scale)
@@ -65,10 +65,10 @@ class _OutputLayer:
 
 @dataclass(frozen=True)
 class Head(_OutputLayer):
-    """A model's LM head: ``cap(scale · (hidden @ weight.T + bias))``.
+    """Hold a model's LM head: ``cap(scale · (hidden @ weight.T + bias))``.
 
     ``weight [V, H]``, ``bias [V]`` or None. ``softcap`` c turns logits into c·tanh(logits / c)
-    (Gemma 2). ``rows`` cuts the vocabulary to its first rows: those that both tokenizers share.
+    (Gemma 2). ``rows`` keeps only the first rows of the vocabulary, which both tokenizers share.
     """
 
     weight: Tensor
@@ -92,10 +92,10 @@ class Head(_OutputLayer):
 
 @dataclass(frozen=True)
 class CallableHead(_OutputLayer):
-    """A head whose product only its own module can compute, such as one with quantized weights.
+    """Hold an LM head that only its own module can compute, for example with quantized weights.
 
-    ``project`` maps ``hidden [c, H]`` to ``[c, V]``, its own bias included. For teachers alone: no
-    gradient flows through it.
+    ``project`` maps ``hidden [c, H]`` to ``[c, V]``, including its own bias. Use it for teachers
+    only: no gradient flows through it.
     """
 
     project: Callable[[Tensor], Tensor]
@@ -118,10 +118,10 @@ class CallableHead(_OutputLayer):
 
 
 class Projection:
-    """One head over ``hidden [N, H]``, without gradients: logits on demand, in order, with one chunk's room.
+    """Compute the logits of ``hidden [N, H]`` in order, without gradients, one chunk at a time.
 
-    ``observed [N]`` are the tokens that the text has; with them half-precision products are anchored. ``gradients``: will
-    ∂loss/∂logits be collected in the room?
+    ``observed [N]`` are the labels, from which half-precision products take their anchors.
+    ``gradients`` is True if the caller writes ∂loss/∂logits into the buffer.
     """
 
     def __init__(
@@ -134,91 +134,103 @@ class Projection:
         chunk_tokens: int | None = None,
     ) -> None:
         if chunk_tokens is not None and chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens = {chunk_tokens}: must be at least 1, or None to fit the chunk to memory")
+            raise ValueError(
+                f"chunk_tokens = {chunk_tokens}: must be at least 1; None chooses it by memory"
+            )
         self.head, self.dtype = head, _product_dtype(hidden)
         self.hidden = hidden.detach().to(self.dtype)
-        own = isinstance(head, Head)
-        self.weight = head.weight[: len(head)].detach().to(self.dtype) if own else self.hidden[:0]
-        if not own:
-            self.dtype = wide_dtype(self.dtype)
-        self.wide_products = hidden.device.type == "cuda" and self.dtype in (torch.bfloat16, torch.float16)
+        if isinstance(head, Head):
+            self.weight = head.weight[: len(head)].detach().to(self.dtype)
+        else:
+            self.weight, self.dtype = self.hidden[:0], wide_dtype(self.dtype)
+        half = (torch.bfloat16, torch.float16)
+        self.wide_products = hidden.device.type == "cuda" and self.dtype in half
         self.stored = torch.float32 if self.wide_products else self.dtype
-        self.observed = observed if self.stored in (torch.bfloat16, torch.float16) else None
-        self.chunk = chunk_tokens or _chunk_size(len(head), self.hidden, self.stored, GRADIENT_BYTES if gradients else LOGITS_BYTES)
-        self.buffer = self.hidden.new_empty(min(self.chunk, len(hidden)), len(head), dtype=self.stored)
+        self.observed = observed if self.stored in half else None
+        budget = GRADIENT_BYTES if gradients else LOGITS_BYTES
+        self.chunk = chunk_tokens or _chunk_size(len(head), self.hidden, self.stored, budget)
+        size = min(self.chunk, len(hidden))
+        self.buffer = self.hidden.new_empty(size, len(head), dtype=self.stored)
         self.start = self.stop = 0
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """All N tokens in order: where a block stands among them, and its float32 logits ``[b, V]``."""
+        """Yield the positions of each block and its float32 logits ``[b, V]``, for all N tokens."""
         size = min(self.chunk, block_rows(self.hidden.device.type, len(self.head)))
         for start in range(0, len(self.hidden), self.chunk):
             stop = min(start + self.chunk, len(self.hidden))
             for first in range(start, stop, size):
-                rows = slice(first, min(first + size, stop))
-                yield rows, self.logits(rows)
+                positions = slice(first, min(first + size, stop))
+                yield positions, self.logits(positions)
 
-    def logits(self, rows: slice) -> Tensor:
-        """The logits of some tokens, ``[b, V]`` in float32 or wider. Ask in order: a chunk is gone when the next is begun."""
-        if rows.stop > self.stop:
-            asked = rows.stop - rows.start
-            self._project(rows.start, rows.start + max(1, self.chunk // asked) * asked)
-        product = self.product(rows)
+    def logits(self, positions: slice) -> Tensor:
+        """Return the logits of some tokens, ``[b, V]`` in float32 or wider.
+
+        Call in increasing order: the next chunk overwrites the current one.
+        """
+        if positions.stop > self.stop:
+            count = positions.stop - positions.start
+            self._project(positions.start, positions.start + max(1, self.chunk // count) * count)
+        product = self.product(positions)
         if self.observed is None:
             return self.head.to_logits(product.to(wide_dtype(self.dtype)))
-        return self.head.to_logits(torch.add(product, self.anchors[rows.start - self.start : rows.stop - self.start].float()))
+        anchors = self.anchors[positions.start - self.start : positions.stop - self.start]
+        return self.head.to_logits(torch.add(product, anchors.float()))
 
-    def product(self, rows: slice) -> Tensor:
-        """The room ``[b, V]`` in which the product of these tokens stands, to be written over when it has been used."""
-        return self.buffer[rows.start - self.start : rows.stop - self.start]
+    def product(self, positions: slice) -> Tensor:
+        """Return the buffer ``[b, V]`` of these tokens' product, which the caller may overwrite."""
+        return self.buffer[positions.start - self.start : positions.stop - self.start]
 
     def _project(self, start: int, stop: int) -> None:
         self.start, self.stop = start, min(stop, len(self.hidden))
-        rows = slice(self.start, self.stop)
-        if self.stop - self.start > len(self.buffer):  # somebody asks for more at once than a chunk holds
+        positions = slice(self.start, self.stop)
+        if self.stop - self.start > len(self.buffer):  # the caller asked for more than a chunk
             self.buffer = self.buffer.new_empty(self.stop - self.start, len(self.head))
-        buffer, hidden, weight = self.product(rows), self.hidden[rows], self.weight.T
+        buffer, hidden, weight = self.product(positions), self.hidden[positions], self.weight.T
         if isinstance(self.head, CallableHead):
             buffer.copy_(self.head.project(hidden)[..., : len(self.head)])
         elif self.observed is not None:
-            self.anchors = self._greatest_logit(hidden, self.observed[rows])
+            self.anchors = self._largest_logit(hidden, self.observed[positions])
             torch.addmm(buffer.copy_(-self.anchors), hidden, weight, out=buffer)
         elif self.wide_products:
             buffer.copy_(torch.mm(hidden, weight, out_dtype=torch.float32))
         else:
             torch.mm(hidden, weight, out=buffer)
 
-    def _greatest_logit(self, hidden: Tensor, observed: Tensor) -> Tensor:
-        """Each token's greatest logit among the words that the chunk's text has: ``[c, H]`` → ``[c, 1]``."""
-        words = torch.unique(observed.clamp(max=len(self.head) - 1))
-        return (hidden @ self.weight[words].T).amax(-1, keepdim=True)
+    def _largest_logit(self, hidden: Tensor, observed: Tensor) -> Tensor:
+        """Return each token's largest logit among the chunk's labels: ``[c, H]`` → ``[c, 1]``."""
+        ids = torch.unique(observed.clamp(max=len(self.head) - 1))
+        return (hidden @ self.weight[ids].T).amax(-1, keepdim=True)
 
 
-def _chunk_size(rows: int, hidden: Tensor, dtype: torch.dtype, budget: dict[str, int]) -> int:
-    """Return how many tokens' logits fit the device's budget, or half the weight if that is more."""
-    half_the_weight = dtype.itemsize * rows * hidden.shape[-1] // 2
-    size = max(budget.get(hidden.device.type, budget["cuda"]), half_the_weight)
-    return max(1, size // (dtype.itemsize * max(1, rows)))
+def _chunk_size(
+    vocabulary_rows: int, hidden: Tensor, dtype: torch.dtype, budget: dict[str, int]
+) -> int:
+    """Return how many tokens' logits fit the budget, or half the weight if that is more."""
+    half_the_weight = dtype.itemsize * vocabulary_rows * hidden.shape[-1] // 2
+    size_bytes = max(budget.get(hidden.device.type, budget["cuda"]), half_the_weight)
+    return max(1, size_bytes // (dtype.itemsize * max(1, vocabulary_rows)))
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 where that is what came in."""
+    """Return float64 for float64, and float32 for every narrower dtype."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def block_rows(device: str, width: int) -> int:
-    """How many rows of ``width`` float32 numbers are worked on at once; on a GPU all there are."""
+    """Return how many rows of ``width`` float32 numbers make a block; on a GPU, all."""
     if device not in BLOCK_BYTES:
         return 2**31
-    # As many for each thread, and at least one: a reduction over one row is not shared between them.
+    # A multiple of the threads, at least one each: threads do not share the reduction of one row.
     threads = torch.get_num_threads()
     return max(1, BLOCK_BYTES[device] // (4 * max(1, width)) // threads) * threads
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of matrix products: autocast's where it is on, otherwise the hidden states' own.
+    """Return the dtype of matrix products: autocast's if it is on, else that of the hidden states.
 
-    On a CPU float16 is taken for float32: processors without float16 products emulate them, four times as slow.
+    On a CPU, float16 becomes float32: most processors emulate float16 products, four times slower.
     """
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     return torch.float32 if device == "cpu" and dtype == torch.float16 else dtype
