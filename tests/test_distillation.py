@@ -31,8 +31,21 @@ def place(pair_folder: Path) -> Path:
     return pair_folder
 
 
-def distill(*more: str, data: str = "data.jsonl", output: str = "run", student: str = "student") -> int:
-    flags = ["--data", data, "--output-dir", output, "--device", "cpu", "--precision", "fp32", "--learning-rate", "0.01"]
+def distill(
+    *more: str, data: str = "data.jsonl", output: str = "run", student: str = "student"
+) -> int:
+    flags = [
+        "--data",
+        data,
+        "--output-dir",
+        output,
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--learning-rate",
+        "0.01",
+    ]
     return cli.main(["distill", "teacher", student, *flags, *more])
 
 
@@ -41,7 +54,9 @@ def weights(run: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("method", ["logits", "text"])
-def test_a_run_leaves_student_metrics_evaluation_and_report(place: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_leaves_student_metrics_evaluation_and_report(
+    place: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert distill("--method", method, "--max-steps", "8") == 0
     printed = capsys.readouterr().out
     assert "kl_nats_per_token" in printed
@@ -68,18 +83,29 @@ def test_a_budget_in_seconds_becomes_a_number_of_steps_that_is_kept(place: Path)
 
 
 @pytest.mark.parametrize("stops_at", [1, 5, 7])
-def test_an_interrupted_run_goes_on_to_the_same_weights(place: Path, interrupt_at: Any, stops_at: int) -> None:
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    place: Path, interrupt_at: Any, stops_at: int
+) -> None:
     assert distill("--max-steps", "8", output="whole") == 0
     with interrupt_at(stops_at):
         assert distill("--max-steps", "8") == 130
     assert not (place / "run" / "student").exists()
-    (place / "run" / "checkpoints" / "checkpoint-99").mkdir(parents=True)  # one that a kill left half-written
+    (place / "run" / "checkpoints" / "checkpoint-99").mkdir(
+        parents=True
+    )  # one that a kill left half-written
     assert distill("--max-steps", "8") == 0
-    assert all(torch.equal(tensor, weights("run")[name]) for name, tensor in weights("whole").items())
-    assert [json.loads(line)["step"] for line in (place / "run" / "metrics.jsonl").read_text().splitlines()] == list(range(1, 9))
+    assert all(
+        torch.equal(tensor, weights("run")[name]) for name, tensor in weights("whole").items()
+    )
+    assert [
+        json.loads(line)["step"]
+        for line in (place / "run" / "metrics.jsonl").read_text().splitlines()
+    ] == list(range(1, 9))
 
 
-def test_an_interrupt_in_the_evaluation_loses_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_in_the_evaluation_loses_nothing(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -94,7 +120,9 @@ def test_an_interrupt_in_the_evaluation_loses_nothing(place: Path, monkeypatch: 
 def test_the_config_of_a_run_repeats_it(place: Path) -> None:
     assert distill("--max-steps", "3") == 0
     assert cli.main(["distill", "--config", "run/config.yaml", "--output-dir", "again"]) == 0
-    assert all(torch.equal(tensor, weights("again")[name]) for name, tensor in weights("run").items())
+    assert all(
+        torch.equal(tensor, weights("again")[name]) for name, tensor in weights("run").items()
+    )
 
 
 def test_different_tokenizers_are_refused_for_logits_and_measured_for_text(
@@ -103,10 +131,16 @@ def test_different_tokenizers_are_refused_for_logits_and_measured_for_text(
     other = model_folder(layers=2)
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(
-        text.replace('"!":0', '"?":0').replace('"?":30', '"!":30').replace('"!": 0,', '"?": 0,').replace('"?": 30,', '"!": 30,')
+        text.replace('"!":0', '"?":0')
+        .replace('"?":30', '"!":30')
+        .replace('"!": 0,', '"?": 0,')
+        .replace('"?": 30,', '"!": 30,')
     )
     assert distill("--max-steps", "2", student=str(other)) == 2
-    assert "different tokenizers: id 0 is '!' in the teacher's and '?' in the student's" in capsys.readouterr().err
+    assert (
+        "different tokenizers: id 0 is '!' in the teacher's and '?' in the student's"
+        in capsys.readouterr().err
+    )
     assert not (place / "run").exists()
     assert distill("--max-steps", "2", "--method", "text", student=str(other)) == 0
     evaluation = json.loads((place / "run" / "evaluation.json").read_text())
@@ -121,13 +155,17 @@ def other(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tokenizer = sentencepiece(prepend="first")
     tokenizer.pad_token = tokenizer.eos_token
     student = tiny_model(layers=2, rows=len(tokenizer), seed=1)
-    student.generation_config.eos_token_id = student.generation_config.pad_token_id = tokenizer.eos_token_id
+    student.generation_config.eos_token_id = student.generation_config.pad_token_id = (
+        tokenizer.eos_token_id
+    )
     student.save_pretrained(place / "other")
     tokenizer.save_pretrained(place / "other")
     return place / "other"
 
 
-def test_no_bar_is_drawn_for_who_wants_none(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_bar_is_drawn_for_who_wants_none(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert distill("--max-steps", "2", "--trainer", '{"disable_tqdm": true}') == 0
     assert "2/2" not in capsys.readouterr().err
 
@@ -136,12 +174,17 @@ def test_no_bar_is_drawn_for_who_wants_none(place: Path, capsys: pytest.CaptureF
 def test_a_student_with_other_tokens_learns_by_cross(
     place: Path, other: Path, alignment: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert distill("--method", "cross", "--alignment", alignment, "--max-steps", "8", student="other") == 0
+    assert (
+        distill("--method", "cross", "--alignment", alignment, "--max-steps", "8", student="other")
+        == 0
+    )
     assert "the teacher has a target for" in capsys.readouterr().out
     evaluation = json.loads((place / "run" / "evaluation.json").read_text())
     assert evaluation["after"]["bits_per_byte"] < evaluation["before"]["bits_per_byte"]
     assert evaluation["after"]["kl_nats_per_token"] is None
-    assert f"| method | cross, {alignment} |" in (place / "run" / "student" / "README.md").read_text()
+    assert (
+        f"| method | cross, {alignment} |" in (place / "run" / "student" / "README.md").read_text()
+    )
     assert pipeline.RunFolder("run").read_config()["alignment"] == alignment
 
 
@@ -157,7 +200,9 @@ def test_a_budget_in_seconds_and_an_interrupt_work_across_tokenizers(
     assert distill("--method", "cross", "--seconds", "1", student="other") == 0
 
 
-def test_data_that_nothing_can_be_aligned_in_is_one_error(place: Path, other: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_that_nothing_can_be_aligned_in_is_one_error(
+    place: Path, other: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     turns = [{"role": "user", "content": "on"}, {"role": "assistant", "content": "a <|im_end|> b"}]
     write_rows(place / "odd.jsonl", [{"messages": turns}] * 4)
     assert distill("--method", "cross", "--max-steps", "2", data="odd.jsonl", student="other") == 2
@@ -176,7 +221,16 @@ def test_cross_between_identical_tokenizers_works_and_says_that_logits_is_cheape
 
 
 def test_evaluate_prints_a_table_or_json(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["evaluate", "student", "--teacher", "teacher", "--data", "data.jsonl", "--precision", "fp32"]
+    arguments = [
+        "evaluate",
+        "student",
+        "--teacher",
+        "teacher",
+        "--data",
+        "data.jsonl",
+        "--precision",
+        "fp32",
+    ]
     assert cli.main(arguments) == 0
     assert "kl_nats_per_token" in capsys.readouterr().out
     assert cli.main([*arguments, "--json"]) == 0
@@ -184,7 +238,9 @@ def test_evaluate_prints_a_table_or_json(place: Path, capsys: pytest.CaptureFixt
     assert json.loads(printed[printed.index("{") :])["teacher"]["top1_agreement"] == 1.0
 
 
-def test_student_cuts_layers_and_refuses_a_folder_that_is_not_empty(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_student_cuts_layers_and_refuses_a_folder_that_is_not_empty(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["student", "teacher", "--output-dir", "cut", "--keep-layers", "0,3"]) == 0
     assert json.loads((place / "cut" / "config.json").read_text())["num_hidden_layers"] == 2
     assert cli.main(["student", "teacher", "--output-dir", "cut"]) == 2
@@ -203,7 +259,21 @@ def test_a_student_with_another_tokenizer_is_made_whole_or_not_at_all(
     card = (place / "changed" / "README.md").read_text()
     assert "| tokenizer | words |" in card
     assert "the mean of several" in card
-    assert cli.main(["student", "teacher", "--output-dir", "both", "--tokenizer", "words", "--keep-layers", "2"]) == 0
+    assert (
+        cli.main(
+            [
+                "student",
+                "teacher",
+                "--output-dir",
+                "both",
+                "--tokenizer",
+                "words",
+                "--keep-layers",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert json.loads((place / "both" / "config.json").read_text())["num_hidden_layers"] == 2
     qwen = str(model_folder(family="qwen2"))
     assert cli.main(["student", qwen, "--output-dir", "misread", "--tokenizer", "words"]) == 2
@@ -237,19 +307,56 @@ def bad(place: Path, name: str) -> list[str]:
         "one conversation": ["distill", *common, "--data", "one.jsonl"],
         "no template": ["distill", "teacher", "bare", *common[2:], "--data", "data.jsonl"],
         "no such layer": ["student", "teacher", "--output-dir", "run", "--keep-layers", "0,9"],
-        "layers not numbers": ["student", "teacher", "--output-dir", "run", "--keep-layers", "some"],
+        "layers not numbers": [
+            "student",
+            "teacher",
+            "--output-dir",
+            "run",
+            "--keep-layers",
+            "some",
+        ],
         "unknown key": ["distill", "--config", "bad.yaml"],
         "unknown flag": ["distill", *common, "--data", "data.jsonl", "--lerning-rate", "1"],
         "unknown command": ["destill"],
         "missing flag": ["distill", "teacher", "student"],
         "wrong type": ["distill", *common, "--data", "data.jsonl", "--learning-rate", "fast"],
-        "unknown trainer setting": ["distill", *common, "--data", "data.jsonl", "--trainer", '{"optimiser": "sgd"}'],
-        "bad trainer setting": ["distill", *common, "--data", "data.jsonl", "--trainer", '{"save_strategy": "never"}'],
+        "unknown trainer setting": [
+            "distill",
+            *common,
+            "--data",
+            "data.jsonl",
+            "--trainer",
+            '{"optimiser": "sgd"}',
+        ],
+        "bad trainer setting": [
+            "distill",
+            *common,
+            "--data",
+            "data.jsonl",
+            "--trainer",
+            '{"save_strategy": "never"}',
+        ],
         "unknown method": ["distill", *common, "--data", "data.jsonl", "--method", "osmosis"],
-        "unknown alignment": ["distill", *common, "--data", "data.jsonl", "--method", "cross", "--alignment", "stars"],
+        "unknown alignment": [
+            "distill",
+            *common,
+            "--data",
+            "data.jsonl",
+            "--method",
+            "cross",
+            "--alignment",
+            "stars",
+        ],
         "unknown precision": ["distill", *common, "--data", "data.jsonl", "--precision", "fp12"],
         "absent model": ["distill", "nobody/nothing", *common[1:], "--data", "data.jsonl"],
-        "folder not empty": ["distill", *common[:2], "--output-dir", "full", "--data", "data.jsonl"],
+        "folder not empty": [
+            "distill",
+            *common[:2],
+            "--output-dir",
+            "full",
+            "--data",
+            "data.jsonl",
+        ],
         "not a run": ["report", "full"],
     }[name]
 
@@ -273,7 +380,10 @@ def bad(place: Path, name: str) -> list[str]:
         ("unknown trainer setting", "trainer.optimiser"),
         ("bad trainer setting", "check save_strategy"),
         ("unknown method", "osmosis"),
-        ("unknown alignment", "alignment 'stars' is not known; use one of pieces, cells, push_forward"),
+        (
+            "unknown alignment",
+            "alignment 'stars' is not known; use one of pieces, cells, push_forward",
+        ),
         ("unknown precision", "fp12"),
         ("absent model", "not in the hub's cache"),
         ("folder not empty", "full: not empty"),
@@ -294,13 +404,17 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
     assert sorted(place.rglob("*")) == there
 
 
-def test_another_setting_in_a_begun_run_is_refused_by_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_setting_in_a_begun_run_is_refused_by_name(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert distill("--max-steps", "2") == 0
     assert distill("--max-steps", "2", "--temperature", "2") == 2
     assert "holds a run with temperature 1.0, not 2.0" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", "run/student/model.safetensors")
 
@@ -327,9 +441,21 @@ def launched(*arguments: str) -> subprocess.CompletedProcess[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m", "potstill"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        f"--master-port={port}",
+        "-m",
+        "potstill",
+    ]
     return subprocess.run(
-        [*torchrun, *arguments], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [*torchrun, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -340,7 +466,9 @@ def test_two_processes_train_the_student_of_one_with_twice_the_batch(
 ) -> None:
     """DDP, over gloo: the loss is divided by the tokens of both, and one of them writes."""
     student = str(model_folder(layers=2, tied=tied))
-    write_rows(place / "train.jsonl", conversations(24))  # six whole steps: of the last, two processes would make a whole one
+    write_rows(
+        place / "train.jsonl", conversations(24)
+    )  # six whole steps: of the last, two processes would make a whole one
     flags = [
         "--data",
         "train.jsonl",
@@ -355,17 +483,33 @@ def test_two_processes_train_the_student_of_one_with_twice_the_batch(
         "--max-steps",
         "6",
     ]
-    done = launched("distill", "teacher", student, *flags, "--batch-size", "2", "--output-dir", "two")
+    done = launched(
+        "distill", "teacher", student, *flags, "--batch-size", "2", "--output-dir", "two"
+    )
     assert done.returncode == 0, done.stderr
-    assert cli.main(["distill", "teacher", student, *flags, "--batch-size", "4", "--output-dir", "one"]) == 0
+    assert (
+        cli.main(
+            ["distill", "teacher", student, *flags, "--batch-size", "4", "--output-dir", "one"]
+        )
+        == 0
+    )
     for name, tensor in weights("one").items():
         torch.testing.assert_close(weights("two")[name], tensor, rtol=1e-3, atol=1e-5)
-    rows = [[json.loads(line) for line in (place / run / "metrics.jsonl").read_text().splitlines()] for run in ("two", "one")]
+    rows = [
+        [json.loads(line) for line in (place / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("two", "one")
+    ]
     assert [row["step"] for row in rows[0]] == list(range(1, 7))
-    assert rows[0][-1]["tokens"] == pytest.approx(rows[1][-1]["tokens"], rel=0.05)  # a packed line is counted with its padding
-    assert [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]], rel=1e-3)
+    assert rows[0][-1]["tokens"] == pytest.approx(
+        rows[1][-1]["tokens"], rel=0.05
+    )  # a packed line is counted with its padding
+    assert [row["loss"] for row in rows[0]] == pytest.approx(
+        [row["loss"] for row in rows[1]], rel=1e-3
+    )
     assert done.stdout.count("report:") == 1
-    again = launched("distill", "teacher", student, *flags, "--batch-size", "2", "--output-dir", "two")
+    again = launched(
+        "distill", "teacher", student, *flags, "--batch-size", "2", "--output-dir", "two"
+    )
     assert again.returncode == 0, again.stderr
     refused = launched("generate", "teacher", "--prompts", "data.jsonl", "--output-dir", "answers")
     assert "generate runs in one process" in refused.stderr
@@ -385,20 +529,35 @@ def test_data_that_changed_since_a_run_began_are_refused(
     assert distill("--max-steps", "2") == 2
     assert "have changed since it began" in capsys.readouterr().err
     (place / "data.jsonl").write_text(before)
-    assert distill("--max-steps", "2", "--device", "auto") == 0  # where it is computed is no other run
+    assert (
+        distill("--max-steps", "2", "--device", "auto") == 0
+    )  # where it is computed is no other run
     assert distill("--max-steps", "2", "--tasks", "questions.jsonl") == 2
     assert "measured with other tasks" in capsys.readouterr().err
 
 
 def test_the_recipe_says_how_often_a_checkpoint_is_kept(place: Path) -> None:
     assert distill("--max-steps", "4", "--trainer", '{"save_steps": 3}') == 0
-    assert sorted(path.name for path in (place / "run" / "checkpoints").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    assert sorted(path.name for path in (place / "run" / "checkpoints").glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
 
 
 @pytest.mark.parametrize(
-    "flag", ["--batch-size", "--max-steps", "--seconds", "--gradient-accumulation-steps", "--max-length", "--eval-steps"]
+    "flag",
+    [
+        "--batch-size",
+        "--max-steps",
+        "--seconds",
+        "--gradient-accumulation-steps",
+        "--max-length",
+        "--eval-steps",
+    ],
 )
-def test_nought_is_no_number_of_anything(place: Path, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nought_is_no_number_of_anything(
+    place: Path, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert distill(flag, "0") == 2
     assert "must be above 0" in capsys.readouterr().err
     assert distill("--trainer", '{"eval_strategy": "steps"}') == 2
@@ -421,10 +580,15 @@ def test_half_a_line_of_metrics_does_not_stop_a_resumed_run(place: Path, interru
     with (place / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     assert distill("--max-steps", "4") == 0
-    assert [json.loads(line)["step"] for line in (place / "run" / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert [
+        json.loads(line)["step"]
+        for line in (place / "run" / "metrics.jsonl").read_text().splitlines()
+    ] == [1, 2, 3, 4]
 
 
-def test_a_full_memory_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_memory_is_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 

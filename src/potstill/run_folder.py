@@ -49,7 +49,9 @@ class RunFolder:
                         "delete the folder"
                     )
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise RunFolderError(f"{self.path}: not empty, and not a run of potstill's; give another --output-dir")
+            raise RunFolderError(
+                f"{self.path}: not empty, and not a run of potstill's; give another --output-dir"
+            )
 
     def begin(self, config: dict[str, Any]) -> None:
         """Make the folder, with its settings in it; or replace the settings of a run that has begun."""
@@ -81,11 +83,17 @@ class RunFolder:
         try:
             config = yaml.safe_load(self.config.read_bytes())
         except OSError as error:
-            raise RunFolderError(f"{self.path}: no readable config.yaml there, so not a run; give a run's folder") from error
+            raise RunFolderError(
+                f"{self.path}: no readable config.yaml there, so not a run; give a run's folder"
+            ) from error
         except (yaml.YAMLError, ValueError) as error:
-            raise RunFolderError(f"{self.config}: damaged (not YAML); mend it by hand, or run again into another folder") from error
+            raise RunFolderError(
+                f"{self.config}: damaged (not YAML); mend it by hand, or run again into another folder"
+            ) from error
         if not isinstance(config, dict):
-            raise RunFolderError(f"{self.config}: damaged (no settings); mend it by hand, or run again into another folder")
+            raise RunFolderError(
+                f"{self.config}: damaged (no settings); mend it by hand, or run again into another folder"
+            )
         return config
 
     def read_evaluation(self) -> dict[str, Any]:
@@ -97,9 +105,13 @@ class RunFolder:
                 f"{self.path}: no evaluation.json there; let the run come to its end, with its own command"
             ) from error
         except (ValueError, RecursionError) as error:
-            raise RunFolderError(f"{self.evaluation}: damaged (not JSON); delete it and give the run's command again") from error
+            raise RunFolderError(
+                f"{self.evaluation}: damaged (not JSON); delete it and give the run's command again"
+            ) from error
         if not isinstance(evaluation, dict):
-            raise RunFolderError(f"{self.evaluation}: damaged (no JSON object); delete it and give the run's command again")
+            raise RunFolderError(
+                f"{self.evaluation}: damaged (no JSON object); delete it and give the run's command again"
+            )
         return evaluation
 
     def read_metrics(self) -> tuple[list[dict[str, Any]], int]:
@@ -108,7 +120,9 @@ class RunFolder:
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end; unfinished ones are deleted."""
-        found = sorted(self.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
+        found = sorted(
+            self.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1])
+        )
         for folder in reversed(found):
             if (folder / "trainer_state.json").is_file():  # what the Trainer writes last
                 return folder

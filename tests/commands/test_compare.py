@@ -18,7 +18,9 @@ from potstill.distillation import run as pipeline
 @pytest.fixture
 def place(pair_folder: Path) -> Path:
     """A teacher, a student, and data to train on and to hold out."""
-    write_rows(pair_folder / "data.jsonl", [{**row, "reference": "a on the"} for row in conversations(16)])
+    write_rows(
+        pair_folder / "data.jsonl", [{**row, "reference": "a on the"} for row in conversations(16)]
+    )
     write_rows(pair_folder / "held_out.jsonl", conversations(12))
     return pair_folder
 
@@ -29,7 +31,9 @@ DATA = ["--data", "data.jsonl", "--eval-data", "held_out.jsonl"]
 
 def compare(*more: str, output: str = "out") -> int:
     small = ["--answers", "3", "--answer-tokens", "4", "--max-steps", "4"]
-    return cli.main(["compare", "teacher", "student", *DATA, "--output-dir", output, *FLAGS, *small, *more])
+    return cli.main(
+        ["compare", "teacher", "student", *DATA, "--output-dir", output, *FLAGS, *small, *more]
+    )
 
 
 def comparison(output: str = "out") -> dict[str, Any]:
@@ -37,7 +41,9 @@ def comparison(output: str = "out") -> dict[str, Any]:
     return read
 
 
-def test_methods_are_trained_measured_and_told_apart(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_methods_are_trained_measured_and_told_apart(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("sacrebleu")
     assert compare("--seeds", "0,1", "--text-measures", "chrf") == 0
     found = comparison()
@@ -45,13 +51,18 @@ def test_methods_are_trained_measured_and_told_apart(place: Path, capsys: pytest
     assert found["measure"] == "kl_nats_per_token"
     assert (found["conversations"], found["answers"], found["seeds"]) == (12, 3, [0, 1])
     assert len(found["pairs"]) == 6
-    assert found["methods"]["logits"]["kl_nats_per_token"] < found["methods"]["untouched"]["kl_nats_per_token"]
+    assert (
+        found["methods"]["logits"]["kl_nats_per_token"]
+        < found["methods"]["untouched"]["kl_nats_per_token"]
+    )
     assert {"stops", "loops", "length_words", "chrf"} <= found["methods"]["text"].keys()
     assert found["teacher"]["length_words"] == (3 + 6 + 9) / 3
     for seed in (0, 1):  # what one run's own evaluation says is what the comparison says of it
         config = pipeline.RunFolder(f"out/text-seed{seed}").read_config()
         assert (config["method"], config["seed"], config["max_steps"]) == ("text", seed, 4)
-    runs = [json.loads((place / f"out/text-seed{seed}/evaluation.json").read_text()) for seed in (0, 1)]
+    runs = [
+        json.loads((place / f"out/text-seed{seed}/evaluation.json").read_text()) for seed in (0, 1)
+    ]
     mean = sum(run["after"]["bits_per_byte"] for run in runs) / 2
     assert found["methods"]["text"]["bits_per_byte"] == pytest.approx(mean)
     references = (place / "out" / "data" / "reference.jsonl").read_text().splitlines()
@@ -71,39 +82,62 @@ def test_methods_are_trained_measured_and_told_apart(place: Path, capsys: pytest
         assert f">{heading}</h2>" in page
 
 
-def test_what_tasks_found_stands_in_the_table(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_tasks_found_stands_in_the_table(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert compare("--methods", "text,logits", "--answers", "0") == 0
     assert comparison()["tasks"] == {}
     for number, folder in enumerate(("out/text-seed0", "out/logits-seed0")):
         file = place / folder / "evaluation.json"
         evaluation = json.loads(file.read_text())
-        quiz = {"questions": 40, "acc": 0.5 + number / 4, "stderr": {"acc": 0.05}, "lower_is_better": []}
-        file.write_text(json.dumps(evaluation | {"tasks": {name: {"quiz": quiz} for name in ("teacher", "before", "after")}}))
+        quiz = {
+            "questions": 40,
+            "acc": 0.5 + number / 4,
+            "stderr": {"acc": 0.05},
+            "lower_is_better": [],
+        }
+        file.write_text(
+            json.dumps(
+                evaluation
+                | {"tasks": {name: {"quiz": quiz} for name in ("teacher", "before", "after")}}
+            )
+        )
     capsys.readouterr()
-    assert cli.main(["compare", "--runs", "out/text-seed0,out/logits-seed0", "--output-dir", "again"]) == 0
+    assert (
+        cli.main(["compare", "--runs", "out/text-seed0,out/logits-seed0", "--output-dir", "again"])
+        == 0
+    )
     assert re.search(r"quiz acc\n", capsys.readouterr().out)
     assert comparison("again")["methods"]["out/logits"]["quiz acc"] == 0.75
     assert "quiz acc" in (place / "again" / "comparison.html").read_text()
 
 
-def test_an_interrupted_comparison_goes_on_and_keeps_what_is_finished(place: Path, interrupt_at: Any) -> None:
+def test_an_interrupted_comparison_goes_on_and_keeps_what_is_finished(
+    place: Path, interrupt_at: Any
+) -> None:
     with interrupt_at(2, method="logits"):
         assert compare("--methods", "text,logits") == 130
     assert not (place / "out" / "comparison.json").exists()
     kept = (place / "out" / "text-seed0" / "student" / "model.safetensors").stat().st_mtime_ns
     write_rows(place / "data.jsonl", conversations(3))  # the comparison has its own copy
     assert compare("--methods", "text,logits") == 0
-    assert (place / "out" / "text-seed0" / "student" / "model.safetensors").stat().st_mtime_ns == kept
+    assert (
+        place / "out" / "text-seed0" / "student" / "model.safetensors"
+    ).stat().st_mtime_ns == kept
     assert set(comparison()["methods"]) == {"text", "logits", "untouched"}
     assert len((place / "out" / "logits-seed0" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_across_tokenizers_the_verdict_is_in_bits_a_byte(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_across_tokenizers_the_verdict_is_in_bits_a_byte(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("POTSTILL_CACHE", str(place / "cache"))
     tokenizer = sentencepiece(prepend="first")
     tokenizer.pad_token = tokenizer.eos_token
     other = tiny_model(layers=2, rows=len(tokenizer), seed=1)
-    other.generation_config.eos_token_id = other.generation_config.pad_token_id = tokenizer.eos_token_id
+    other.generation_config.eos_token_id = other.generation_config.pad_token_id = (
+        tokenizer.eos_token_id
+    )
     (place / "student").unlink()
     other.save_pretrained(place / "student")
     tokenizer.save_pretrained(place / "student")
@@ -115,7 +149,9 @@ def test_across_tokenizers_the_verdict_is_in_bits_a_byte(place: Path, monkeypatc
     assert "bits a byte" in comparison()["pairs"][0]["verdict"]
 
 
-def test_a_method_can_be_added_later_and_another_budget_cannot(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_method_can_be_added_later_and_another_budget_cannot(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert compare("--methods", "text") == 0
     assert compare("--methods", "text,logits") == 0
     assert "text, seed 0: done before" in capsys.readouterr().out
@@ -132,29 +168,58 @@ def test_recipes_are_compared_as_they_are(place: Path, capsys: pytest.CaptureFix
         "output_dir": "unused",
     }
     common |= {"device": "cpu", "precision": "fp32", "max_steps": "2"}
-    for name, more in {"forward": "divergence: forward_kl", "reverse": "divergence: reverse_kl", "long": "max_steps: 9"}.items():
-        Path(f"{name}.yaml").write_text("".join(f"{key}: {value}\n" for key, value in common.items() if key not in more) + more)
+    for name, more in {
+        "forward": "divergence: forward_kl",
+        "reverse": "divergence: reverse_kl",
+        "long": "max_steps: 9",
+    }.items():
+        Path(f"{name}.yaml").write_text(
+            "".join(f"{key}: {value}\n" for key, value in common.items() if key not in more) + more
+        )
     arguments = ["compare", "--output-dir", "out", "--answers", "0", "--recipes"]
     assert cli.main([*arguments, "forward.yaml,reverse.yaml"]) == 0
     assert set(comparison()["methods"]) == {"forward", "reverse", "untouched"}
     assert comparison()["answers"] == 0
     assert cli.main([*arguments, "forward.yaml,long.yaml"]) == 2
-    assert "forward and long cannot be compared: max_steps is 2 in the one and 9 in the other" in capsys.readouterr().err
+    assert (
+        "forward and long cannot be compared: max_steps is 2 in the one and 9 in the other"
+        in capsys.readouterr().err
+    )
 
 
 def distill(output: str, *more: str) -> str:
-    assert cli.main(["distill", "teacher", "student", *DATA, "--output-dir", output, *FLAGS, "--max-steps", "2", *more]) == 0
+    assert (
+        cli.main(
+            [
+                "distill",
+                "teacher",
+                "student",
+                *DATA,
+                "--output-dir",
+                output,
+                *FLAGS,
+                "--max-steps",
+                "2",
+                *more,
+            ]
+        )
+        == 0
+    )
     return output
 
 
-def test_finished_runs_are_compared_without_a_model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_runs_are_compared_without_a_model(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     distill("one"), distill("two", "--method", "text")
     (place / "teacher").unlink(), (place / "student").unlink()
     assert cli.main(["compare", "--runs", "one,two", "--output-dir", "out"]) == 0
     assert set(comparison()["methods"]) == {"one", "two", "untouched"}
 
 
-def test_runs_that_cannot_be_compared_are_refused_by_what_differs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_that_cannot_be_compared_are_refused_by_what_differs(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def refused(runs: str) -> str:
         assert cli.main(["compare", "--runs", runs, "--output-dir", "out"]) == 2
         (line,) = capsys.readouterr().err.splitlines()[-1:]
@@ -166,7 +231,10 @@ def test_runs_that_cannot_be_compared_are_refused_by_what_differs(place: Path, c
     distill("longer", "--max-steps", "3")
     distill("seeded", "--seed", "1")
     distill("else", "--eval-data", "other.jsonl")
-    assert "budget max_steps × batch_size × gradient_accumulation_steps is 16 in the one and 24" in refused("one,longer")
+    assert (
+        "budget max_steps × batch_size × gradient_accumulation_steps is 16 in the one and 24"
+        in refused("one,longer")
+    )
     assert "held-out data (fingerprint)" in refused("one,else")
     assert "the seeds are 0 in the one and 1 in the other" in refused("one,seeded")
     assert "one method alone" in refused("one")
@@ -176,7 +244,9 @@ def test_runs_that_cannot_be_compared_are_refused_by_what_differs(place: Path, c
         "{": "damaged (not JSON)",
         "[]": "damaged (no JSON object)",
         json.dumps({**evaluation, "conversations": None}): "damaged (its sums a conversation)",
-        json.dumps({name: value for name, value in evaluation.items() if name != "conversations"}): "no sums a conversation",
+        json.dumps(
+            {name: value for name, value in evaluation.items() if name != "conversations"}
+        ): "no sums a conversation",
     }.items():
         (place / "else" / "evaluation.json").write_text(damage)
         assert says in refused("one,else")
@@ -188,10 +258,16 @@ def test_runs_that_cannot_be_compared_are_refused_by_what_differs(place: Path, c
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--methods", "text,osmosis"], "method 'osmosis' is not known; use some of text, logits, cross, reference"),
+        (
+            ["--methods", "text,osmosis"],
+            "method 'osmosis' is not known; use some of text, logits, cross, reference",
+        ),
         (["--seeds", "0,x"], "--seeds 0,x: give whole numbers"),
         (["--seeds", "1,1"], "each once"),
-        (["--data", "held_out.jsonl", "--methods", "reference"], "12 of 12 conversations to train on have no reference"),
+        (
+            ["--data", "held_out.jsonl", "--methods", "reference"],
+            "12 of 12 conversations to train on have no reference",
+        ),
         (["--text-measures", "bleurt"], "'bleurt' is not known"),
         (["--trainer", '{"optimiser": "sgd"}'], "trainer.optimiser"),
         (["--data", "none.jsonl"], "none.jsonl: cannot be read"),
@@ -202,14 +278,20 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
 ) -> None:
     there = sorted(place.rglob("*"))
     assert compare(*more) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("potstill:")]
+    (line,) = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("potstill:")
+    ]
     assert says in line
     assert sorted(place.rglob("*")) == there
 
 
-def test_without_anything_to_compare_it_says_what_it_needs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_anything_to_compare_it_says_what_it_needs(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["compare", "--output-dir", "out"]) == 2
-    assert "compare needs TEACHER, STUDENT, DATA, or --recipes, or --runs" in capsys.readouterr().err
+    assert (
+        "compare needs TEACHER, STUDENT, DATA, or --recipes, or --runs" in capsys.readouterr().err
+    )
 
 
 def test_what_a_model_or_a_prompt_says_is_escaped_in_the_page() -> None:

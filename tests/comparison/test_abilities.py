@@ -11,10 +11,19 @@ from potstill.comparison.finished_runs import FinishedRun
 
 def run(after: float, *, questions: int = 40) -> FinishedRun:
     def measured(value: float) -> dict[str, Any]:
-        found = {"acc": value, "perplexity": 9.0, "stderr": {"acc": 0.05, "perplexity": None}, "lower_is_better": ["perplexity"]}
+        found = {
+            "acc": value,
+            "perplexity": 9.0,
+            "stderr": {"acc": 0.05, "perplexity": None},
+            "lower_is_better": ["perplexity"],
+        }
         return {"quiz": {"questions": questions, **found}}
 
-    return FinishedRun(Path(), {}, {"tasks": {"teacher": measured(0.9), "before": measured(0.3), "after": measured(after)}})
+    return FinishedRun(
+        Path(),
+        {},
+        {"tasks": {"teacher": measured(0.9), "before": measured(0.3), "after": measured(after)}},
+    )
 
 
 def test_a_method_has_the_mean_over_its_seeds_and_the_interval_of_one() -> None:

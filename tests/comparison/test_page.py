@@ -10,9 +10,19 @@ from potstill.comparison.page import _advantages, verdict
 def pair(one: str, other: str, difference: float, half_width: float = 0.1) -> dict[str, Any]:
     certain = abs(difference) > half_width
     ends = [difference - half_width, difference + half_width]
-    said = f"{one} better than {other}" if certain else f"no difference seen between {one} and {other}"
-    differences = {"kl_nats_per_token": {"difference": difference, "ci95": ends, "certain": certain}}
-    return {"one": one, "other": other, "verdict": said, "certain": certain, "differences": differences}
+    said = (
+        f"{one} better than {other}" if certain else f"no difference seen between {one} and {other}"
+    )
+    differences = {
+        "kl_nats_per_token": {"difference": difference, "ci95": ends, "certain": certain}
+    }
+    return {
+        "one": one,
+        "other": other,
+        "verdict": said,
+        "certain": certain,
+        "differences": differences,
+    }
 
 
 def compared(*pairs: dict[str, Any]) -> dict[str, Any]:
@@ -24,22 +34,37 @@ def compared(*pairs: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_on_top_stands_the_best_against_the_next_and_then_against_the_untouched_student() -> None:
-    found = verdict(compared(pair("logits", "text", -0.5), pair("logits", "untouched", -2.0), pair("text", "untouched", -1.5)))
+    found = verdict(
+        compared(
+            pair("logits", "text", -0.5),
+            pair("logits", "untouched", -2.0),
+            pair("text", "untouched", -1.5),
+        )
+    )
     assert (found.tone, found.headline) == ("good", "Logits better than text.")
-    assert found.reason.startswith("Logits better than untouched. Paired over 60 held-out conversations, seed 0;")
+    assert found.reason.startswith(
+        "Logits better than untouched. Paired over 60 held-out conversations, seed 0;"
+    )
 
 
 @pytest.mark.parametrize(
-    ("best", "difference", "tone"), [("logits", -0.5, "good"), ("logits", -0.05, "open"), ("untouched", -0.5, "bad")]
+    ("best", "difference", "tone"),
+    [("logits", -0.5, "good"), ("logits", -0.05, "open"), ("untouched", -0.5, "bad")],
 )
-def test_it_is_good_news_only_if_a_method_is_certainly_ahead(best: str, difference: float, tone: str) -> None:
+def test_it_is_good_news_only_if_a_method_is_certainly_ahead(
+    best: str, difference: float, tone: str
+) -> None:
     other = "text" if best == "untouched" else "untouched"
     assert verdict(compared(pair(best, other, difference))).tone == tone
 
 
 def test_all_pairs_are_drawn_on_one_line_with_no_difference_in_one_place() -> None:
-    drawn = _advantages(compared(pair("a", "b", -0.05), pair("a", "c", -0.9), pair("b", "c", -0.85)))
-    for one, ahead in zip(drawn, (0.05, 0.9, 0.85), strict=True):  # the line goes from 0.05 behind to 1 ahead
+    drawn = _advantages(
+        compared(pair("a", "b", -0.05), pair("a", "c", -0.9), pair("b", "c", -0.85))
+    )
+    for one, ahead in zip(
+        drawn, (0.05, 0.9, 0.85), strict=True
+    ):  # the line goes from 0.05 behind to 1 ahead
         assert one["zero"] == pytest.approx(100 * 0.05 / 1.05)
         assert one["at"] == pytest.approx(100 * (0.05 + ahead) / 1.05)
     assert all(0 <= one["low"] <= one["at"] <= one["high"] <= 100 for one in drawn)

@@ -9,7 +9,10 @@ from potstill.errors import ConfigError
 
 
 def answer(text: str, **more: object) -> dict[str, object]:
-    return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}], **more}
+    return {
+        "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}],
+        **more,
+    }
 
 
 def test_an_answer_that_the_limit_cut_off_did_not_stop() -> None:
@@ -17,7 +20,10 @@ def test_an_answer_that_the_limit_cut_off_did_not_stop() -> None:
 
 
 def test_an_answer_that_says_the_same_again_and_again_loops() -> None:
-    assert (loops(answer("the rain falls " * 12)), loops(answer("The rain falls on the hills."))) == (1.0, 0.0)
+    assert (
+        loops(answer("the rain falls " * 12)),
+        loops(answer("The rain falls on the hills.")),
+    ) == (1.0, 0.0)
     assert length_words(answer("The rain, it falls.")) == 4
 
 
@@ -33,10 +39,14 @@ def test_the_same_text_scores_100_and_another_less_in_any_script(name: str) -> N
 
 def test_rouge_l_is_the_f1_of_the_longest_common_subsequence() -> None:
     pytest.importorskip("rouge_score")
-    assert measures_against(["rouge_l"])["rouge_l"]("the wet cat", "the cat sat here") == pytest.approx(100 * 2 * 2 / (3 + 4))
+    assert measures_against(["rouge_l"])["rouge_l"](
+        "the wet cat", "the cat sat here"
+    ) == pytest.approx(100 * 2 * 2 / (3 + 4))
 
 
-def test_an_unknown_measure_and_an_absent_library_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_measure_and_an_absent_library_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(ConfigError, match="'bleurt' is not known; use one of chrf, rouge_l"):
         measures_against(["bleurt"])
     monkeypatch.setitem(sys.modules, "sacrebleu", None)

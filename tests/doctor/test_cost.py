@@ -7,7 +7,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import tiny_model
-from potstill.doctor.cost import CARDS, KEPT_CHECKPOINTS, ModelSize, Plan, estimate, find_card, model_size
+from potstill.doctor.cost import (
+    CARDS,
+    KEPT_CHECKPOINTS,
+    ModelSize,
+    Plan,
+    estimate,
+    find_card,
+    model_size,
+)
 from potstill.errors import ConfigError
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "gpt2"]
@@ -27,7 +35,9 @@ def test_parameters_are_counted_from_the_configuration_alone(family: str) -> Non
     model = tiny_model(family)
     size = model_size(model.config)
     assert size.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert (size.vocabulary_rows, size.hidden_size) == tuple(model.get_output_embeddings().weight.shape)
+    assert (size.vocabulary_rows, size.hidden_size) == tuple(
+        model.get_output_embeddings().weight.shape
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -40,15 +50,27 @@ def test_forward_flops_are_those_that_torch_counts(family: str) -> None:
     size = model_size(model.config)
     # eager attention also computes the half that the causal mask hides
     hidden_half = 2 * size.layers * size.attention_width * tokens**2
-    assert size.forward_flops(tokens, tokens) + hidden_half == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert size.forward_flops(tokens, tokens) + hidden_half == pytest.approx(
+        counter.get_total_flops(), rel=0.05
+    )
 
 
 def test_a_token_meets_only_its_own_experts() -> None:
     from transformers import MixtralConfig
 
-    shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
-    few = model_size(MixtralConfig(**shape, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=2))
-    many = model_size(MixtralConfig(**shape, num_key_value_heads=1, num_local_experts=8, num_experts_per_tok=2))
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    few = model_size(
+        MixtralConfig(**shape, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=2)
+    )
+    many = model_size(
+        MixtralConfig(**shape, num_key_value_heads=1, num_local_experts=8, num_experts_per_tok=2)
+    )
     assert many.parameters > 3 * few.parameters
     assert many.body_parameters == pytest.approx(few.body_parameters, rel=0.01)
 
@@ -83,7 +105,11 @@ def test_activations_are_within_a_third_of_what_autograd_keeps(family: str) -> N
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.base_model(torch.ones(1, 400, dtype=torch.long), use_cache=False)
-    measured = sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in weights)
+    measured = sum(
+        tensor.untyped_storage().nbytes()
+        for storage, tensor in kept.items()
+        if storage not in weights
+    )
     size = model_size(model.config)
     assert size.layers * size.numbers_a_layer * 400 * 17 == pytest.approx(measured, rel=0.34)
 

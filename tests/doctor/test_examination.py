@@ -28,7 +28,14 @@ Folder = Callable[..., str]
 def folder(tmp_path: Path) -> Folder:
     """Makes a folder with a configuration and a tokenizer, and no weights."""
 
-    def make(name: str, tokenizer: Any, *, rows: int | None = None, layers: int = 4, stops: list[int] | None = None) -> str:
+    def make(
+        name: str,
+        tokenizer: Any,
+        *,
+        rows: int | None = None,
+        layers: int = 4,
+        stops: list[int] | None = None,
+    ) -> str:
         model = tiny_model(rows=rows or len(tokenizer), layers=layers)
         model.config.save_pretrained(tmp_path / name)
         model.generation_config.eos_token_id = stops or tokenizer.eos_token_id
@@ -60,7 +67,9 @@ def letters_tokenizer(letters: str) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<end>", special=True)])
@@ -82,7 +91,11 @@ def relabelled(tokenizer: Any) -> Any:
 
 
 def test_padded_rows_are_no_obstacle_to_logits(folder: Folder, data: str) -> None:
-    found = examine(folder("t", toy_tokenizer(), rows=320), folder("s", toy_tokenizer(), rows=272, layers=2), data=data)
+    found = examine(
+        folder("t", toy_tokenizer(), rows=320),
+        folder("s", toy_tokenizer(), rows=272, layers=2),
+        data=data,
+    )
     assert found.method == "logits"
     assert "the heads of 320 and 272 rows are cut to the 266 shared" in found.reason
     assert found.text is not None
@@ -91,8 +104,13 @@ def test_padded_rows_are_no_obstacle_to_logits(folder: Folder, data: str) -> Non
     assert found.notes == []
 
 
-def test_equal_sizes_with_other_ids_are_unsafe_for_logits_and_the_first_difference_is_named(folder: Folder, data: str) -> None:
-    teacher, student = folder("t", toy_tokenizer()), folder("s", relabelled(toy_tokenizer()), layers=2)
+def test_equal_sizes_with_other_ids_are_unsafe_for_logits_and_the_first_difference_is_named(
+    folder: Folder, data: str
+) -> None:
+    teacher, student = (
+        folder("t", toy_tokenizer()),
+        folder("s", relabelled(toy_tokenizer()), layers=2),
+    )
     found = examine(teacher, student, data=data)
     assert found.vocabularies.relation == "permuted"
     assert found.method == "cross"
@@ -110,7 +128,10 @@ def test_different_tokenizers_are_measured_on_the_users_own_text(folder: Folder,
     assert f"reaches {text.with_target:.1%} of the positions" in found.reason
     assert text.roots + text.interiors <= text.supervised_tokens
     assert text.one_to_one <= text.roots
-    assert sum(count for _, count in text.untaught) <= text.supervised_tokens - text.roots - text.interiors
+    assert (
+        sum(count for _, count in text.untaught)
+        <= text.supervised_tokens - text.roots - text.interiors
+    )
     assert text.teacher_tokens != text.tokens
 
 
@@ -118,14 +139,22 @@ def test_a_teacher_with_little_to_say_about_the_text_is_not_worth_its_price(
     folder: Folder, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(examination, "ENOUGH_TARGETS", 1.01)
-    found = examine(folder("t", toy_tokenizer()), folder("s", relabelled(toy_tokenizer()), layers=2), data=data)
+    found = examine(
+        folder("t", toy_tokenizer()), folder("s", relabelled(toy_tokenizer()), layers=2), data=data
+    )
     assert found.method == "text"
     assert "--method text" in found.command
     assert found.costs.keys() == {"text"}
 
 
-def test_without_data_the_vocabularies_decide_and_the_price_is_for_a_million_tokens(folder: Folder) -> None:
-    found = examine(folder("t", toy_tokenizer()), folder("s", sentencepiece_tokenizer(), layers=2), max_length=500)
+def test_without_data_the_vocabularies_decide_and_the_price_is_for_a_million_tokens(
+    folder: Folder,
+) -> None:
+    found = examine(
+        folder("t", toy_tokenizer()),
+        folder("s", sentencepiece_tokenizer(), layers=2),
+        max_length=500,
+    )
     assert found.method == "cross"
     assert found.text is None
     assert found.plan.steps * found.plan.conversations_a_step * found.plan.tokens >= 1e6
@@ -134,12 +163,26 @@ def test_without_data_the_vocabularies_decide_and_the_price_is_for_a_million_tok
 
 def test_the_planned_run_is_the_one_that_distill_would_make(folder: Folder, data: str) -> None:
     pair = folder("t", toy_tokenizer()), folder("s", toy_tokenizer(), layers=2)
-    assert examine(*pair, data=data).plan.steps == 3 * 3  # 18 conversations to train on, 8 a step, three times
-    found = examine(*pair, data=data, max_steps=7, batch_size=4, gradient_accumulation_steps=2, chat_template="plain")
+    assert (
+        examine(*pair, data=data).plan.steps == 3 * 3
+    )  # 18 conversations to train on, 8 a step, three times
+    found = examine(
+        *pair,
+        data=data,
+        max_steps=7,
+        batch_size=4,
+        gradient_accumulation_steps=2,
+        chat_template="plain",
+    )
     assert (found.plan.steps, found.plan.conversations_a_step) == (7, 8)
     command, recipe = cli.parse(shlex.split(found.command)[1:])
     assert command == "distill"
-    assert (recipe.max_steps, recipe.batch_size, recipe.method, recipe.max_length) == (7, 4, "logits", 1024)
+    assert (recipe.max_steps, recipe.batch_size, recipe.method, recipe.max_length) == (
+        7,
+        4,
+        "logits",
+        1024,
+    )
     assert "max-length" not in found.command
 
 
@@ -154,7 +197,11 @@ def test_the_doctors_defaults_are_those_of_distill() -> None:
 
 
 def test_a_turn_that_generation_would_not_stop_at_is_noted(folder: Folder) -> None:
-    found = examine(folder("t", toy_tokenizer()), folder("s", toy_tokenizer(), layers=2, stops=[3]), max_length=512)
+    found = examine(
+        folder("t", toy_tokenizer()),
+        folder("s", toy_tokenizer(), layers=2, stops=[3]),
+        max_length=512,
+    )
     (note,) = found.notes
     assert "the student's chat template ends a turn with <|im_end|>" in note
     assert "it would talk on" in note
@@ -176,17 +223,25 @@ def across_words(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def test_a_pair_that_corresponds_badly_is_told_so_and_at_which_tokens(folder: Folder, data: str) -> None:
+def test_a_pair_that_corresponds_badly_is_told_so_and_at_which_tokens(
+    folder: Folder, data: str
+) -> None:
     teacher = folder("t", toy_tokenizer())
     found = examine(teacher, folder("alike", relabelled(toy_tokenizer()), layers=2), data=data)
     assert not any("less alike" in note for note in found.notes)
-    found = examine(teacher, folder("unlike", across_words(relabelled(toy_tokenizer())), layers=2), data=data)
+    found = examine(
+        teacher, folder("unlike", across_words(relabelled(toy_tokenizer())), layers=2), data=data
+    )
     (note,) = (note for note in found.notes if "less alike" in note)
     assert "'he rain'" in note
 
 
 def test_the_same_tokens_split_differently_are_noted(folder: Folder, data: str) -> None:
-    found = examine(folder("t", toy_tokenizer()), folder("s", across_words(toy_tokenizer()), layers=2), data=data)
+    found = examine(
+        folder("t", toy_tokenizer()),
+        folder("s", across_words(toy_tokenizer()), layers=2),
+        data=data,
+    )
     assert found.method == "logits"
     (note,) = (note for note in found.notes if "split differently" in note)
     assert "20 of 20 conversations" in note
@@ -223,15 +278,24 @@ def test_quick_check_refuses_what_no_training_could_mend_and_remarks_on_the_dear
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
-    folder: Folder, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, says: str
+    folder: Folder,
+    data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    says: str,
 ) -> None:
     teacher, student, more = folder("t", toy_tokenizer()), "s", ["--data", data]
     lossy = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
-    adding = CHATML.replace("message['content']", "message['content'] + message['content'][:1]").replace("<|im_end|>", "</s>")
+    adding = CHATML.replace(
+        "message['content']", "message['content'] + message['content'][:1]"
+    ).replace("<|im_end|>", "</s>")
     if name == "opaque":
         student = folder("s", word_tokenizer(), rows=272)
     elif name == "nothing shared":
-        teacher, student = (folder(name, letters_tokenizer(name), rows=272) for name in ("abc", "xyz"))
+        teacher, student = (
+            folder(name, letters_tokenizer(name), rows=272) for name in ("abc", "xyz")
+        )
     elif name == "lossy template":
         student = folder("s", toy_tokenizer(chat_template=lossy))
     elif name == "nothing alignable":
@@ -240,7 +304,10 @@ def test_bad_input_is_one_line_and_status_2(
         student = folder("s", sentencepiece_tokenizer())
     else:
         student = folder("s", toy_tokenizer(), layers=2)
-        more += {"unknown card": ["--card", "abacus"], "unknown precision": ["--precision", "fp12"]}.get(name, [])
+        more += {
+            "unknown card": ["--card", "abacus"],
+            "unknown precision": ["--precision", "fp12"],
+        }.get(name, [])
     if name == "no rows":
         Path(data).write_text("")
     if name == "weights without data":
@@ -251,13 +318,25 @@ def test_bad_input_is_one_line_and_status_2(
         for file in Path(student).glob("tokenizer*"):
             file.unlink()
     assert cli.main(["doctor", teacher, student, *more]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("potstill:")]
+    (line,) = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("potstill:")
+    ]
     assert says in line
 
 
-def test_the_page_fits_a_terminal_and_json_holds_the_same(folder: Folder, data: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_fits_a_terminal_and_json_holds_the_same(
+    folder: Folder, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     student = sentencepiece_tokenizer()
-    arguments = ["doctor", folder("t", toy_tokenizer()), folder("s", student, layers=2), "--data", data, "--chat-template", "plain"]
+    arguments = [
+        "doctor",
+        folder("t", toy_tokenizer()),
+        folder("s", student, layers=2),
+        "--data",
+        data,
+        "--chat-template",
+        "plain",
+    ]
     assert cli.main([*arguments, "--card", "H100"]) == 0
     page = capsys.readouterr().out
     lines = page.splitlines()
@@ -278,8 +357,14 @@ def test_the_page_fits_a_terminal_and_json_holds_the_same(folder: Folder, data: 
 def test_the_teacher_is_scored_under_both_templates_when_asked(
     model_folder: Callable[..., Path], folder: Folder, data: str
 ) -> None:
-    student = folder("s", toy_tokenizer(chat_template=CHATML.replace("message['role'] +", "'~' + message['role'] +")), layers=2)
-    found: Diagnosis = examine(str(model_folder(layers=3)), student, data=data, with_weights=True, device="cpu")
+    student = folder(
+        "s",
+        toy_tokenizer(chat_template=CHATML.replace("message['role'] +", "'~' + message['role'] +")),
+        layers=2,
+    )
+    found: Diagnosis = examine(
+        str(model_folder(layers=3)), student, data=data, with_weights=True, device="cpu"
+    )
     assert found.teacher_bits_per_byte is not None
     own, students = found.teacher_bits_per_byte.values()
     assert own > 0

@@ -22,7 +22,9 @@ def spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
 def test_one_to_one_counts_the_tokens_that_cover_the_same_bytes_on_both_sides() -> None:
     texts = ["rain in the rain", "wet, wet\n\nthe on", "there is a train"]
     teacher, student = toy_tokenizer(), sentencepiece_tokenizer()
-    found = measure_text([{"text": text} for text in texts], teacher, student, same=False, max_length=64)
+    found = measure_text(
+        [{"text": text} for text in texts], teacher, student, same=False, max_length=64
+    )
     # A text's first token is not learned, and its end token is, once a text.
     expected = sum(len(set(spans(teacher, text)) & set(spans(student, text)[1:])) for text in texts)
     assert found.one_to_one == expected + len(texts)
@@ -31,7 +33,9 @@ def test_one_to_one_counts_the_tokens_that_cover_the_same_bytes_on_both_sides() 
 
 
 def test_shares_follow_from_the_counts() -> None:
-    found = measure_text(conversations(9), toy_tokenizer(), toy_tokenizer(), same=True, max_length=200)
+    found = measure_text(
+        conversations(9), toy_tokenizer(), toy_tokenizer(), same=True, max_length=200
+    )
     assert found.with_target == 1.0
     assert found.disagreeing == 0.0
     assert found.roots == found.one_to_one == found.supervised_tokens > 0
@@ -40,7 +44,13 @@ def test_shares_follow_from_the_counts() -> None:
 
 
 def test_a_large_data_set_is_sampled_evenly() -> None:
-    found = measure_text(conversations(MOST_MEASURED * 2 + 1), toy_tokenizer(), toy_tokenizer(), same=True, max_length=200)
+    found = measure_text(
+        conversations(MOST_MEASURED * 2 + 1),
+        toy_tokenizer(),
+        toy_tokenizer(),
+        same=True,
+        max_length=200,
+    )
     assert found.of == MOST_MEASURED * 2 + 1
     assert MOST_MEASURED / 2 < found.conversations <= MOST_MEASURED
 

@@ -14,9 +14,22 @@ from potstill.doctor.text import as_text
 @pytest.fixture
 def diagnosis() -> Diagnosis:
     size = ModelSize(3_210_000_000, 2_800_000_000, 128_256, 3072, 28, 3072, 15_000)
-    side = Side("t", 128_256, size, "its own", "<|begin_of_text|>" * 9, "<|eot_id|>", "<s>", None, ["<|eot_id|>"] * 9, 131_072)
+    side = Side(
+        "t",
+        128_256,
+        size,
+        "its own",
+        "<|begin_of_text|>" * 9,
+        "<|eot_id|>",
+        "<s>",
+        None,
+        ["<|eot_id|>"] * 9,
+        131_072,
+    )
     plan = Plan(1000, 8, 500, 300, 480, 290, 4000)
-    text = MeasuredText(100, 200, 0, 0, 50_000, 48_000, 30_000, 29_000, 700, 130_000, 29_000, 20_000, interiors=900)
+    text = MeasuredText(
+        100, 200, 0, 0, 50_000, 48_000, 30_000, 29_000, 700, 130_000, 29_000, 20_000, interiors=900
+    )
     return Diagnosis(
         method="cross",
         reason="because",
@@ -53,7 +66,11 @@ def test_numbers_are_shown_in_units_that_can_be_read(diagnosis: Diagnosis, shown
 def test_columns_stand_under_each_other_whatever_their_contents(diagnosis: Diagnosis) -> None:
     lines = as_text(diagnosis).splitlines()
     place = next(line.index("student") for line in lines if line.lstrip().startswith("teacher "))
-    table = [line for line in lines if line.startswith(("parameters", "  opens", "context", "generation", "chat"))]
+    table = [
+        line
+        for line in lines
+        if line.startswith(("parameters", "  opens", "context", "generation", "chat"))
+    ]
     assert len(table) == 5
     assert all(line[place - 1] == " " and line[place] != " " for line in table)
 

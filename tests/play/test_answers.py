@@ -37,14 +37,24 @@ def distribution(model: Any, ids: list[int]) -> torch.Tensor:
 
 
 def asked(tokenizer: Any, begun: str = "") -> list[int]:
-    text = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True
+    )
     return list(tokenizer(text + begun, add_special_tokens=False)["input_ids"])
 
 
 def test_all_answers_grow_by_a_token_at_a_time(players: list[Player]) -> None:
     seen = list(stream_answers(players, PROMPT, Sampling(max_new_tokens=6, seed=1)))
-    assert [[len(answer) for answer in answers] for answers in seen][:3] == [[1] * 3, [2] * 3, [3] * 3]
-    assert all(before == after[: len(before)] for one, other in pairwise(seen) for before, after in zip(one, other, strict=True))
+    assert [[len(answer) for answer in answers] for answers in seen][:3] == [
+        [1] * 3,
+        [2] * 3,
+        [3] * 3,
+    ]
+    assert all(
+        before == after[: len(before)]
+        for one, other in pairwise(seen)
+        for before, after in zip(one, other, strict=True)
+    )
 
 
 def test_an_answer_that_has_ended_waits_for_the_others(players: list[Player]) -> None:
@@ -58,17 +68,26 @@ def test_a_streamed_answer_is_what_the_model_says_anyway(players: list[Player]) 
     greedy = Sampling(max_new_tokens=8, temperature=0)
     for one, tokens in zip(players, list(stream_answers(players, PROMPT, greedy))[-1], strict=True):
         (row,) = answer_prompts(one.model, one.tokenizer, [PROMPT], max_new_tokens=8, temperature=0)
-        assert one.tokenizer.decode(tokens, skip_special_tokens=True).strip() == row["messages"][-1]["content"]
+        assert (
+            one.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            == row["messages"][-1]["content"]
+        )
 
 
-def test_next_tokens_are_the_likeliest_after_prompt_and_answer_so_far(players: list[Player]) -> None:
+def test_next_tokens_are_the_likeliest_after_prompt_and_answer_so_far(
+    players: list[Player],
+) -> None:
     one, other, _ = players
     answer = one.tokenizer("in the rain", add_special_tokens=False)["input_ids"]
     expected = distribution(other.model, [*asked(other.tokenizer), *answer[:2]])
     found = next_tokens(other, PROMPT, answered_by=one, answer=answer, place=2, count=5)
     top = expected.topk(5)
-    assert [candidate.text for candidate in found[:5]] == [other.spell(token) for token in top.indices.tolist()]
-    assert [candidate.probability for candidate in found[:5]] == pytest.approx(top.values.tolist(), rel=1e-4)
+    assert [candidate.text for candidate in found[:5]] == [
+        other.spell(token) for token in top.indices.tolist()
+    ]
+    assert [candidate.probability for candidate in found[:5]] == pytest.approx(
+        top.values.tolist(), rel=1e-4
+    )
 
 
 def test_the_token_that_was_written_is_always_among_them(players: list[Player]) -> None:
@@ -85,7 +104,9 @@ def test_a_player_with_other_tokens_is_asked_after_the_same_text_in_its_own() ->
     place = len(one.tokenizer("wet rain", add_special_tokens=False)["input_ids"])
     expected = distribution(other.model, asked(other.tokenizer, "wet rain"))
     found = next_tokens(other, PROMPT, answered_by=one, answer=answer, place=place, count=4)
-    assert [candidate.text for candidate in found] == [other.spell(token) for token in expected.topk(4).indices.tolist()]
+    assert [candidate.text for candidate in found] == [
+        other.spell(token) for token in expected.topk(4).indices.tolist()
+    ]
     assert not any(candidate.written for candidate in found)
 
 

@@ -52,9 +52,21 @@ class Playground:
     def __init__(self, run: Path, log: Path) -> None:
         self.log, port = log, free_port()
         self.address = f"http://127.0.0.1:{port}"
-        arguments = [sys.executable, "-c", WATCHED, "play", str(run), "--port", str(port), "--device", "cpu"]
+        arguments = [
+            sys.executable,
+            "-c",
+            WATCHED,
+            "play",
+            str(run),
+            "--port",
+            str(port),
+            "--device",
+            "cpu",
+        ]
         with log.open("w") as errors:
-            self.process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=errors, text=True)
+            self.process = subprocess.Popen(
+                arguments, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
 
     def __enter__(self) -> Self:
         assert self.process.stdout is not None
@@ -68,7 +80,9 @@ class Playground:
 
 
 @pytest.fixture(scope="module")
-def playground(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path]) -> Iterator[Playground]:
+def playground(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path]
+) -> Iterator[Playground]:
     folder = tmp_path_factory.mktemp("folder")
     with Playground(make_run(folder / "<b>toys", model_folder), folder / "log") as serving:
         yield serving
@@ -94,7 +108,9 @@ def ask(browser: Any, address: str, width: int = 1280) -> None:
     wait(browser, lambda: browser.execute_script(ALL_HAVE_ENDED))
 
 
-def test_three_answers_stand_side_by_side_and_a_token_shows_what_else_could_have_come(browser: Any, playground: Playground) -> None:
+def test_three_answers_stand_side_by_side_and_a_token_shows_what_else_could_have_come(
+    browser: Any, playground: Playground
+) -> None:
     ask(browser, playground.address)
     answers = find(browser, ".answer")
     assert [answer.get_attribute("aria-label") for answer in answers] == NAMES
@@ -103,7 +119,9 @@ def test_three_answers_stand_side_by_side_and_a_token_shows_what_else_could_have
     browser.execute_script("arguments[0].click()", token)
     wait(browser, lambda: len(find(browser, ".bars li")) >= 18)
     assert len(find(browser, ".bars .written")) == 3
-    assert [one.get_attribute("data-place") for one in find(browser, "[aria-pressed=true]")] == ["0"]
+    assert [one.get_attribute("data-place") for one in find(browser, "[aria-pressed=true]")] == [
+        "0"
+    ]
     assert "Where the student before wrote" in find(browser, "body")[0].text
 
 
@@ -112,7 +130,13 @@ def test_a_token_is_reached_by_the_keyboard(browser: Any, playground: Playground
     token = find(browser, ".answer span")[2]
     browser.execute_script("arguments[0].focus()", token)
     token.send_keys("\n")
-    wait(browser, lambda: [one.get_attribute("data-place") for one in find(browser, "[aria-pressed=true]")] == ["2"])
+    wait(
+        browser,
+        lambda: (
+            [one.get_attribute("data-place") for one in find(browser, "[aria-pressed=true]")]
+            == ["2"]
+        ),
+    )
 
 
 def test_the_page_fits_a_phone(browser: Any, playground: Playground) -> None:
@@ -121,20 +145,35 @@ def test_the_page_fits_a_phone(browser: Any, playground: Playground) -> None:
     assert min(answer.rect["width"] for answer in find(browser, ".answer")) > 250
 
 
-def test_neither_the_page_nor_the_server_asks_anybody_else(browser: Any, playground: Playground) -> None:
+def test_neither_the_page_nor_the_server_asks_anybody_else(
+    browser: Any, playground: Playground
+) -> None:
     browser.get("about:blank")
     for log in ("browser", "performance"):
         browser.get_log(log)
     ask(browser, playground.address)
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    asked = [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
     assert len(asked) > 10
-    assert {urlsplit(url).hostname for url in asked if not url.startswith(("data:", "blob:"))} == {"127.0.0.1"}
-    assert browser.get_log("browser") == []  # nor was anything refused by the content security policy
+    assert {urlsplit(url).hostname for url in asked if not url.startswith(("data:", "blob:"))} == {
+        "127.0.0.1"
+    }
+    assert (
+        browser.get_log("browser") == []
+    )  # nor was anything refused by the content security policy
     assert set(re.findall("connects to (.*)", playground.log.read_text())) == {"127.0.0.1"}
 
 
-def test_a_port_that_is_taken_is_told_before_models_are_opened(playground: Playground, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_is_taken_is_told_before_models_are_opened(
+    playground: Playground, capsys: pytest.CaptureFixture[str]
+) -> None:
     port = str(urlsplit(playground.address).port)
     assert cli.main(["play", "no-such-run", "--port", port]) == 2
-    assert capsys.readouterr().err == f"potstill: port {port} of 127.0.0.1 is taken; give another --port, or another --host\n"
+    assert (
+        capsys.readouterr().err
+        == f"potstill: port {port} of 127.0.0.1 is taken; give another --port, or another --host\n"
+    )

@@ -35,7 +35,9 @@ def make_run(folder: Path, make_model: Callable[..., Path], **settings: str) -> 
     return folder
 
 
-def test_a_run_is_played_by_teacher_student_before_and_student_after(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+def test_a_run_is_played_by_teacher_student_before_and_student_after(
+    tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
     players = open_players(make_run(tmp_path / "run", model_folder), device="cpu")
     assert [one.name for one in players] == ["teacher", "student before", "student after"]
     assert [one.model.config.num_hidden_layers for one in players] == [4, 2, 2]
@@ -43,12 +45,16 @@ def test_a_run_is_played_by_teacher_student_before_and_student_after(tmp_path: P
     assert not weights[1].equal(weights[2])
 
 
-def test_a_student_inside_a_run_is_found_after_the_folder_was_moved(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+def test_a_student_inside_a_run_is_found_after_the_folder_was_moved(
+    tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
     moved = make_run(tmp_path / "run", model_folder).rename(tmp_path / "elsewhere")
     assert open_players(moved, device="cpu")[1].source == str(moved / "student-before")
 
 
-def test_a_folder_that_is_no_run_or_not_finished_is_refused(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+def test_a_folder_that_is_no_run_or_not_finished_is_refused(
+    tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
     with pytest.raises(RunFolderError, match="not a run"):
         open_players(tmp_path)
     run = make_run(tmp_path / "run", model_folder)

@@ -11,11 +11,18 @@ LOGITS = {"method": "logits", "divergence": "forward_kl", "data": "train.jsonl"}
 
 
 def rows(count: int = 30, **more: Any) -> list[dict[str, Any]]:
-    return [{"step": n, "loss": 2 + 3 / n, "tokens": 100 * n, "seconds": 2.0 * n, **more} for n in range(1, count + 1)]
+    return [
+        {"step": n, "loss": 2 + 3 / n, "tokens": 100 * n, "seconds": 2.0 * n, **more}
+        for n in range(1, count + 1)
+    ]
 
 
 def test_seeds_and_recipes_of_one_quantity_share_a_drawing_over_tokens_and_over_seconds() -> None:
-    curves = [Curve("slow", 0, LOGITS, rows()), Curve("slow", 0, {**LOGITS, "seed": 1}, rows()), Curve("fast", 1, LOGITS, rows())]
+    curves = [
+        Curve("slow", 0, LOGITS, rows()),
+        Curve("slow", 0, {**LOGITS, "seed": 1}, rows()),
+        Curve("fast", 1, LOGITS, rows()),
+    ]
     (panel,) = panels(curves)
     assert panel.quantity == "KL(teacher ‖ student)"
     tokens, seconds = panel.drawings
@@ -36,8 +43,17 @@ def test_seeds_and_recipes_of_one_quantity_share_a_drawing_over_tokens_and_over_
         {"data": "reference.jsonl"},
     ],
 )
-def test_losses_that_are_not_the_same_quantity_on_the_same_text_have_a_drawing_each(other: dict[str, Any]) -> None:
-    assert len(panels([Curve("one", 0, LOGITS, rows()), Curve("other", 1, {**LOGITS, **other}, rows())])) == 2
+def test_losses_that_are_not_the_same_quantity_on_the_same_text_have_a_drawing_each(
+    other: dict[str, Any],
+) -> None:
+    assert (
+        len(
+            panels(
+                [Curve("one", 0, LOGITS, rows()), Curve("other", 1, {**LOGITS, **other}, rows())]
+            )
+        )
+        == 2
+    )
 
 
 def test_a_run_that_has_logged_nothing_is_left_out() -> None:
@@ -45,9 +61,15 @@ def test_a_run_that_has_logged_nothing_is_left_out() -> None:
 
 
 def test_without_counted_tokens_the_axis_is_steps_and_long_runs_are_told_in_hours() -> None:
-    without = [{"step": row["step"], "loss": row["loss"], "seconds": 1000 * row["seconds"]} for row in rows()]
+    without = [
+        {"step": row["step"], "loss": row["loss"], "seconds": 1000 * row["seconds"]}
+        for row in rows()
+    ]
     (panel,) = panels([Curve("", 0, LOGITS, without)])
-    assert [re.findall(r">(tokens|step|seconds|minutes|hours)</text>", drawing) for drawing in panel.drawings] == [
+    assert [
+        re.findall(r">(tokens|step|seconds|minutes|hours)</text>", drawing)
+        for drawing in panel.drawings
+    ] == [
         ["step"],
         ["hours"],
     ]

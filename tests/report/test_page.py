@@ -13,28 +13,62 @@ import yaml
 from potstill.errors import RunFolderError
 from potstill.report import write_report
 
-CONFIG = {"command": "distill", "teacher": "demo", "student": "small", "method": "logits", "train_conversations": 400}
+CONFIG = {
+    "command": "distill",
+    "teacher": "demo",
+    "student": "small",
+    "method": "logits",
+    "train_conversations": 400,
+}
 
 
 def measured(kl: float | None, bits: float, half_width: float = 0.05) -> dict[str, Any]:
-    values = {"kl_nats_per_token": kl, "nll_nats_per_token": 2.0, "bits_per_byte": bits, "top1_agreement": 0.5}
-    intervals = {key: None if value is None else [value - half_width, value + half_width] for key, value in values.items()}
+    values = {
+        "kl_nats_per_token": kl,
+        "nll_nats_per_token": 2.0,
+        "bits_per_byte": bits,
+        "top1_agreement": 0.5,
+    }
+    intervals = {
+        key: None if value is None else [value - half_width, value + half_width]
+        for key, value in values.items()
+    }
     return {**values, "tokens": 900, "bytes": 3000, "ci95": intervals}
 
 
 def evaluated(before: float | None = 2.0, after: float | None = 1.0, **more: Any) -> dict[str, Any]:
     bits = (1.5, 1.2) if before is None or after is None else (before, after)
     sample = {"prompt": "Why?", "teacher": "Because.", "before": "the the", "after": "Because"}
-    models = {"teacher": measured(0.0, 0.5), "before": measured(before, bits[0]), "after": measured(after, bits[1])}
-    return {**models, "samples": [sample], "gap_closed": 0.5, "token_view": None, "eval_conversations": 40, **more}
+    models = {
+        "teacher": measured(0.0, 0.5),
+        "before": measured(before, bits[0]),
+        "after": measured(after, bits[1]),
+    }
+    return {
+        **models,
+        "samples": [sample],
+        "gap_closed": 0.5,
+        "token_view": None,
+        "eval_conversations": 40,
+        **more,
+    }
 
 
-def run_folder(folder: Path, evaluation: object = None, config: object = CONFIG, steps: int = 3, metrics_tail: str = "") -> Path:
+def run_folder(
+    folder: Path,
+    evaluation: object = None,
+    config: object = CONFIG,
+    steps: int = 3,
+    metrics_tail: str = "",
+) -> Path:
     """A run folder as `potstill distill` leaves it; `evaluation=None` and `steps=0` leave that file out."""
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     if evaluation is not None:
         (folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
-    rows = [json.dumps({"step": n, "loss": 6 / n, "seconds": 2.0 * n}) + "\n" for n in range(1, steps + 1)]
+    rows = [
+        json.dumps({"step": n, "loss": 6 / n, "seconds": 2.0 * n}) + "\n"
+        for n in range(1, steps + 1)
+    ]
     if steps:
         (folder / "metrics.jsonl").write_text("".join(rows) + metrics_tail, encoding="utf-8")
     return folder
@@ -64,15 +98,32 @@ def test_what_a_model_wrote_is_escaped_wherever_it_stands(tmp_path: Path) -> Non
     sample = dict.fromkeys(("prompt", "teacher", "before", "after"), evil)
     said = {name: [[evil, 0.5]] for name in ("teacher", "before", "after")}
     token = {"text": evil, "before_kl_nats": 1.0, "after_kl_nats": 0.1, "next": said}
-    more = {"token_view": {"prompt": evil, "tokens": [token]}, "worst_tokens": [{**token, "context": evil}]}
-    html = page(run_folder(tmp_path, evaluated(samples=[sample], **more), config={**CONFIG, "teacher": evil, evil: evil}))
-    assert re.findall("<script[^>]*>", html) == ['<script type="application/json">', "<script>"]  # ours
+    more = {
+        "token_view": {"prompt": evil, "tokens": [token]},
+        "worst_tokens": [{**token, "context": evil}],
+    }
+    html = page(
+        run_folder(
+            tmp_path,
+            evaluated(samples=[sample], **more),
+            config={**CONFIG, "teacher": evil, evil: evil},
+        )
+    )
+    assert re.findall("<script[^>]*>", html) == [
+        '<script type="application/json">',
+        "<script>",
+    ]  # ours
     assert "<img" not in html
     assert html.count("&lt;script&gt;") >= 10
 
 
 def test_characters_that_cannot_be_printed_are_shown_instead(tmp_path: Path) -> None:
-    sample = {"prompt": "bell \x07", "teacher": "null \x00", "before": "half a pair \ud83d", "after": "fine \U0001f600"}
+    sample = {
+        "prompt": "bell \x07",
+        "teacher": "null \x00",
+        "before": "half a pair \ud83d",
+        "after": "fine \U0001f600",
+    }
     html = page(run_folder(tmp_path, evaluated(samples=[sample])))
     for shown in ("bell ␇", "null ␀", "half a pair \ufffd", "fine \U0001f600"):
         assert shown in html
@@ -80,7 +131,10 @@ def test_characters_that_cannot_be_printed_are_shown_instead(tmp_path: Path) -> 
 
 def test_white_space_in_tokens_is_visible(tmp_path: Path) -> None:
     texts = (" the", "\n\n", "\t", "")
-    view = {"prompt": "p", "tokens": [{"text": t, "before_kl_nats": 1.0, "after_kl_nats": 0.0} for t in texts]}
+    view = {
+        "prompt": "p",
+        "tokens": [{"text": t, "before_kl_nats": 1.0, "after_kl_nats": 0.0} for t in texts],
+    }
     html = page(run_folder(tmp_path, evaluated(token_view=view)))
     assert [f">{shown}</span>" in html for shown in ("·the", "⏎⏎", "⇥", "∅")] == [True] * 4
 
@@ -113,12 +167,23 @@ def sums(per_conversation: list[float]) -> dict[str, Any]:
     """What 10 tokens in each conversation add up to, at so many nats a token of KL."""
     count = len(per_conversation)
     kl = [10 * value for value in per_conversation]
-    return {"tokens": [10.0] * count, "bytes": [40.0] * count, "nll_nats": kl, "kl_nats": kl, "agreeing_tokens": [5.0] * count}
+    return {
+        "tokens": [10.0] * count,
+        "bytes": [40.0] * count,
+        "nll_nats": kl,
+        "kl_nats": kl,
+        "agreeing_tokens": [5.0] * count,
+    }
 
 
 def kept(before: list[float], after: list[float]) -> dict[str, Any]:
     prompts = [f"prompt {number}" for number in range(len(before))]
-    return {"prompts": prompts, "before": sums(before), "after": sums(after), "teacher": sums([0.0] * len(before))}
+    return {
+        "prompts": prompts,
+        "before": sums(before),
+        "after": sums(after),
+        "teacher": sums([0.0] * len(before)),
+    }
 
 
 @pytest.mark.parametrize(
@@ -126,10 +191,15 @@ def kept(before: list[float], after: list[float]) -> dict[str, Any]:
     [
         ([0.05, 0.04, 0.06, 0.05] * 5, "paired over 20 held-out conversations: more than chance"),
         ([0.5, -0.4, 0.3, -0.35] * 5, "includes no change at all, so it may be chance"),
-        ([0.05, 0.04, 0.06], "over 3 held-out conversations: too few to rule out chance, 10 are needed"),
+        (
+            [0.05, 0.04, 0.06],
+            "over 3 held-out conversations: too few to rule out chance, 10 are needed",
+        ),
     ],
 )
-def test_the_difference_is_paired_where_the_conversations_are_kept(tmp_path: Path, gains: list[float], says: str) -> None:
+def test_the_difference_is_paired_where_the_conversations_are_kept(
+    tmp_path: Path, gains: list[float], says: str
+) -> None:
     """The conversations lie between 1 and 5 nats apart: unpaired, none of these differences could be seen."""
     before = [1.0 + 4 * i / len(gains) for i in range(len(gains))]
     after = [was - gain for was, gain in zip(before, gains, strict=True)]
@@ -149,9 +219,13 @@ def test_the_worst_prompts_come_first_and_are_those_after_training(tmp_path: Pat
     assert places == sorted(places)
 
 
-@pytest.mark.parametrize("damage", [None, [], {"before": 1}, {"prompts": ["a"], "before": {}, "after": {}}])
+@pytest.mark.parametrize(
+    "damage", [None, [], {"before": 1}, {"prompts": ["a"], "before": {}, "after": {}}]
+)
 def test_sums_that_are_missing_or_damaged_are_left_out(tmp_path: Path, damage: object) -> None:
-    assert "Where the student is worst" not in page(run_folder(tmp_path, evaluated(conversations=damage)))
+    assert "Where the student is worst" not in page(
+        run_folder(tmp_path, evaluated(conversations=damage))
+    )
 
 
 def test_tasks_stand_among_the_measures(tmp_path: Path) -> None:
@@ -160,13 +234,23 @@ def test_tasks_stand_among_the_measures(tmp_path: Path) -> None:
 
     tasks = {"teacher": answered(0.75), "before": answered(0.25), "after": answered(0.5)}
     text = words(page(run_folder(tmp_path, evaluated(tasks=tasks))))
-    assert "arc_easy acc, 40 questions ↑ higher is better 0.250 0.054 to 0.446 0.500 0.304 to 0.696 0.750" in text
+    assert (
+        "arc_easy acc, 40 questions ↑ higher is better 0.250 0.054 to 0.446 0.500 0.304 to 0.696 0.750"
+        in text
+    )
     assert "arc_easy" not in page(run_folder(tmp_path, evaluated(tasks={"after": {"arc_easy": 1}})))
 
 
-def test_across_tokenizers_tokens_are_shaded_by_surprise_and_only_students_are_asked(tmp_path: Path) -> None:
+def test_across_tokenizers_tokens_are_shaded_by_surprise_and_only_students_are_asked(
+    tmp_path: Path,
+) -> None:
     said = {"before": [["a", 0.5]], "after": [["b", 0.6]]}
-    nats = {"before_kl_nats": None, "after_kl_nats": None, "before_nll_nats": 2.0, "after_nll_nats": 0.5}
+    nats = {
+        "before_kl_nats": None,
+        "after_kl_nats": None,
+        "before_nll_nats": 2.0,
+        "after_nll_nats": 0.5,
+    }
     view = {"prompt": "p", "tokens": [{"text": "a", **nats, "next": said}]}
     html = page(run_folder(tmp_path, evaluated(None, None, token_view=view)))
     assert 'title="2.000 nats"' in html
@@ -219,7 +303,9 @@ def test_where_divergence_has_no_meaning_bits_per_byte_decide(tmp_path: Path) ->
 
 def test_a_figure_that_is_not_a_number_counts_as_not_measured(tmp_path: Path) -> None:
     assert "The measurement is incomplete." in page(
-        run_folder(tmp_path, {"before": {"bits_per_byte": float("nan")}, "after": [], "samples": "none"})
+        run_folder(
+            tmp_path, {"before": {"bits_per_byte": float("nan")}, "after": [], "samples": "none"}
+        )
     )
 
 
@@ -241,7 +327,9 @@ def test_half_a_line_of_metrics_is_left_out_and_counted(tmp_path: Path) -> None:
 
 
 def test_an_almost_empty_config_is_enough(tmp_path: Path) -> None:
-    assert "The student was trained for 3 steps" in page(run_folder(tmp_path, evaluated(), config={"seed": 0}))
+    assert "The student was trained for 3 steps" in page(
+        run_folder(tmp_path, evaluated(), config={"seed": 0})
+    )
 
 
 @pytest.mark.parametrize(
@@ -273,14 +361,22 @@ def test_a_page_that_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: P
     assert not list(tmp_path.glob(".report*"))
 
 
-def test_the_page_asks_nothing_of_the_network_and_runs_one_script_that_its_policy_names(tmp_path: Path) -> None:
+def test_the_page_asks_nothing_of_the_network_and_runs_one_script_that_its_policy_names(
+    tmp_path: Path,
+) -> None:
     html = page(run_folder(tmp_path, evaluated()))
     (script,) = re.findall("<script>(.*?)</script>", html, re.DOTALL)
-    assert f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in html
+    assert (
+        f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        in html
+    )
     assert not re.search(r" on[a-z]+=", html)
     assert "@import" not in html
     assert "url(http" not in html
-    assert all(target.startswith("#") for target in re.findall(r"""\b(?:src|href)=["']?([^"'\s>]*)""", html))
+    assert all(
+        target.startswith("#")
+        for target in re.findall(r"""\b(?:src|href)=["']?([^"'\s>]*)""", html)
+    )
     assert set(re.findall(r"https?://[^\"'\s<]+", html)) <= {
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
@@ -299,4 +395,7 @@ def test_the_command_to_repeat_quotes_the_folder_and_goes_to_a_new_one(tmp_path:
     folder = tmp_path / "my run"
     folder.mkdir()
     html = page(run_folder(folder))
-    assert f"potstill distill --config &#39;{folder}/config.yaml&#39; --output-dir &#39;{folder}-again&#39;" in html
+    assert (
+        f"potstill distill --config &#39;{folder}/config.yaml&#39; --output-dir &#39;{folder}-again&#39;"
+        in html
+    )

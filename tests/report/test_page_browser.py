@@ -61,7 +61,9 @@ def shown_answers(browser: Any) -> list[str]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_fits_its_window_even_with_everything_unfolded(opened: Opened, width: int, scheme: str) -> None:
+def test_the_page_fits_its_window_even_with_everything_unfolded(
+    opened: Opened, width: int, scheme: str
+) -> None:
     browser = opened(width, scheme)
     browser.execute_script(UNFOLD)
     assert browser.execute_script("return innerWidth") == width
@@ -69,13 +71,17 @@ def test_the_page_fits_its_window_even_with_everything_unfolded(opened: Opened, 
 
 
 def test_every_part_of_the_page_has_its_heading(opened: Opened) -> None:
-    headings = opened().execute_script("return [...document.querySelectorAll('h2')].map(h => h.textContent)")
+    headings = opened().execute_script(
+        "return [...document.querySelectorAll('h2')].map(h => h.textContent)"
+    )
     assert [heading for heading in headings if heading != "Each against each"] == [
         "What was measured",
         "The loss during training",
         "What the models answer",
         "Answers, token by token",
-        "Where the student is worst" if "Each against each" not in headings else "Where the students are worst",
+        "Where the student is worst"
+        if "Each against each" not in headings
+        else "Where the students are worst",
         "Where this comes from",
     ]
 
@@ -87,11 +93,18 @@ def test_markup_that_a_model_wrote_is_read_as_text(opened: Opened) -> None:
     assert browser.execute_script("return [...document.scripts].filter(s => !s.type).length") == 1
 
 
-def test_the_page_asks_nothing_of_the_network_and_complains_of_nothing(opened: Opened, browser: Any) -> None:
+def test_the_page_asks_nothing_of_the_network_and_complains_of_nothing(
+    opened: Opened, browser: Any
+) -> None:
     browser.get_log("browser")
     opened()
     browser.execute_script(UNFOLD)
-    assert browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)") == []
+    assert (
+        browser.execute_script(
+            "return performance.getEntriesByType('resource').map(entry => entry.name)"
+        )
+        == []
+    )
     assert browser.get_log("browser") == []
 
 
@@ -106,7 +119,9 @@ def test_the_filter_shows_only_the_answers_that_have_the_words(opened: Opened, w
     before = shown_answers(browser)
     box = find(browser, ".filter input")
     box.send_keys("What is RAIN")
-    assert shown_answers(browser) == [question for question in QUESTIONS if "what is rain" in question]
+    assert shown_answers(browser) == [
+        question for question in QUESTIONS if "what is rain" in question
+    ]
     assert find(browser, ".filter output").text == "3 of 15"
     box.clear()
     box.send_keys("nobody said this")
@@ -116,7 +131,9 @@ def test_the_filter_shows_only_the_answers_that_have_the_words(opened: Opened, w
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_pointing_at_a_token_shows_what_each_model_held_likeliest(opened: Opened, width: int) -> None:
+def test_pointing_at_a_token_shows_what_each_model_held_likeliest(
+    opened: Opened, width: int
+) -> None:
     from selenium.webdriver import ActionChains
 
     browser = opened(width)
@@ -127,13 +144,17 @@ def test_pointing_at_a_token_shows_what_each_model_held_likeliest(opened: Opened
     assert "Token 5 of 24: ·word" in panel.text
     tables = panel.find_elements("css selector", "table")
     assert tables[0].find_element("css selector", "caption").text.startswith("Teacher")
-    assert len(tables) == 1 + browser.execute_script("return document.querySelector('.pair').children.length")
+    assert len(tables) == 1 + browser.execute_script(
+        "return document.querySelector('.pair').children.length"
+    )
     for table in tables:
         rows = table.find_elements("css selector", "tr")
         assert len(rows) == 5
         assert all("%" in row.text for row in rows)
     assert tables[0].text.splitlines()[-5:][0].startswith("·teacher's")
-    assert browser.execute_script("return arguments[0].getBoundingClientRect().bottom <= innerHeight", panel)
+    assert browser.execute_script(
+        "return arguments[0].getBoundingClientRect().bottom <= innerHeight", panel
+    )
 
 
 def test_tokens_are_reached_by_the_tab_key_and_walked_by_the_arrows(opened: Opened) -> None:
@@ -141,17 +162,27 @@ def test_tokens_are_reached_by_the_tab_key_and_walked_by_the_arrows(opened: Open
 
     browser = opened()
     tokens = browser.find_elements("css selector", ".tokens:first-of-type span")
-    assert browser.execute_script("return document.querySelector('.tokens').querySelectorAll('[tabindex=\"0\"]').length") == 1
+    assert (
+        browser.execute_script(
+            "return document.querySelector('.tokens').querySelectorAll('[tabindex=\"0\"]').length"
+        )
+        == 1
+    )
     browser.execute_script("arguments[0].focus()", tokens[0])
     assert "Token 1 of 24" in find(browser, ".next").text
     browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
     assert "Token 2 of 24" in find(browser, ".next").text
     browser.switch_to.active_element.send_keys(Keys.END)
     assert "Token 24 of 24" in find(browser, ".next").text
-    assert browser.execute_script("return document.activeElement.getAttribute('aria-selected')") == "true"
+    assert (
+        browser.execute_script("return document.activeElement.getAttribute('aria-selected')")
+        == "true"
+    )
 
 
-def test_without_scripts_only_the_filter_and_the_likeliest_tokens_are_missing(opened: Opened) -> None:
+def test_without_scripts_only_the_filter_and_the_likeliest_tokens_are_missing(
+    opened: Opened,
+) -> None:
     browser = opened(scripts=False)
     for selector in (".filter", ".next", ".scripted"):
         assert not find(browser, selector).is_displayed()
@@ -171,5 +202,9 @@ def test_axe_finds_nothing_serious(opened: Opened, width: int, scheme: str) -> N
     browser.execute_script(AXE.read_text(encoding="utf-8"))
     found = browser.execute_async_script("axe.run().then(arguments[0])")
     assert found["passes"]
-    serious = [(one["id"], one["nodes"][0]["html"]) for one in found["violations"] if one["impact"] in ("serious", "critical")]
+    serious = [
+        (one["id"], one["nodes"][0]["html"])
+        for one in found["violations"]
+        if one["impact"] in ("serious", "critical")
+    ]
     assert serious == []

@@ -24,7 +24,18 @@ from pathlib import Path
 from typing import Any
 
 from potstill.alignment import shared_rows
-from potstill.comparison import ANSWERS, UNTOUCHED, Answers, Entrants, FinishedRun, as_html, as_text, compare_runs, open_run, read_answers
+from potstill.comparison import (
+    ANSWERS,
+    UNTOUCHED,
+    Answers,
+    Entrants,
+    FinishedRun,
+    as_html,
+    as_text,
+    compare_runs,
+    open_run,
+    read_answers,
+)
 from potstill.comparison.text_measures import measures_against
 from potstill.commands.distill import DistillRecipe
 from potstill.data import read_conversations, without_answer
@@ -42,6 +53,7 @@ from potstill.training.kept_memory import keep_freed_memory
 REFERENCE = "reference"
 ADDABLE = ("methods", "recipes", "seeds", "text_measures")
 """What a later call may change without making the runs that are there another comparison's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompareRecipe(DistillRecipe):
@@ -72,13 +84,12 @@ class CompareRecipe(DistillRecipe):
     """chrf, rouge_l or both, separated by a comma: answers against the teacher's (needs potstill[measures])."""
 
 
-
 Plan = dict[str, DistillRecipe]
 
 
 def run(recipe: CompareRecipe) -> None:
     """Compare and print the table."""
-    from potstill.cli import parse
+    from potstill.commands.parsing import parse
 
     if recipe.device in ("auto", "cpu"):
         keep_freed_memory()
@@ -103,12 +114,20 @@ def compare(recipe: CompareRecipe, recipes: Plan | None = None) -> dict[str, Any
     if recipe.runs:
         entrants, untouched = _named_runs(listed(recipe.runs)), None
     else:
-        entrants, untouched = _trained_runs(folder, recipe, recipes or {}), read_answers(folder.path / UNTOUCHED)
+        entrants, untouched = (
+            _trained_runs(folder, recipe, recipes or {}),
+            read_answers(folder.path / UNTOUCHED),
+        )
     comparison = compare_runs(entrants, untouched_answers=untouched, text_measures=text_measures)
     folder.path.mkdir(parents=True, exist_ok=True)
     write_json(folder.path / "comparison.json", comparison)
     page = as_html(
-        comparison, entrants, untouched, folder=folder.path, settings=dataclasses.asdict(recipe), command=_command(folder, recipe)
+        comparison,
+        entrants,
+        untouched,
+        folder=folder.path,
+        settings=dataclasses.asdict(recipe),
+        command=_command(folder, recipe),
     )
     write_whole(folder.path / "comparison.html", page)
     return comparison
@@ -117,9 +136,13 @@ def compare(recipe: CompareRecipe, recipes: Plan | None = None) -> dict[str, Any
 def _command(folder: RunFolder, recipe: CompareRecipe) -> str:
     """What to type to do it again: beside this folder what is to be trained, into it what is trained."""
     if recipe.runs:
-        return shlex.join(["potstill", "compare", "--runs", recipe.runs, "--output-dir", str(folder.path)])
+        return shlex.join(
+            ["potstill", "compare", "--runs", recipe.runs, "--output-dir", str(folder.path)]
+        )
     again = os.path.normpath(folder.path / ".." / f"{folder.path.resolve().name}-again")
-    return shlex.join(["potstill", "compare", "--config", str(folder.config), "--output-dir", again])
+    return shlex.join(
+        ["potstill", "compare", "--config", str(folder.config), "--output-dir", again]
+    )
 
 
 def listed(text: str | None) -> list[str]:
@@ -131,9 +154,13 @@ def _named_runs(folders: list[str]) -> Entrants:
     """Runs that are there already; those whose folders differ in ``-seedN`` alone are one method's."""
     entrants: Entrants = {}
     for folder in folders:
-        entrants.setdefault(re.sub(r"-seed\d+$", "", folder.rstrip("/")), []).append(open_run(folder))
+        entrants.setdefault(re.sub(r"-seed\d+$", "", folder.rstrip("/")), []).append(
+            open_run(folder)
+        )
     if len(entrants) < 2:
-        raise ConfigError(f"--runs {','.join(folders)}: one method alone; give the folders of two or more")
+        raise ConfigError(
+            f"--runs {','.join(folders)}: one method alone; give the folders of two or more"
+        )
     return entrants
 
 
@@ -141,7 +168,9 @@ def _trained_runs(folder: RunFolder, recipe: CompareRecipe, recipes: Plan) -> En
     """A run for each method and seed, trained now or before. A mistake found before the first has begun leaves nothing behind."""
     missing = [name.upper() for name in ("teacher", "student", "data") if not getattr(recipe, name)]
     if missing and not recipes:
-        raise ConfigError(f"compare needs {', '.join(missing)}, or --recipes, or --runs; potstill compare --help shows all")
+        raise ConfigError(
+            f"compare needs {', '.join(missing)}, or --recipes, or --runs; potstill compare --help shows all"
+        )
     if recipe.answers < 0:
         raise ConfigError(f"--answers {recipe.answers}: must be at least 0")
     _refuse_unlike_recipes(recipes)
@@ -157,7 +186,10 @@ def _trained_runs(folder: RunFolder, recipe: CompareRecipe, recipes: Plan) -> En
         _write_data(folder, train, held_out)
         _answer(folder.path / UNTOUCHED, base.student, base, recipe, held_out)
         return {
-            name: [_run(folder, name, dataclasses.replace(one, seed=seed), recipe, held_out) for seed in seeds]
+            name: [
+                _run(folder, name, dataclasses.replace(one, seed=seed), recipe, held_out)
+                for seed in seeds
+            ]
             for name, one in plan.items()
         }
     except PotstillError:
@@ -166,7 +198,9 @@ def _trained_runs(folder: RunFolder, recipe: CompareRecipe, recipes: Plan) -> En
         raise
 
 
-def _run(folder: RunFolder, name: str, one: DistillRecipe, recipe: CompareRecipe, held_out: list[Any]) -> FinishedRun:
+def _run(
+    folder: RunFolder, name: str, one: DistillRecipe, recipe: CompareRecipe, held_out: list[Any]
+) -> FinishedRun:
     """One run, trained to its end and asked the held-out prompts, unless that was done before."""
     run = RunFolder(folder.path / f"{name}-seed{one.seed}")
     one = dataclasses.replace(one, output_dir=str(run.path))
@@ -180,14 +214,20 @@ def _run(folder: RunFolder, name: str, one: DistillRecipe, recipe: CompareRecipe
 
 
 def _distill_recipe(recipe: CompareRecipe) -> DistillRecipe:
-    return DistillRecipe(**{item.name: getattr(recipe, item.name) for item in dataclasses.fields(DistillRecipe)})
+    return DistillRecipe(
+        **{item.name: getattr(recipe, item.name) for item in dataclasses.fields(DistillRecipe)}
+    )
 
 
 def _by_method(recipe: CompareRecipe, base: DistillRecipe, train: list[Any]) -> Plan:
     """A recipe for each method asked for, or for those that the data and the tokenizers allow."""
     known = (*METHODS, REFERENCE)
     without = sum("reference" not in row or "messages" not in row for row in train)
-    names = listed(recipe.methods) or [*([] if without else [REFERENCE]), "text", _with_logits(base)]
+    names = listed(recipe.methods) or [
+        *([] if without else [REFERENCE]),
+        "text",
+        _with_logits(base),
+    ]
     for name in names:
         if name not in known:
             raise ConfigError(f"method {name!r} is not known; use some of {', '.join(known)}")
@@ -201,7 +241,12 @@ def _by_method(recipe: CompareRecipe, base: DistillRecipe, train: list[Any]) -> 
 
 def _with_logits(base: DistillRecipe) -> str:
     try:
-        shared_rows(*(load_tokenizer(name, trust_remote_code=base.trust_remote_code) for name in (base.teacher, base.student)))
+        shared_rows(
+            *(
+                load_tokenizer(name, trust_remote_code=base.trust_remote_code)
+                for name in (base.teacher, base.student)
+            )
+        )
     except VocabularyMismatch:
         return "cross"
     return "logits"
@@ -217,7 +262,9 @@ def _plan(folder: RunFolder, recipes: Plan, train: list[Any]) -> Plan:
         plan[name] = dataclasses.replace(
             one,
             method="text" if one.method == REFERENCE else one.method,
-            data=str(folder.data / ("reference.jsonl" if one.method == REFERENCE else "train.jsonl")),
+            data=str(
+                folder.data / ("reference.jsonl" if one.method == REFERENCE else "train.jsonl")
+            ),
             eval_data=str(folder.data / "held_out.jsonl"),
             max_steps=steps,
         )
@@ -229,7 +276,17 @@ def _refuse_unlike_recipes(recipes: Plan) -> None:
     for name, one in recipes.items():
         (first, expected) = next(iter(recipes.items()))
         budget = () if expected.seconds else ("batch_size", "gradient_accumulation_steps")
-        for key in ("teacher", "data", "eval_data", "eval_fraction", "max_steps", "seconds", *budget, "max_length", "precision"):
+        for key in (
+            "teacher",
+            "data",
+            "eval_data",
+            "eval_fraction",
+            "max_steps",
+            "seconds",
+            *budget,
+            "max_length",
+            "precision",
+        ):
             if getattr(one, key) != getattr(expected, key):
                 raise ConfigError(
                     f"{first} and {name} cannot be compared: {key} is {getattr(expected, key)} in the one and {getattr(one, key)} "
@@ -241,7 +298,9 @@ def _seeds(text: str) -> list[int]:
     try:
         seeds = [int(part) for part in listed(text)]
     except ValueError:
-        raise ConfigError(f"--seeds {text}: give whole numbers separated by commas: 0,1,2") from None
+        raise ConfigError(
+            f"--seeds {text}: give whole numbers separated by commas: 0,1,2"
+        ) from None
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(f"--seeds {text!r}: give at least one, each once: 0,1,2")
     return seeds
@@ -250,9 +309,15 @@ def _seeds(text: str) -> list[int]:
 def _data(folder: RunFolder, base: DistillRecipe) -> tuple[list[Any], list[Any]]:
     """Conversations to train on and held-out ones: the copy, if there is one, so that a file changed meanwhile changes nothing."""
     copies = [folder.data / "train.jsonl", folder.data / "held_out.jsonl"]
-    train, held_out = (list(map(list, map(read_conversations, copies)))) if copies[1].is_file() else split_data(base)
+    train, held_out = (
+        (list(map(list, map(read_conversations, copies))))
+        if copies[1].is_file()
+        else split_data(base)
+    )
     if not train or not held_out:
-        raise DataError(f"{base.data}: too few conversations to train on some and hold out others; give --eval-data or more data")
+        raise DataError(
+            f"{base.data}: too few conversations to train on some and hold out others; give --eval-data or more data"
+        )
     return train, held_out
 
 
@@ -264,18 +329,25 @@ def _write_data(folder: RunFolder, train: list[Any], held_out: list[Any]) -> Non
     write_rows(folder.data / "held_out.jsonl", held_out)
 
 
-def _answer(place: Path, source: str, one: DistillRecipe, recipe: CompareRecipe, held_out: list[Any]) -> None:
+def _answer(
+    place: Path, source: str, one: DistillRecipe, recipe: CompareRecipe, held_out: list[Any]
+) -> None:
     """Let a student answer the first held-out prompts, and lay the teacher's answers beside its own."""
-    rows = [row for row in held_out if row.get("messages", [{}])[-1].get("role") == "assistant"][: recipe.answers]
+    rows = [row for row in held_out if row.get("messages", [{}])[-1].get("role") == "assistant"][
+        : recipe.answers
+    ]
     if not rows or (place / ANSWERS).is_file():
         return
     print(f"  {len(rows)} answers of {source}", flush=True)
     prompts = [without_answer(row["messages"]) for row in rows]
     student, tokenizer = opener_of(one).model(source), opener_of(one).tokenizer(one.student)
-    answers = answer_prompts(student, tokenizer, prompts, max_new_tokens=recipe.answer_tokens, seed=one.seed)
+    answers = answer_prompts(
+        student, tokenizer, prompts, max_new_tokens=recipe.answer_tokens, seed=one.seed
+    )
     asked_and_wanted = zip(rows, answers, strict=True)
     beside = [
-        {"prompt": last_question(row), "teacher": row["messages"][-1]["content"], **answer} for row, answer in asked_and_wanted
+        {"prompt": last_question(row), "teacher": row["messages"][-1]["content"], **answer}
+        for row, answer in asked_and_wanted
     ]
     place.mkdir(exist_ok=True)
     write_rows(place / ANSWERS, beside)

@@ -27,17 +27,26 @@ def abilities(entrants: Mapping[str, list[FinishedRun]], untouched: str) -> dict
 def directions(entrants: Mapping[str, list[FinishedRun]]) -> dict[str, str]:
     """By task and metric: whether ``lower`` or ``higher`` is better."""
     first = next(iter(entrants.values()))[0].evaluation.get("tasks", {}).get("after", {})
-    return {f"{task} {metric}": better(measured, metric) for task, measured in first.items() for metric in measured["stderr"]}
+    return {
+        f"{task} {metric}": better(measured, metric)
+        for task, measured in first.items()
+        for metric in measured["stderr"]
+    }
 
 
 def in_figures(found: Abilities) -> tuple[dict[str, float], dict[str, list[float]]]:
     """The values, and their 95 % intervals where a standard error is known."""
-    ends = {name: interval(value, error) for name, (value, error) in found.items() if error is not None}
+    ends = {
+        name: interval(value, error) for name, (value, error) in found.items() if error is not None
+    }
     return {name: value for name, (value, _) in found.items()}, ends
 
 
 def _asked(run: FinishedRun) -> dict[str, int]:
-    return {task: measured["questions"] for task, measured in run.evaluation.get("tasks", {}).get("after", {}).items()}
+    return {
+        task: measured["questions"]
+        for task, measured in run.evaluation.get("tasks", {}).get("after", {}).items()
+    }
 
 
 def _mean(runs: list[FinishedRun], when: str) -> Abilities:

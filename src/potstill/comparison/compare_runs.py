@@ -23,7 +23,9 @@ Entrants = dict[str, list[FinishedRun]]
 Answers = list[dict[str, Any]]
 
 
-def compare_runs(entrants: Entrants, *, untouched_answers: Answers | None = None, text_measures: list[str]) -> dict[str, Any]:
+def compare_runs(
+    entrants: Entrants, *, untouched_answers: Answers | None = None, text_measures: list[str]
+) -> dict[str, Any]:
     """What comparison.json holds, of methods by name, each with a run for every seed.
 
     The verdicts speak of KL where all students have the teacher's tokens, else of bits per byte, which any two tokenizers allow.
@@ -45,8 +47,13 @@ def compare_runs(entrants: Entrants, *, untouched_answers: Answers | None = None
         "notes": _notes(ratios, seeds),
         "tasks": directions(entrants) if able else {},
         "teacher": _teacher(runs[0], able.get("teacher", {}), answered="stops" in ratios),
-        "methods": {name: _method(name, entrants.get(name, []), ratios, able.get(name, {})) for name in names},
-        "pairs": [_pair(one, other, ratios, deciding) for one, other in itertools.combinations(names, 2)],
+        "methods": {
+            name: _method(name, entrants.get(name, []), ratios, able.get(name, {}))
+            for name in names
+        },
+        "pairs": [
+            _pair(one, other, ratios, deciding) for one, other in itertools.combinations(names, 2)
+        ],
         "regressions": _became_worse(entrants, ratios[deciding], deciding),
     }
 
@@ -55,7 +62,9 @@ def _same_seeds(entrants: Entrants) -> list[int]:
     seeds = {name: [run.seed for run in runs] for name, runs in entrants.items()}
     (first, expected), *rest = seeds.items()
     if len(set(expected)) < len(expected):
-        raise RunFolderError(f"{first}: seed {_listed(expected)} is there more than once; give each run once")
+        raise RunFolderError(
+            f"{first}: seed {_listed(expected)} is there more than once; give each run once"
+        )
     for name, found in rest:
         if found != expected:
             raise RunFolderError(
@@ -68,35 +77,49 @@ def _same_seeds(entrants: Entrants) -> list[int]:
 def _measured(entrants: Entrants) -> dict[str, dict[str, Ratios]]:
     """Each measure of each method, and of the student before, where all runs have it and mean the same by it."""
     runs = [run for each in entrants.values() for run in each]
-    columns = {name: [measure_ratios(run.conversations["after"]) for run in each] for name, each in entrants.items()}
+    columns = {
+        name: [measure_ratios(run.conversations["after"]) for run in each]
+        for name, each in entrants.items()
+    }
     if len({run.config.get("student") for run in runs}) == 1:
         first = next(iter(entrants.values()))
         columns[UNTOUCHED] = [measure_ratios(run.conversations["before"]) for run in first]
     usable = [
         name
         for name in TOKEN_MEASURES
-        if (name == "bits_per_byte" or same_tokens(runs)) and all(row[name] for rows in columns.values() for row in rows)
+        if (name == "bits_per_byte" or same_tokens(runs))
+        and all(row[name] for rows in columns.values() for row in rows)
     ]
     return {
         measure: {
-            name: Ratios(*(np.stack(part) for part in zip(*(row[measure] for row in rows), strict=True)))
+            name: Ratios(
+                *(np.stack(part) for part in zip(*(row[measure] for row in rows), strict=True))
+            )
             for name, rows in columns.items()
         }
         for measure in usable
     }
 
 
-def _answered(entrants: Entrants, untouched: Answers | None, text_measures: list[str]) -> dict[str, dict[str, Ratios]]:
+def _answered(
+    entrants: Entrants, untouched: Answers | None, text_measures: list[str]
+) -> dict[str, dict[str, Ratios]]:
     """What the answers say, where every run was asked the same prompts."""
     answers = {name: [run.answers() for run in runs] for name, runs in entrants.items()}
     if untouched:
         answers[UNTOUCHED] = [untouched] * len(next(iter(answers.values())))
-    asked = {tuple(row["prompt"] for row in rows) if rows else () for each in answers.values() for rows in each}
+    asked = {
+        tuple(row["prompt"] for row in rows) if rows else ()
+        for each in answers.values()
+        for rows in each
+    }
     if len(asked) != 1 or not next(iter(asked)):
         return {}
     functions = {"stops": stops, "loops": loops, "length_words": length_words}
     for name, against in measures_against(text_measures).items():
-        functions[name] = lambda row, against=against: against(row["messages"][-1]["content"], row["teacher"])  # type: ignore[misc]
+        functions[name] = lambda row, against=against: against(
+            row["messages"][-1]["content"], row["teacher"]
+        )  # type: ignore[misc]
     measured: dict[str, dict[str, Ratios]] = {}
     for measure, function in functions.items():
         for name, each in answers.items():
@@ -115,9 +138,17 @@ def _teacher(run: FinishedRun, able: Abilities, *, answered: bool) -> dict[str, 
     return {**values, **figures, "ci95": ends}
 
 
-def _method(name: str, runs: list[FinishedRun], ratios: dict[str, dict[str, Ratios]], able: Abilities) -> dict[str, Any]:
-    values = {measure: by_name[name].value for measure, by_name in ratios.items() if name in by_name}
-    ends = {measure: list(interval(by_name[name])) for measure, by_name in ratios.items() if name in by_name}
+def _method(
+    name: str, runs: list[FinishedRun], ratios: dict[str, dict[str, Ratios]], able: Abilities
+) -> dict[str, Any]:
+    values = {
+        measure: by_name[name].value for measure, by_name in ratios.items() if name in by_name
+    }
+    ends = {
+        measure: list(interval(by_name[name]))
+        for measure, by_name in ratios.items()
+        if name in by_name
+    }
     figures, ends_of_figures = in_figures(able)
     return {
         **values,
@@ -128,15 +159,26 @@ def _method(name: str, runs: list[FinishedRun], ratios: dict[str, dict[str, Rati
     }
 
 
-def _pair(one: str, other: str, ratios: dict[str, dict[str, Ratios]], deciding: str) -> dict[str, Any]:
+def _pair(
+    one: str, other: str, ratios: dict[str, dict[str, Ratios]], deciding: str
+) -> dict[str, Any]:
     differences = {
         measure: paired_difference(by_name[one], by_name[other])
         for measure, by_name in ratios.items()
         if one in by_name and other in by_name
     }
     said = verdict(one, other, differences[deciding], MEASURES[deciding])
-    as_json = {name: {"difference": d.value, "ci95": [d.low, d.high], "certain": d.certain} for name, d in differences.items()}
-    return {"one": one, "other": other, "verdict": said, "certain": differences[deciding].certain, "differences": as_json}
+    as_json = {
+        name: {"difference": d.value, "ci95": [d.low, d.high], "certain": d.certain}
+        for name, d in differences.items()
+    }
+    return {
+        "one": one,
+        "other": other,
+        "verdict": said,
+        "certain": differences[deciding].certain,
+        "differences": as_json,
+    }
 
 
 def _became_worse(entrants: Entrants, ratios: dict[str, Ratios], deciding: str) -> dict[str, Any]:
@@ -146,7 +188,9 @@ def _became_worse(entrants: Entrants, ratios: dict[str, Ratios], deciding: str) 
     for name, runs in entrants.items():
         prompts = runs[0].conversations["prompts"]
         found = regressions(ratios[UNTOUCHED], ratios[name], MEASURES[deciding])
-        worst = [{"prompt": prompts[i], "before": was, "after": now} for i, was, now in found[:WORST]]
+        worst = [
+            {"prompt": prompts[i], "before": was, "after": now} for i, was, now in found[:WORST]
+        ]
         worse[name] = {"share": len(found) / len(prompts), "worst": worst}
     return worse
 
@@ -156,10 +200,16 @@ def _notes(ratios: dict[str, dict[str, Ratios]], seeds: list[int]) -> list[str]:
     if "kl_nats_per_token" not in ratios:
         notes.append("The tokenizers differ: only bits a byte mean the same in all runs.")
     if "stops" not in ratios:
-        notes.append("Not every run kept answers to the same prompts, so nothing is said of the text.")
+        notes.append(
+            "Not every run kept answers to the same prompts, so nothing is said of the text."
+        )
     if len(seeds) == 1:
-        notes.append("One seed: the intervals speak of other conversations, not of another training; give --seeds 0,1,2.")
-    notes.append("Each interval is a 95 % one by itself: of twenty pairs without any difference, about one will seem to have one.")
+        notes.append(
+            "One seed: the intervals speak of other conversations, not of another training; give --seeds 0,1,2."
+        )
+    notes.append(
+        "Each interval is a 95 % one by itself: of twenty pairs without any difference, about one will seem to have one."
+    )
     return notes
 
 

@@ -46,9 +46,9 @@ def read_answers(folder: Path) -> list[dict[str, Any]] | None:
     path = folder / ANSWERS
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        if all(isinstance(row[name], str) for row in rows for name in ("prompt", "teacher")) and all(
-            row["messages"] for row in rows
-        ):
+        if all(
+            isinstance(row[name], str) for row in rows for name in ("prompt", "teacher")
+        ) and all(row["messages"] for row in rows):
             return rows
     except FileNotFoundError:
         return None
@@ -62,15 +62,28 @@ def open_run(folder: str | Path) -> FinishedRun:
     run = RunFolder(folder)
     opened = FinishedRun(run.path, run.read_config(), run.read_evaluation())
     if "conversations" not in opened.evaluation:
-        raise RunFolderError(f"{run.evaluation}: keeps no sums a conversation; delete it and give the run's command again")
+        raise RunFolderError(
+            f"{run.evaluation}: keeps no sums a conversation; delete it and give the run's command again"
+        )
     try:
-        columns = [pair for when in ("before", "after") for pair in measure_ratios(opened.conversations[when]).values() if pair]
-        sizes = {len(column) for pair in columns for column in pair} | {len(opened.conversations["prompts"])}
-        whole = len(sizes) == 1 and min(sizes) > 0 and isinstance(opened.evaluation["teacher"], dict)
+        columns = [
+            pair
+            for when in ("before", "after")
+            for pair in measure_ratios(opened.conversations[when]).values()
+            if pair
+        ]
+        sizes = {len(column) for pair in columns for column in pair} | {
+            len(opened.conversations["prompts"])
+        }
+        whole = (
+            len(sizes) == 1 and min(sizes) > 0 and isinstance(opened.evaluation["teacher"], dict)
+        )
     except (KeyError, TypeError, ValueError, AttributeError):
         whole = False
     if not whole:
-        raise RunFolderError(f"{run.evaluation}: damaged (its sums a conversation); delete it and give the run's command again")
+        raise RunFolderError(
+            f"{run.evaluation}: damaged (its sums a conversation); delete it and give the run's command again"
+        )
     return opened
 
 
@@ -90,20 +103,27 @@ def _alike(run: FinishedRun) -> dict[str, Any]:
     """What must be the same in all runs of a comparison, each with its name for an error."""
     config, kept = run.config, run.conversations
     seconds = config.get("seconds")
-    seen = [config.get(name) or 1 for name in ("max_steps", "batch_size", "gradient_accumulation_steps")]
+    seen = [
+        config.get(name) or 1 for name in ("max_steps", "batch_size", "gradient_accumulation_steps")
+    ]
     return {
         "teacher": config.get("teacher"),
         "the held-out data (fingerprint)": kept.get("fingerprint"),
         "the training data (fingerprint of its prompts)": kept.get("train_prompts"),
         "seconds": seconds,
-        "the budget max_steps × batch_size × gradient_accumulation_steps": None if seconds else seen[0] * seen[1] * seen[2],
+        "the budget max_steps × batch_size × gradient_accumulation_steps": None
+        if seconds
+        else seen[0] * seen[1] * seen[2],
         "the tokenizer's cut, bytes of text within max_length,": sum(kept["after"]["bytes"]),
     }
 
 
 def same_tokens(runs: list[FinishedRun]) -> bool:
     """Whether all students cut the text into as many tokens everywhere: else nats a token mean something else in each."""
-    return all(run.conversations["after"]["tokens"] == runs[0].conversations["after"]["tokens"] for run in runs)
+    return all(
+        run.conversations["after"]["tokens"] == runs[0].conversations["after"]["tokens"]
+        for run in runs
+    )
 
 
 def _short(value: Any) -> str:

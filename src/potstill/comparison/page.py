@@ -61,7 +61,9 @@ def as_html(
         worst_unit=unit,
         worst_prompts=worst,
         runs=[_run(name, run, folder) for name, each in best_first.items() for run in each],
-        settings=settings_rows({name: value for name, value in (settings or {}).items() if value not in (None, "", {})}),
+        settings=settings_rows(
+            {name: value for name, value in (settings or {}).items() if value not in (None, "", {})}
+        ),
         command=command,
     )
 
@@ -91,14 +93,21 @@ def _advantages(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
         difference = pair["differences"][measure]
         low, high = sorted(sign * end for end in difference["ci95"])
         found.append({**pair, "at": sign * difference["difference"], "low": low, "high": high})
-    left, right = min(0.0, *(one["low"] for one in found)), max(0.0, *(one["high"] for one in found))
+    left, right = (
+        min(0.0, *(one["low"] for one in found)),
+        max(0.0, *(one["high"] for one in found)),
+    )
     width = (right - left) or 1.0
     for one in found:
-        one |= {name: 100 * (one[name] - left) / width for name in ("at", "low", "high")} | {"zero": -100 * left / width}
+        one |= {name: 100 * (one[name] - left) / width for name in ("at", "low", "high")} | {
+            "zero": -100 * left / width
+        }
     return found
 
 
-def _models(comparison: Mapping[str, Any], best_first: Entrants) -> dict[str, tuple[str, Mapping[str, Any]]]:
+def _models(
+    comparison: Mapping[str, Any], best_first: Entrants
+) -> dict[str, tuple[str, Mapping[str, Any]]]:
     """Who can be looked at closely, the best last: which measurement of which evaluation."""
     models: dict[str, tuple[str, Mapping[str, Any]]] = {
         name: ("after", runs[0].evaluation) for name, runs in reversed(best_first.items())
@@ -108,14 +117,19 @@ def _models(comparison: Mapping[str, Any], best_first: Entrants) -> dict[str, tu
     return {UNTOUCHED: ("before", next(iter(best_first.values()))[0].evaluation), **models}
 
 
-def _answers(comparison: Mapping[str, Any], best_first: Entrants, untouched: Answers | None) -> SideBySide:
+def _answers(
+    comparison: Mapping[str, Any], best_first: Entrants, untouched: Answers | None
+) -> SideBySide:
     """The teacher's answers and each student's, where all were asked the same; of the first seed."""
     columns = {name: runs[0].answers() or [] for name, runs in best_first.items()}
     if not comparison["answers"] or not columns:
         return SideBySide([], [])
     first = next(iter(columns.values()))
     given = {"Teacher": [row["teacher"] for row in first]}
-    for name, answered in {**({UNTOUCHED: untouched} if untouched else {}), **dict(reversed(columns.items()))}.items():
+    for name, answered in {
+        **({UNTOUCHED: untouched} if untouched else {}),
+        **dict(reversed(columns.items())),
+    }.items():
         given[name] = [row["messages"][-1]["content"] for row in answered]
     return side_by_side([row["prompt"] for row in first], given)
 
@@ -132,5 +146,7 @@ def _run(name: str, run: FinishedRun, folder: Path) -> dict[str, str]:
         "steps": str(run.config.get("max_steps", "–")),
         "tokens": "–" if tokens is None else plural(tokens, "token"),
         "time": "–" if seconds is None else duration(seconds),
-        "report": quote(Path(os.path.relpath(report, folder)).as_posix()) if report.is_file() else "",
+        "report": quote(Path(os.path.relpath(report, folder)).as_posix())
+        if report.is_file()
+        else "",
     }

@@ -24,7 +24,10 @@ def as_text(comparison: Mapping[str, Any]) -> str:
     logits better than text by 0.100 ± 0.020 bits a byte
     """
     columns = [measure.short for measure in headings(comparison).values()]
-    cells = [["", *columns], *([name, *(value for value, _ in values)] for name, values in rows(comparison).items())]
+    cells = [
+        ["", *columns],
+        *([name, *(value for value, _ in values)] for name, values in rows(comparison).items()),
+    ]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = [basis(comparison), ""]
     for first, *values in cells:
@@ -39,8 +42,15 @@ def as_text(comparison: Mapping[str, Any]) -> str:
 def headings(comparison: Mapping[str, Any]) -> dict[str, Measure]:
     """The measures there are, and the tasks'."""
     methods = comparison["methods"].values()
-    tasks = {name: Measure(name, name, "", better) for name, better in comparison.get("tasks", {}).items()}
-    return {name: measure for name, measure in MEASURES.items() if any(name in values for values in methods)} | tasks
+    tasks = {
+        name: Measure(name, name, "", better)
+        for name, better in comparison.get("tasks", {}).items()
+    }
+    return {
+        name: measure
+        for name, measure in MEASURES.items()
+        if any(name in values for values in methods)
+    } | tasks
 
 
 def rows(comparison: Mapping[str, Any]) -> dict[str, list[tuple[str, list[str]]]]:
@@ -48,7 +58,10 @@ def rows(comparison: Mapping[str, Any]) -> dict[str, list[tuple[str, list[str]]]
     teacher = comparison["teacher"]
     everybody = {**({"teacher": teacher} if teacher else {}), **comparison["methods"]}
     return {
-        who: [(shown(values.get(name), name), ends(_interval(values, name), name)) for name in headings(comparison)]
+        who: [
+            (shown(values.get(name), name), ends(_interval(values, name), name))
+            for name in headings(comparison)
+        ]
         for who, values in everybody.items()
     }
 

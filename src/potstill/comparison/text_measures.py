@@ -38,11 +38,15 @@ def measures_against(names: list[str]) -> dict[str, Callable[[str, str], float]]
     """
     for name in names:
         if name not in _AGAINST:
-            raise ConfigError(f"text measure {name!r} is not known; use one of {', '.join(_AGAINST)}")
+            raise ConfigError(
+                f"text measure {name!r} is not known; use one of {', '.join(_AGAINST)}"
+            )
     try:
         return {name: _AGAINST[name]() for name in names}
     except ImportError as error:
-        raise ConfigError(f"--text-measures needs the package {error.name}: pip install 'potstill[measures]'") from None
+        raise ConfigError(
+            f"--text-measures needs the package {error.name}: pip install 'potstill[measures]'"
+        ) from None
 
 
 def _chrf() -> Callable[[str, str], float]:

@@ -74,7 +74,11 @@ class ModelSize:
     def forward_flops(self, tokens: float, supervised: float) -> float:
         """One conversation through the body, and its supervised tokens through the head."""
         attention = 2 * self.layers * self.attention_width * tokens**2
-        return 2 * self.body_parameters * tokens + attention + 2 * self.vocabulary_rows * self.hidden_size * supervised
+        return (
+            2 * self.body_parameters * tokens
+            + attention
+            + 2 * self.vocabulary_rows * self.hidden_size * supervised
+        )
 
 
 @dataclass(frozen=True)
@@ -133,9 +137,13 @@ def model_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever an architecture's own code raises
         reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{type(config).__name__}: no causal language model can be built from it ({reason})") from error
+        raise ModelError(
+            f"{type(config).__name__}: no causal language model can be built from it ({reason})"
+        ) from error
     head = model.get_output_embeddings().weight
-    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    looked_up = {
+        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
+    }
     active = _active_expert_share(text)
     body = sum(
         parameter.numel() * (active if re.search(r"\bexperts\b", name) else 1)
@@ -145,7 +153,11 @@ def model_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
     heads = getattr(text, "num_attention_heads", None) or 0  # a recurrence has none
     head_width = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
     key_heads = getattr(text, "num_key_value_heads", None) or heads
-    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    inner = (
+        getattr(text, "intermediate_size", None)
+        or getattr(text, "n_inner", None)
+        or 4 * text.hidden_size
+    )
     if isinstance(inner, list):  # a width for each layer
         inner = round(sum(inner) / len(inner))
     return ModelSize(
@@ -159,27 +171,41 @@ def model_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
     )
 
 
-def estimate(method: str, teacher: ModelSize, student: ModelSize, plan: Plan, *, card: str | None = None) -> Cost:
+def estimate(
+    method: str, teacher: ModelSize, student: ModelSize, plan: Plan, *, card: str | None = None
+) -> Cost:
     """The cost of ``plan`` by ``method`` (text, logits or cross). Raises: ConfigError for an unknown precision or card."""
     if plan.precision not in BYTES:
-        raise ConfigError(f"precision {plan.precision!r} is not known; use one of {', '.join(BYTES)}")
+        raise ConfigError(
+            f"precision {plan.precision!r} is not known; use one of {', '.join(BYTES)}"
+        )
     conversations = plan.steps * plan.conversations_a_step
     student_flops = 3 * conversations * student.forward_flops(plan.tokens, plan.supervised)
     teacher_flops, teacher_memory = 0.0, 0.0
     if method != "text":
-        teacher_flops = conversations * teacher.forward_flops(plan.teacher_tokens, plan.teacher_supervised)
+        teacher_flops = conversations * teacher.forward_flops(
+            plan.teacher_tokens, plan.teacher_supervised
+        )
         teacher_memory = teacher.parameters * BYTES[plan.precision]
     copy_bytes = 0 if plan.precision == "fp32" else BYTES[plan.precision]
-    activations = plan.largest_batch_tokens * student.layers * student.numbers_a_layer * ACTIVATION_BYTES[plan.precision]
+    activations = (
+        plan.largest_batch_tokens
+        * student.layers
+        * student.numbers_a_layer
+        * ACTIVATION_BYTES[plan.precision]
+    )
     checkpoint = 12 * student.parameters  # weights and two moments in float32
     return Cost(
         student_flops=student_flops,
         teacher_flops=teacher_flops,
-        hours=None if card is None else (student_flops + teacher_flops) / _flops_a_second(card, plan.precision) / 3600,
+        hours=None
+        if card is None
+        else (student_flops + teacher_flops) / _flops_a_second(card, plan.precision) / 3600,
         student_memory_bytes=student.parameters * (16 + copy_bytes),
         activation_memory_bytes=activations + LOGITS_BYTES,
         teacher_memory_bytes=teacher_memory,
-        disk_bytes=(KEPT_CHECKPOINTS + 1) * checkpoint + 4 * student.parameters,  # a new one is written before the oldest goes
+        disk_bytes=(KEPT_CHECKPOINTS + 1) * checkpoint
+        + 4 * student.parameters,  # a new one is written before the oldest goes
     )
 
 
@@ -192,13 +218,18 @@ def find_card(name: str) -> Card:
 
 def _flops_a_second(card: str, precision: str) -> float:
     found = find_card(card)
-    return UTILISATION * (found.fp32_flops_per_second if precision == "fp32" else found.bf16_flops_per_second)
+    return UTILISATION * (
+        found.fp32_flops_per_second if precision == "fp32" else found.bf16_flops_per_second
+    )
 
 
 def _active_expert_share(config: Any) -> float:
     """Of a mixture of experts, the share of the experts that a token meets; 1 for a dense model."""
     chosen = getattr(config, "num_experts_per_tok", None)
-    counts = (getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    counts = (
+        getattr(config, name, None)
+        for name in ("num_local_experts", "num_experts", "n_routed_experts")
+    )
     count = next((count for count in counts if count), None)
     if isinstance(chosen, list):  # for each layer
         chosen = sum(chosen) / len(chosen)

@@ -15,7 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from potstill.alignment import VocabularyComparison, compare_vocabularies, shared_rows, stop_tokens, token_bytes
+from potstill.alignment import (
+    VocabularyComparison,
+    compare_vocabularies,
+    shared_rows,
+    stop_tokens,
+    token_bytes,
+)
 from potstill.data import read_conversations, tokenize_conversations
 from potstill.data.chat_templates import answer_spans, ensure_chat_template
 from potstill.data.conversations import Conversation
@@ -25,7 +31,10 @@ from potstill.errors import ConfigError, VocabularyMismatch
 from potstill.evaluation.scores import score_tokens, summarize
 from potstill.models import load_config, load_generation_config, load_model, load_tokenizer
 
-TALK = [{"role": "user", "content": "Why does it rain?"}, {"role": "assistant", "content": "Vapour cools and falls."}]
+TALK = [
+    {"role": "user", "content": "Why does it rain?"},
+    {"role": "assistant", "content": "Vapour cools and falls."},
+]
 ENOUGH_TARGETS = 0.5
 """With fewer positions than that, a loss across tokenizers is mostly plain cross-entropy, and the teacher not worth its price."""
 FEW_TARGETS, MANY_DISAGREEING = 0.97, 0.02
@@ -84,7 +93,10 @@ class Diagnosis:
         """All of it for machines, what follows from the counts included."""
         found = asdict(self)
         if self.text is not None:
-            found["text"] |= {"with_target": self.text.with_target, "disagreeing": self.text.disagreeing}
+            found["text"] |= {
+                "with_target": self.text.with_target,
+                "disagreeing": self.text.disagreeing,
+            }
         for name, cost in self.costs.items():
             found["costs"][name] |= {"flops": cost.flops, "memory_bytes": cost.memory_bytes}
         return found
@@ -104,7 +116,9 @@ def quick_check(teacher_tokenizer: Any, student_tokenizer: Any, method: str) -> 
     if compare_vocabularies(teacher_tokenizer, student_tokenizer).first_difference is None:
         return "teacher and student have the same tokenizer: cross works and teaches the same, --method logits is cheaper"
     if set(filter(None, token_bytes(teacher_tokenizer))).isdisjoint(token_bytes(student_tokenizer)):
-        raise VocabularyMismatch("teacher and student have no token in common, not one byte; distil text instead (--method text)")
+        raise VocabularyMismatch(
+            "teacher and student have no token in common, not one byte; distil text instead (--method text)"
+        )
     return None
 
 
@@ -132,21 +146,40 @@ def examine(
     if card is not None:
         find_card(card)
     if with_weights and data is None:
-        raise ConfigError("--with-weights scores the teacher on text, and there is none; give --data")
+        raise ConfigError(
+            "--with-weights scores the teacher on text, and there is none; give --data"
+        )
     conversations = list(read_conversations(data)) if data else []
-    tokenizers = [load_tokenizer(source, trust_remote_code=trust_remote_code) for source in (teacher, student)]
+    tokenizers = [
+        load_tokenizer(source, trust_remote_code=trust_remote_code) for source in (teacher, student)
+    ]
     vocabularies = compare_vocabularies(*tokenizers)
     same = vocabularies.first_difference is None
     if not same:
         quick_check(tokenizers[0], tokenizers[1], "cross")
     named = zip((teacher, student), tokenizers, strict=True)
-    sides = [_side(source, tokenizer, chat_template, trust_remote_code) for source, tokenizer in named]
-    text = measure_text(conversations, *tokenizers, same=same, max_length=max_length) if data else None
+    sides = [
+        _side(source, tokenizer, chat_template, trust_remote_code) for source, tokenizer in named
+    ]
+    text = (
+        measure_text(conversations, *tokenizers, same=same, max_length=max_length) if data else None
+    )
     method, reason = _verdict(sides, vocabularies, text)
-    settings: dict[str, Any] = {"max_steps": max_steps, "batch_size": batch_size, "max_length": max_length}
-    settings |= {"gradient_accumulation_steps": gradient_accumulation_steps, "precision": precision, "chat_template": chat_template}
+    settings: dict[str, Any] = {
+        "max_steps": max_steps,
+        "batch_size": batch_size,
+        "max_length": max_length,
+    }
+    settings |= {
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "precision": precision,
+        "chat_template": chat_template,
+    }
     plan = _plan(text, settings, tokenizers)
-    costs = {name: estimate(name, sides[0].size, sides[1].size, plan, card=card) for name in dict.fromkeys(("text", method))}
+    costs = {
+        name: estimate(name, sides[0].size, sides[1].size, plan, card=card)
+        for name in dict.fromkeys(("text", method))
+    }
     bits = None
     if with_weights:
         model, _ = load_model(teacher, device=device, trust_remote_code=trust_remote_code)
@@ -155,7 +188,9 @@ def examine(
     return Diagnosis(
         method=method,
         reason=reason,
-        command=_command(teacher, student, data, method, {**settings, "trust_remote_code": trust_remote_code}),
+        command=_command(
+            teacher, student, data, method, {**settings, "trust_remote_code": trust_remote_code}
+        ),
         teacher=sides[0],
         student=sides[1],
         vocabularies=vocabularies,
@@ -165,7 +200,11 @@ def examine(
         plan=plan,
         costs=costs,
         card=card,
-        notes=[*_notes_on_pair(sides, method), *_notes_on_text(text, tokenizers, method), *about_run],
+        notes=[
+            *_notes_on_pair(sides, method),
+            *_notes_on_text(text, tokenizers, method),
+            *about_run,
+        ],
     )
 
 
@@ -181,7 +220,10 @@ def _side(source: str, tokenizer: Any, chat_template: str | None, trust_remote_c
         after = tokenizer.encode(closing.partition(TALK[1]["content"])[2], add_special_tokens=False)
         ends = stop_tokens(tokenizer)
         ends_turn = next((tokenizer.convert_ids_to_tokens(i) for i in after if i in ends), None)
-    stops = load_generation_config(source, trust_remote_code=trust_remote_code).eos_token_id or tokenizer.eos_token_id
+    stops = (
+        load_generation_config(source, trust_remote_code=trust_remote_code).eos_token_id
+        or tokenizer.eos_token_id
+    )
     return Side(
         source=source,
         tokens=len(tokenizer),
@@ -191,12 +233,18 @@ def _side(source: str, tokenizer: Any, chat_template: str | None, trust_remote_c
         ends_turn=ends_turn,
         bos=tokenizer.bos_token,
         eos=tokenizer.eos_token,
-        stops=[tokenizer.convert_ids_to_tokens(i) for i in (stops if isinstance(stops, list) else [stops]) if i is not None],
+        stops=[
+            tokenizer.convert_ids_to_tokens(i)
+            for i in (stops if isinstance(stops, list) else [stops])
+            if i is not None
+        ],
         context_tokens=getattr(config.get_text_config(), "max_position_embeddings", None),
     )
 
 
-def _verdict(sides: Sequence[Side], vocabularies: VocabularyComparison, text: MeasuredText | None) -> tuple[str, str]:
+def _verdict(
+    sides: Sequence[Side], vocabularies: VocabularyComparison, text: MeasuredText | None
+) -> tuple[str, str]:
     """The method, and the reason in one line."""
     if vocabularies.first_difference is None:
         rows, other_rows = (side.size.vocabulary_rows for side in sides)
@@ -210,8 +258,14 @@ def _verdict(sides: Sequence[Side], vocabularies: VocabularyComparison, text: Me
         share = vocabularies.shared_tokens / vocabularies.student_tokens
         return "cross", f"{unsafe}; {share:.0%} of the student's tokens are the teacher's, too"
     if text.with_target < ENOUGH_TARGETS:
-        return "text", f"{unsafe}, and cross would reach only {text.with_target:.0%} of the positions in your text"
-    return "cross", f"{unsafe}; across tokenizers the teacher reaches {text.with_target:.1%} of the positions in your text"
+        return (
+            "text",
+            f"{unsafe}, and cross would reach only {text.with_target:.0%} of the positions in your text",
+        )
+    return (
+        "cross",
+        f"{unsafe}; across tokenizers the teacher reaches {text.with_target:.1%} of the positions in your text",
+    )
 
 
 def _plan(text: MeasuredText | None, settings: dict[str, Any], tokenizers: Sequence[Any]) -> Plan:
@@ -219,10 +273,14 @@ def _plan(text: MeasuredText | None, settings: dict[str, Any], tokenizers: Seque
     batch, length, precision = settings["batch_size"], settings["max_length"], settings["precision"]
     a_step = batch * settings["gradient_accumulation_steps"]
     if text is None:
-        lengths = [len(tokenizer.encode(PROBE, add_special_tokens=False)) for tokenizer in tokenizers]
+        lengths = [
+            len(tokenizer.encode(PROBE, add_special_tokens=False)) for tokenizer in tokenizers
+        ]
         teacher_tokens = length * lengths[0] / lengths[1]
         steps = settings["max_steps"] or -(-MILLION // (a_step * length))
-        return Plan(steps, a_step, length, length, teacher_tokens, teacher_tokens, batch * length, precision)
+        return Plan(
+            steps, a_step, length, length, teacher_tokens, teacher_tokens, batch * length, precision
+        )
     training = text.of - max(1, round(text.of * HELD_OUT))
     steps = settings["max_steps"] or EPOCHS * -(-training // a_step)
     per_conversation = 1 / text.conversations
@@ -246,14 +304,21 @@ def _teacher_bits_per_byte(
     # Marked as cut off, answers are scored without the end token, which is the template's.
     chosen = [{**row, "cut_off": True} for row in conversations[:SCORED_CONVERSATIONS]]
     bits = {}
-    for name, template in (("own", tokenizer.chat_template), ("student's", student_tokenizer.chat_template)):
+    for name, template in (
+        ("own", tokenizer.chat_template),
+        ("student's", student_tokenizer.chat_template),
+    ):
         tokenizer.chat_template = template
         dataset, _ = tokenize_conversations(chosen, tokenizer, max_length=length)
-        bits[name] = summarize(score_tokens(teacher, dataset, pad_token_id=tokenizer.pad_token_id))["bits_per_byte"]
+        bits[name] = summarize(score_tokens(teacher, dataset, pad_token_id=tokenizer.pad_token_id))[
+            "bits_per_byte"
+        ]
     return bits
 
 
-def _command(teacher: str, student: str, data: str | None, method: str, settings: dict[str, Any]) -> str:
+def _command(
+    teacher: str, student: str, data: str | None, method: str, settings: dict[str, Any]
+) -> str:
     """What to type, flags only where they are not the default."""
     defaults = inspect.signature(examine).parameters  # which are those of `potstill distill`
     words = ["potstill", "distill", teacher, student, "--data", data or "DATA", "--method", method]
@@ -282,7 +347,9 @@ def _notes_on_pair(sides: Sequence[Side], method: str) -> Iterator[str]:
         yield "the chat templates differ, and the teacher will read the student's: --with-weights shows what that costs it"
 
 
-def _notes_on_text(text: MeasuredText | None, tokenizers: Sequence[Any], method: str) -> Iterator[str]:
+def _notes_on_text(
+    text: MeasuredText | None, tokenizers: Sequence[Any], method: str
+) -> Iterator[str]:
     split = "split differently by two tokenizers of the same tokens: the teacher will read what it is not used to"
     if text is None:
         if method == "logits" and not splits_alike(*tokenizers):
@@ -293,7 +360,10 @@ def _notes_on_text(text: MeasuredText | None, tokenizers: Sequence[Any], method:
         (text.shortened, "are cut at --max-length, their ends never seen"),
         (text.dropped, "have no answer within --max-length and are left out"),
         (text.split_differently, f"are {split}"),
-        (text.not_alignable, "are left out: for the two tokenizers or chat templates the answer is not the same bytes"),
+        (
+            text.not_alignable,
+            "are left out: for the two tokenizers or chat templates the answer is not the same bytes",
+        ),
     ):
         if count:
             yield f"{count} of {measured} conversations {what}"
@@ -301,11 +371,17 @@ def _notes_on_text(text: MeasuredText | None, tokenizers: Sequence[Any], method:
         worst = ", ".join(f"{token!r} {count}×" for token, count in text.untaught[:3])
         yield (
             f"the two tokenizers cut this text less alike than prose and code usually are; without a target most often: {worst}"
-            + (f" ({text.untaught_blank:.0%} of all are runs of blanks and line breaks)" if text.untaught_blank > 0.1 else "")
+            + (
+                f" ({text.untaught_blank:.0%} of all are runs of blanks and line breaks)"
+                if text.untaught_blank > 0.1
+                else ""
+            )
         )
 
 
-def _notes_on_run(sides: Sequence[Side], cost: Cost, card: str | None, longest: int) -> Iterator[str]:
+def _notes_on_run(
+    sides: Sequence[Side], cost: Cost, card: str | None, longest: int
+) -> Iterator[str]:
     for who, side in zip(("teacher", "student"), sides, strict=True):
         if side.context_tokens is not None and longest > side.context_tokens:
             yield f"conversations of up to {longest} tokens are longer than the {side.context_tokens} that the {who} can read"

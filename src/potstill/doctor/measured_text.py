@@ -74,7 +74,12 @@ class MeasuredText:
 
 
 def measure_text(
-    conversations: Sequence[Conversation], teacher_tokenizer: Any, student_tokenizer: Any, *, same: bool, max_length: int
+    conversations: Sequence[Conversation],
+    teacher_tokenizer: Any,
+    student_tokenizer: Any,
+    *,
+    same: bool,
+    max_length: int,
 ) -> MeasuredText:
     """Tokenize some of the conversations as a run would, and count what can be taught.
 
@@ -86,12 +91,21 @@ def measure_text(
         everything = counts.supervised_tokens
         taught: dict[str, Any] = {"roots": everything, "one_to_one": everything}
         taught |= {"teacher_tokens": counts.tokens, "teacher_supervised_tokens": everything}
-        taught["split_differently"] = sum(not _split_alike(row, teacher_tokenizer, student_tokenizer) for row in chosen)
+        taught["split_differently"] = sum(
+            not _split_alike(row, teacher_tokenizer, student_tokenizer) for row in chosen
+        )
     else:
         cells = PieceCells(VocabularyCells(teacher_tokenizer, student_tokenizer))
-        dataset, counts = tokenize_pairs(chosen, teacher_tokenizer, student_tokenizer, cells, max_length=max_length)
-        taught = _taught_across(dataset, token_bytes(teacher_tokenizer), token_bytes(student_tokenizer))
-        taught |= {name: getattr(counts, name) for name in ("roots", "interiors", "disagreeing_roots", "not_alignable")}
+        dataset, counts = tokenize_pairs(
+            chosen, teacher_tokenizer, student_tokenizer, cells, max_length=max_length
+        )
+        taught = _taught_across(
+            dataset, token_bytes(teacher_tokenizer), token_bytes(student_tokenizer)
+        )
+        taught |= {
+            name: getattr(counts, name)
+            for name in ("roots", "interiors", "disagreeing_roots", "not_alignable")
+        }
     return MeasuredText(
         conversations=counts.conversations,
         of=len(conversations),
@@ -107,16 +121,23 @@ def measure_text(
 
 def splits_alike(teacher_tokenizer: Any, student_tokenizer: Any) -> bool:
     """Whether two tokenizers of the same tokens also split a text alike (merges and rules between words may differ)."""
-    ids = [tokenizer.encode(PROBE, add_special_tokens=False) for tokenizer in (teacher_tokenizer, student_tokenizer)]
+    ids = [
+        tokenizer.encode(PROBE, add_special_tokens=False)
+        for tokenizer in (teacher_tokenizer, student_tokenizer)
+    ]
     return bool(ids[0] == ids[1])
 
 
-def _taught_across(dataset: Any, teacher_tokens: list[bytes | None], student_tokens: list[bytes | None]) -> dict[str, Any]:
+def _taught_across(
+    dataset: Any, teacher_tokens: list[bytes | None], student_tokens: list[bytes | None]
+) -> dict[str, Any]:
     known = set(filter(None, teacher_tokens))
     shared = one_to_one = 0
     untaught: Counter[bytes] = Counter()
     for row in dataset:
-        for u, label, k, depth in zip(row["input_ids"], row["labels"], row["teacher_index"], row["depth"], strict=True):
+        for u, label, k, depth in zip(
+            row["input_ids"], row["labels"], row["teacher_index"], row["depth"], strict=True
+        ):
             if label == IGNORED:
                 continue
             string = student_tokens[u]
@@ -128,15 +149,26 @@ def _taught_across(dataset: Any, teacher_tokens: list[bytes | None], student_tok
     blank = sum(count for string, count in untaught.items() if string.isspace())
     return {
         "teacher_tokens": sum(map(len, dataset["teacher_input_ids"])),
-        "teacher_supervised_tokens": sum(label != IGNORED for labels in dataset["teacher_labels"] for label in labels),
+        "teacher_supervised_tokens": sum(
+            label != IGNORED for labels in dataset["teacher_labels"] for label in labels
+        ),
         "shared_tokens": shared,
         "one_to_one": one_to_one,
-        "untaught": [(string.decode(errors="replace"), count) for string, count in untaught.most_common(5)],
+        "untaught": [
+            (string.decode(errors="replace"), count) for string, count in untaught.most_common(5)
+        ],
         "untaught_blank": blank / max(1, untaught.total()),
     }
 
 
 def _split_alike(conversation: Conversation, *tokenizers: Any) -> bool:
-    texts = [conversation["text"]] if "text" in conversation else [turn["content"] for turn in conversation["messages"]]
-    ids = [[tokenizer.encode(text, add_special_tokens=False) for text in texts] for tokenizer in tokenizers]
+    texts = (
+        [conversation["text"]]
+        if "text" in conversation
+        else [turn["content"] for turn in conversation["messages"]]
+    )
+    ids = [
+        [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        for tokenizer in tokenizers
+    ]
     return bool(ids[0] == ids[1])

@@ -31,7 +31,9 @@ class Candidate:
     """Whether it is the one that stands in the answer."""
 
 
-def stream_answers(players: Sequence[Player], prompt: str, sampling: Sampling) -> Iterator[list[list[int]]]:
+def stream_answers(
+    players: Sequence[Player], prompt: str, sampling: Sampling
+) -> Iterator[list[list[int]]]:
     """The tokens of each player's answer so far, all a token longer each time, until the last of them has ended.
 
     The token that ends an answer is its last. All draw the same random numbers, so that players who agree say the same.
@@ -49,7 +51,9 @@ def _stream(player: Player, prompt: str, sampling: Sampling) -> Iterator[list[in
 
     def choose(logits: Tensor, _: Any) -> None:
         uniform = numbers[len(row.tokens)][None]
-        row.tokens += sample_tokens(logits, uniform, temperature=sampling.temperature, top_p=sampling.top_p).tolist()
+        row.tokens += sample_tokens(
+            logits, uniform, temperature=sampling.temperature, top_p=sampling.top_p
+        ).tolist()
 
     batch = Batch(player.model, player.tokenizer.pad_token_id, choose)
     batch.add([row])
@@ -60,7 +64,13 @@ def _stream(player: Player, prompt: str, sampling: Sampling) -> Iterator[list[in
 
 
 def next_tokens(
-    player: Player, prompt: str, *, answered_by: Player, answer: Sequence[int], place: int, count: int = 6
+    player: Player,
+    prompt: str,
+    *,
+    answered_by: Player,
+    answer: Sequence[int],
+    place: int,
+    count: int = 6,
 ) -> list[Candidate]:
     """What ``player`` holds likeliest at ``place`` of an answer, ``count`` tokens, likeliest first, at temperature 1.
 
@@ -77,7 +87,10 @@ def next_tokens(
     written = answer[place] if same else None
     if written is not None and written not in chosen:
         chosen.append(written)
-    return [Candidate(player.spell(token), float(probabilities[token]), token == written) for token in chosen]
+    return [
+        Candidate(player.spell(token), float(probabilities[token]), token == written)
+        for token in chosen
+    ]
 
 
 def prompt_ids(player: Player, prompt: str) -> list[int]:
@@ -107,5 +120,7 @@ def _text(player: Player, tokens: Sequence[int]) -> str:
 def _distribution(model: Any, context: list[int]) -> Tensor:
     """The model's next-token distribution, ``[V]``."""
     ids = torch.tensor([context], device=model.device)
-    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1).logits[0, -1]
+    logits: Tensor = model(
+        input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1
+    ).logits[0, -1]
     return torch.softmax(logits.float(), dim=-1).cpu()

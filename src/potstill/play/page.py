@@ -33,21 +33,37 @@ def make_page(players: Sequence[Player], title: str) -> gr.Blocks:
         gr.Markdown(f"# {title}")
         prompt = gr.Textbox(label="Prompt", placeholder="Why does it rain?", lines=1, max_lines=8)
         with gr.Row():
-            button, stop = gr.Button("Ask", variant="primary", scale=0, min_width=140), gr.Button("Stop", scale=0, min_width=140)
+            button, stop = (
+                gr.Button("Ask", variant="primary", scale=0, min_width=140),
+                gr.Button("Stop", scale=0, min_width=140),
+            )
         with gr.Accordion("How answers are sampled", open=False), gr.Row():
-            temperature = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", info="0 takes the likeliest token.")
-            most = gr.Slider(8, 512, 64, step=8, label="Tokens at most", info="Where an answer is cut off.")
+            temperature = gr.Slider(
+                0, 2, 0.7, step=0.05, label="Temperature", info="0 takes the likeliest token."
+            )
+            most = gr.Slider(
+                8, 512, 64, step=8, label="Tokens at most", info="Where an answer is cut off."
+            )
         with gr.Row():
-            answers = [_panel(answer_html(player, []), js_on_load=SELECT_TOKEN) for player in players]
+            answers = [
+                _panel(answer_html(player, []), js_on_load=SELECT_TOKEN) for player in players
+            ]
         place = gr.HTML(HINT)
         with gr.Row():
             bars = [_panel(bars_html(player, [])) for player in players]
         said = gr.State()
 
         def ask(question: str, heat: float, tokens_at_most: float) -> Iterator[list[Any]]:
-            sampling = Sampling(max_new_tokens=int(tokens_at_most), temperature=heat, seed=random.getrandbits(32))
+            sampling = Sampling(
+                max_new_tokens=int(tokens_at_most), temperature=heat, seed=random.getrandbits(32)
+            )
             nothing: list[Any] = [[] for _ in players]
-            yield [*map(answer_html, players, nothing), HINT, *map(bars_html, players, nothing), None]
+            yield [
+                *map(answer_html, players, nothing),
+                HINT,
+                *map(bars_html, players, nothing),
+                None,
+            ]
             kept = [gr.skip() for _ in (place, *bars)]  # a token may be chosen before all is said
             try:
                 for tokens in stream_answers(players, question, sampling):
@@ -56,10 +72,18 @@ def make_page(players: Sequence[Player], title: str) -> gr.Blocks:
                 raise gr.Error(str(error)) from error
 
         asked = [button.click, prompt.submit]
-        asking = gr.on(asked, ask, [prompt, temperature, most], [*answers, place, *bars, said], show_progress="hidden")
+        asking = gr.on(
+            asked,
+            ask,
+            [prompt, temperature, most],
+            [*answers, place, *bars, said],
+            show_progress="hidden",
+        )
         stop.click(None, cancels=[asking])
         for player, answer in zip(players, answers, strict=True):
-            answer.select(_at_place(players, player), [said], [*answers, place, *bars], show_progress="hidden")
+            answer.select(
+                _at_place(players, player), [said], [*answers, place, *bars], show_progress="hidden"
+            )
     return page
 
 
@@ -75,8 +99,14 @@ def _at_place(players: Sequence[Player], chosen: Player) -> Any:
     def show(said: tuple[str, list[list[int]]], event: gr.EventData) -> list[str]:
         question, tokens = said
         answer, place = tokens[players.index(chosen)], int(event.place)
-        texts = [answer_html(player, one, place if player is chosen else None) for player, one in zip(players, tokens, strict=True)]
-        found = [next_tokens(player, question, answered_by=chosen, answer=answer, place=place) for player in players]
+        texts = [
+            answer_html(player, one, place if player is chosen else None)
+            for player, one in zip(players, tokens, strict=True)
+        ]
+        found = [
+            next_tokens(player, question, answered_by=chosen, answer=answer, place=place)
+            for player in players
+        ]
         token = html.escape(marked(chosen.spell(answer[place])))
         written = f"<p>Where the {chosen.name} wrote <code>{token}</code>, token {place + 1} of its answer:</p>"
         return [*texts, written, *map(bars_html, players, found)]

@@ -34,7 +34,12 @@ class Player:
     def read(self, tokens: Sequence[int]) -> list[str]:
         """The text of tokens in a row, a part for each: a character that several make up stands with the last of them."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return [self.spell(token) if self._piece(token) is None else decoder.decode(self._piece(token) or b"") for token in tokens]
+        return [
+            self.spell(token)
+            if self._piece(token) is None
+            else decoder.decode(self._piece(token) or b"")
+            for token in tokens
+        ]
 
     def is_special(self, token: int) -> bool:
         """Whether it marks structure and stands for no text."""
@@ -53,22 +58,37 @@ def open_players(run_dir: str | os.PathLike[str], *, device: str = "auto") -> li
     config = run.read_config()
     for key in ("teacher", "student", "output_dir"):
         if not isinstance(config.get(key), str):
-            raise RunFolderError(f"{run.config}: names no {key}, so not a run of distill or demo; give such a run's folder")
+            raise RunFolderError(
+                f"{run.config}: names no {key}, so not a run of distill or demo; give such a run's folder"
+            )
     if not run.student.is_dir():
-        raise RunFolderError(f"{run.path}: no student there yet; let the run come to its end, with its own command")
-    sources = {"teacher": config["teacher"], "student before": config["student"], "student after": str(run.student)}
-    return [_open(name, _moved(source, config["output_dir"], run.path), config, device) for name, source in sources.items()]
+        raise RunFolderError(
+            f"{run.path}: no student there yet; let the run come to its end, with its own command"
+        )
+    sources = {
+        "teacher": config["teacher"],
+        "student before": config["student"],
+        "student after": str(run.student),
+    }
+    return [
+        _open(name, _moved(source, config["output_dir"], run.path), config, device)
+        for name, source in sources.items()
+    ]
 
 
 def _moved(source: str, output_dir: str, path: Path) -> str:
     """A model inside the run's own folder is looked for where that folder is now."""
     inside = Path(source)
-    return str(path / inside.relative_to(output_dir)) if inside.is_relative_to(output_dir) else source
+    return (
+        str(path / inside.relative_to(output_dir)) if inside.is_relative_to(output_dir) else source
+    )
 
 
 def _open(name: str, source: str, config: dict[str, Any], device: str) -> Player:
     dtype = dtype_of(config.get("precision", "bf16"))
-    model, tokenizer = load_model(source, dtype=dtype, device=device, trust_remote_code=bool(config.get("trust_remote_code")))
+    model, tokenizer = load_model(
+        source, dtype=dtype, device=device, trust_remote_code=bool(config.get("trust_remote_code"))
+    )
     ensure_chat_template(tokenizer, config.get("chat_template") or "plain")
     try:
         tokens = token_bytes(tokenizer)

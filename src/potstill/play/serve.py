@@ -19,7 +19,13 @@ from potstill.play.players import Player, open_players
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # Gradio makes functions of its templates
 
 
-def play(run_dir: str | os.PathLike[str], *, host: str = "127.0.0.1", port: int = 7860, device: str = "auto") -> None:
+def play(
+    run_dir: str | os.PathLike[str],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    device: str = "auto",
+) -> None:
     """Serve the playground of a finished run until it is interrupted.
 
     Raises: ConfigError if Gradio is missing or the port is taken, before any model is opened; as `open_players`.
@@ -27,7 +33,12 @@ def play(run_dir: str | os.PathLike[str], *, host: str = "127.0.0.1", port: int 
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("play needs the package gradio: pip install 'potstill[play]'")
     _check_port(host, port)
-    server = serve(open_players(run_dir, device=device), title=Path(run_dir).resolve().name, host=host, port=port)
+    server = serve(
+        open_players(run_dir, device=device),
+        title=Path(run_dir).resolve().name,
+        host=host,
+        port=port,
+    )
     print(f"playground: {server.local_url} (Ctrl+C ends it)", flush=True)
     server.block_thread()
 
@@ -51,7 +62,9 @@ def serve(players: Sequence[Player], *, title: str, host: str, port: int) -> Any
         enable_monitoring=False,
         run_history=False,
         footer_links=[],
-        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=gradio.themes.Default(
+            font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
         css_paths=Path(__file__).parent / "page.css",
         app_kwargs={"middleware": [Middleware(_OwnThingsOnly)]},
     )
@@ -67,7 +80,10 @@ class _OwnThingsOnly:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def send_with_policy(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+                message["headers"] = [
+                    *message["headers"],
+                    (b"content-security-policy", POLICY.encode()),
+                ]
             await send(message)
 
         await self.app(scope, receive, send_with_policy)
@@ -75,9 +91,17 @@ class _OwnThingsOnly:
 
 def _check_port(host: str, port: int) -> None:
     try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+        with socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        ):
             pass
     except (OSError, OverflowError) as error:
         taken = getattr(error, "errno", None) == errno.EADDRINUSE
-        reason = "is taken" if taken else f"cannot be served ({getattr(error, 'strerror', None) or error})"
-        raise ConfigError(f"port {port} of {host} {reason}; give another --port, or another --host") from error
+        reason = (
+            "is taken"
+            if taken
+            else f"cannot be served ({getattr(error, 'strerror', None) or error})"
+        )
+        raise ConfigError(
+            f"port {port} of {host} {reason}; give another --port, or another --host"
+        ) from error

@@ -57,7 +57,9 @@ def panels(curves: Sequence[Curve]) -> list[Panel]:
     groups: dict[tuple[str, str], list[Curve]] = {}
     for curve in curves:
         if _points(curve.rows, "step", "loss"):
-            groups.setdefault((quantity(curve.config), str(curve.config.get("data"))), []).append(curve)
+            groups.setdefault((quantity(curve.config), str(curve.config.get("data"))), []).append(
+                curve
+            )
     return [_panel(name, group) for (name, _), group in groups.items()]
 
 
@@ -69,7 +71,9 @@ def quantity(config: Mapping[str, Any]) -> str:
     """
     if config.get("method") == "text":
         return "−log p of the text"
-    name = DIVERGENCES.get(str(config.get("divergence", "forward_kl")), str(config.get("divergence")))
+    name = DIVERGENCES.get(
+        str(config.get("divergence", "forward_kl")), str(config.get("divergence"))
+    )
     if config.get("method") == "cross":
         return f"{name} across tokenizers, by {config.get('alignment')}"
     temperature, hard = number(config.get("temperature")), number(config.get("hard_label_weight"))
@@ -78,18 +82,27 @@ def quantity(config: Mapping[str, Any]) -> str:
 
 
 def _panel(name: str, curves: list[Curve]) -> Panel:
-    axes = ["tokens" if any(_points(curve.rows, "tokens", "loss") for curve in curves) else "step", "seconds"]
+    axes = [
+        "tokens" if any(_points(curve.rows, "tokens", "loss") for curve in curves) else "step",
+        "seconds",
+    ]
     said, seen, held_out = [], set(), False
     for curve in curves:
         losses = _points(curve.rows, "step", "loss")
         held_out |= bool(_points(curve.rows, "step", "eval_loss"))
         if curve.name not in seen:
             subject = f"{curve.name}: " if curve.name else ""
-            said.append(f"{subject}{figure(losses[0][1])} at first, {figure(losses[-1][1])} at step {losses[-1][0]:.0f}")
+            said.append(
+                f"{subject}{figure(losses[0][1])} at first, {figure(losses[-1][1])} at step {losses[-1][0]:.0f}"
+            )
         seen.add(curve.name)
     caption = f"{'; '.join(said)}. Thin: each logged step; bold: their running median."
     caption += " Dashed: the loss on held-out text." if held_out else ""
-    return Panel(name, [_draw(x, curves) for x in axes if any(_points(curve.rows, x, "loss") for curve in curves)], caption)
+    return Panel(
+        name,
+        [_draw(x, curves) for x in axes if any(_points(curve.rows, x, "loss") for curve in curves)],
+        caption,
+    )
 
 
 def _points(rows: list[dict[str, Any]], x_key: str, y_key: str) -> Points:
@@ -119,8 +132,15 @@ def _draw(x_key: str, curves: list[Curve]) -> markupsafe.Markup:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     coloured = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    look: Any = {"svg.fonttype": "none", "svg.hashsalt": x_key, "font.size": 9, **dict.fromkeys(coloured, INK)}
-    longest = max((row[0] for curve in curves for row in _points(curve.rows, x_key, "loss")), default=0)
+    look: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": x_key,
+        "font.size": 9,
+        **dict.fromkeys(coloured, INK),
+    }
+    longest = max(
+        (row[0] for curve in curves for row in _points(curve.rows, x_key, "loss")), default=0
+    )
     unit, scale = _time_unit(longest) if x_key == "seconds" else (x_key, 1.0)
     drawing = io.StringIO()
     with matplotlib.rc_context(look):
@@ -139,9 +159,15 @@ def _draw(x_key: str, curves: list[Curve]) -> markupsafe.Markup:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if x_key == "tokens":
             axes.xaxis.set_major_formatter(EngFormatter(sep="\u2009"))
-        page.savefig(drawing, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = re.sub(UNWANTED_SVG, "", drawing.getvalue(), flags=re.DOTALL).replace("<svg", '<svg aria-hidden="true"', 1)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 var(--sans)", svg).replace(INK, "currentColor")
+        page.savefig(
+            drawing, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
+    svg = re.sub(UNWANTED_SVG, "", drawing.getvalue(), flags=re.DOTALL).replace(
+        "<svg", '<svg aria-hidden="true"', 1
+    )
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 var(--sans)", svg).replace(
+        INK, "currentColor"
+    )
     for place, colour in enumerate(COLOURS):
         svg = svg.replace(colour, f"var(--c{place})")
     return markupsafe.Markup(svg)  # Matplotlib has escaped the names that are in it
@@ -158,13 +184,30 @@ def _plot(axes: Any, curve: Curve, x_key: str, scale: float) -> tuple[float, flo
     losses, held_out = _points(curve.rows, x_key, "loss"), _points(curve.rows, x_key, "eval_loss")
     if not losses:
         return None
-    colour, dashes = COLOURS[curve.colour % len(COLOURS)], "-" if curve.colour < len(COLOURS) else (0, (5, 1.5))
+    colour, dashes = (
+        COLOURS[curve.colour % len(COLOURS)],
+        "-" if curve.colour < len(COLOURS) else (0, (5, 1.5)),
+    )
     smooth = [(x * scale, y) for x, y in _thinned(_smoothed(losses))]
-    axes.plot([x * scale for x, _ in _thinned(losses)], [y for _, y in _thinned(losses)], color=colour, linewidth=0.5, alpha=0.4)
+    axes.plot(
+        [x * scale for x, _ in _thinned(losses)],
+        [y for _, y in _thinned(losses)],
+        color=colour,
+        linewidth=0.5,
+        alpha=0.4,
+    )
     marker = "o" if len(losses) == 1 else ""
-    axes.plot(*zip(*smooth, strict=True), color=colour, linewidth=1.7, linestyle=dashes, marker=marker)
+    axes.plot(
+        *zip(*smooth, strict=True), color=colour, linewidth=1.7, linestyle=dashes, marker=marker
+    )
     if held_out:
-        axes.plot([x * scale for x, _ in held_out], [y for _, y in held_out], color=INK, linewidth=1.1, linestyle="--")
+        axes.plot(
+            [x * scale for x, _ in held_out],
+            [y for _, y in held_out],
+            color=INK,
+            linewidth=1.1,
+            linestyle="--",
+        )
     return smooth[-1]
 
 

@@ -8,7 +8,13 @@ import markupsafe
 
 from potstill.evaluation import MEASURES
 
-MARKS = {ord(" "): "·", ord("\t"): "⇥", ord("\n"): "⏎", ord("\r"): "␍", 0xA0: "⍽"}  # white space in a token, shown
+MARKS = {
+    ord(" "): "·",
+    ord("\t"): "⇥",
+    ord("\n"): "⏎",
+    ord("\r"): "␍",
+    0xA0: "⍽",
+}  # white space in a token, shown
 
 # Control characters become their pictures (␀, ␛, …); lone surrogates, which UTF-8 cannot hold, become U+FFFD.
 _UNPRINTABLE = {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {0x7F: 0x2421}
@@ -65,7 +71,10 @@ def ends(interval: Sequence[float], measure: str = "") -> list[str]:
     >>> ends([0.5, 0.625], "top1_agreement")
     ['50.0', '62.5\\xa0%']
     """
-    return [figure(end, measure) if place else figure(end, measure).removesuffix("\u00a0%") for place, end in enumerate(interval)]
+    return [
+        figure(end, measure) if place else figure(end, measure).removesuffix("\u00a0%")
+        for place, end in enumerate(interval)
+    ]
 
 
 def plural(count: float, noun: str) -> str:

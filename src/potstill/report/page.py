@@ -38,7 +38,9 @@ def write_report(run_dir: Path) -> Path:
     """
     run = RunFolder(run_dir)
     if (run.path / "comparison.json").is_file():
-        raise RunFolderError(f"{run.path}: holds a comparison, whose page is comparison.html; name the folder of one of its runs")
+        raise RunFolderError(
+            f"{run.path}: holds a comparison, whose page is comparison.html; name the folder of one of its runs"
+        )
     config = run.read_config()
     evaluation = run.read_evaluation() if run.evaluation.is_file() else None
     metrics, unreadable_rows = run.read_metrics()
@@ -57,7 +59,8 @@ def write_report(run_dir: Path) -> Path:
         panels=panels([Curve("", 0, config, metrics)]),
         unreadable_rows=unreadable_rows,
         answers=side_by_side(
-            [row.get("prompt") for row in samples], {name: [row.get(key) for row in samples] for key, name in NAMES.items()}
+            [row.get("prompt") for row in samples],
+            {name: [row.get(key) for row in samples] for key, name in NAMES.items()},
         ),
         views=run_views(measured),
         worst_tokens=worst_tokens(measured),
@@ -75,7 +78,9 @@ def write_page(path: Path, page: str) -> Path:
         unfinished.write_text(page, encoding="utf-8", newline="\n")
         os.replace(unfinished, path)
     except OSError as error:
-        raise RunFolderError(f"{path} cannot be written ({error.strerror}); make the folder writable") from error
+        raise RunFolderError(
+            f"{path} cannot be written ({error.strerror}); make the folder writable"
+        ) from error
     finally:
         unfinished.unlink(missing_ok=True)
     return path
@@ -98,12 +103,20 @@ def _scale(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     key, before, after = deciding_measure(evaluation)
     if key != "kl_nats_per_token" or not before or after is None:
         return []
-    right = max(before, after, *(ends[1] for when in ("before", "after") if (ends := interval(evaluation, when, key))))
+    right = max(
+        before,
+        after,
+        *(ends[1] for when in ("before", "after") if (ends := interval(evaluation, when, key))),
+    )
     marks = [{"name": "teacher", "at": 0.0, "low": 0.0, "high": 0.0, "value": 0.0}]
     for when, value in (("after", after), ("before", before)):
         low, high = interval(evaluation, when, key) or (value, value)
         marks.append(
-            {"name": when, "value": value, **{k: 100 * v / right for k, v in (("at", value), ("low", low), ("high", high))}}
+            {
+                "name": when,
+                "value": value,
+                **{k: 100 * v / right for k, v in (("at", value), ("low", low), ("high", high))},
+            }
         )
     return marks
 

@@ -15,7 +15,9 @@ from potstill.report.token_view import KL_STEPS_NATS, as_json
 def render(template: str, *, package: str = "potstill.report", **context: Any) -> str:
     """``template`` of ``package``, which may build on the report's base.html.j2 and parts.html.j2."""
     environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package), jinja2.PackageLoader("potstill.report")]),
+        loader=jinja2.ChoiceLoader(
+            [jinja2.PackageLoader(package), jinja2.PackageLoader("potstill.report")]
+        ),
         autoescape=True,
         finalize=printable,
         undefined=jinja2.StrictUndefined,
@@ -25,4 +27,6 @@ def render(template: str, *, package: str = "potstill.report", **context: Any) -
     environment.globals.update(kl_steps=KL_STEPS_NATS, figure=figure, as_json=as_json)
     script = files("potstill.report").joinpath("templates", "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template(template).render(script=markupsafe.Markup(script), script_hash=f"sha256-{digest}", **context)
+    return environment.get_template(template).render(
+        script=markupsafe.Markup(script), script_hash=f"sha256-{digest}", **context
+    )

@@ -42,7 +42,10 @@ def token_views(models: Mapping[str, tuple[str, Mapping[str, Any]]]) -> list[Tok
     everybody = [(when, _answers(evaluation)) for when, evaluation in models.values()]
     views = []
     for answers in zip(*(answers for _, answers in everybody), strict=False):
-        texts = [[str(row.get("text", "")) for row in objects(answer.get("tokens"))] for answer in answers]
+        texts = [
+            [str(row.get("text", "")) for row in objects(answer.get("tokens"))]
+            for answer in answers
+        ]
         if not texts[0] or any(text != texts[0] for text in texts):
             continue
         rows = [objects(answer["tokens"]) for answer in answers]
@@ -52,12 +55,24 @@ def token_views(models: Mapping[str, tuple[str, Mapping[str, Any]]]) -> list[Tok
             {
                 "text": token_text(text),
                 "breaks": "\n" in text,
-                "cells": [_cell(row[place].get(f"{when}_{measure}_nats")) for row, when in zip(rows, whens, strict=True)],
+                "cells": [
+                    _cell(row[place].get(f"{when}_{measure}_nats"))
+                    for row, when in zip(rows, whens, strict=True)
+                ],
             }
             for place, text in enumerate(texts[0])
         ]
         said_by, said = _said(list(models), whens, rows)
-        views.append(TokenView(str(answers[0].get("prompt", "")), list(models), tokens, measure == "kl", said_by, said))
+        views.append(
+            TokenView(
+                str(answers[0].get("prompt", "")),
+                list(models),
+                tokens,
+                measure == "kl",
+                said_by,
+                said,
+            )
+        )
     return views
 
 
@@ -67,7 +82,9 @@ def _answers(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _any_measured(rows: list[list[dict[str, Any]]], whens: list[str], measure: str) -> bool:
     return any(
-        number(token.get(f"{when}_{measure}_nats")) is not None for row, when in zip(rows, whens, strict=True) for token in row
+        number(token.get(f"{when}_{measure}_nats")) is not None
+        for row, when in zip(rows, whens, strict=True)
+        for token in row
     )
 
 
@@ -78,14 +95,20 @@ def _cell(nats: object) -> dict[str, Any]:
     return {"nats": f"{figure(found)} nats", "level": sum(found >= step for step in KL_STEPS_NATS)}
 
 
-def _said(names: list[str], whens: list[str], rows: list[list[dict[str, Any]]]) -> tuple[list[str], list[Next]]:
+def _said(
+    names: list[str], whens: list[str], rows: list[list[dict[str, Any]]]
+) -> tuple[list[str], list[Next]]:
     """Whose top fives there are, and those of each token; nothing unless every student has all of its own."""
-    by_student = [[_likeliest(token, when) for token in row] for row, when in zip(rows, whens, strict=True)]
+    by_student = [
+        [_likeliest(token, when) for token in row] for row, when in zip(rows, whens, strict=True)
+    ]
     if not all(said for column in by_student for said in column):
         return [], []
     teacher = [_likeliest(token, "teacher") for token in rows[0]]
     columns = [teacher, *by_student] if all(teacher) else by_student
-    return (["Teacher"] if all(teacher) else []) + names, [list(place) for place in zip(*columns, strict=True)]
+    return (["Teacher"] if all(teacher) else []) + names, [
+        list(place) for place in zip(*columns, strict=True)
+    ]
 
 
 def _likeliest(token: Mapping[str, Any], who: str) -> list[tuple[str, float]]:
@@ -121,7 +144,9 @@ def _percent(share: float) -> str:
     return "<\u2009½\u00a0%" if share < 0.005 else f"{100 * share:.0f}\u00a0%"
 
 
-def worst_prompts(models: Mapping[str, tuple[str, Mapping[str, Any]]]) -> tuple[str, list[tuple[str, list[str]]]]:
+def worst_prompts(
+    models: Mapping[str, tuple[str, Mapping[str, Any]]],
+) -> tuple[str, list[tuple[str, list[str]]]]:
     """The unit, and the held-out prompts that the last model is worst at, each with its figure of every model.
 
     Worst is the largest divergence from the teacher, nats a token; where there is none (two tokenizers), the most bits a byte above
@@ -129,21 +154,35 @@ def worst_prompts(models: Mapping[str, tuple[str, Mapping[str, Any]]]) -> tuple[
     """
     try:
         columns, unit = _excess(models)
-        prompts = [str(prompt) for prompt in next(iter(models.values()))[1]["conversations"]["prompts"]]
-        order = [i for i in np.argsort(-columns[-1], kind="stable") if np.isfinite(columns[-1][i])][:WORST_PROMPTS]
-        return unit, [(_short(prompts[i]), [figure(float(column[i])) for column in columns]) for i in order]
+        prompts = [
+            str(prompt) for prompt in next(iter(models.values()))[1]["conversations"]["prompts"]
+        ]
+        order = [i for i in np.argsort(-columns[-1], kind="stable") if np.isfinite(columns[-1][i])][
+            :WORST_PROMPTS
+        ]
+        return unit, [
+            (_short(prompts[i]), [figure(float(column[i])) for column in columns]) for i in order
+        ]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         return "", []
 
 
 def _excess(models: Mapping[str, tuple[str, Mapping[str, Any]]]) -> tuple[list[Any], str]:
-    ratios = [measure_ratios(evaluation["conversations"][when]) for when, evaluation in models.values()]
+    ratios = [
+        measure_ratios(evaluation["conversations"][when]) for when, evaluation in models.values()
+    ]
     kl = [one["kl_nats_per_token"] for one in ratios]
     if all(pair is not None for pair in kl):
         return [_divided(*pair) for pair in kl if pair is not None], "nats a token from the teacher"
-    bits = [_divided(*pair) for pair in (one["bits_per_byte"] for one in ratios) if pair is not None]
-    teacher = measure_ratios(next(iter(models.values()))[1]["conversations"]["teacher"])["bits_per_byte"]
-    return [column - _divided(*teacher) for column in bits if teacher is not None], "bits a byte above the teacher"
+    bits = [
+        _divided(*pair) for pair in (one["bits_per_byte"] for one in ratios) if pair is not None
+    ]
+    teacher = measure_ratios(next(iter(models.values()))[1]["conversations"]["teacher"])[
+        "bits_per_byte"
+    ]
+    return [
+        column - _divided(*teacher) for column in bits if teacher is not None
+    ], "bits a byte above the teacher"
 
 
 def _divided(above: Any, below: Any) -> Any:

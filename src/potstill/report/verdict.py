@@ -38,27 +38,41 @@ class Verdict:
 def verdict(evaluation: Evaluation | None) -> Verdict:
     """Of one run; ``None`` is a run without an evaluation."""
     if evaluation is None:
-        return Verdict("open", "Not measured yet.", "This folder has no evaluation.json: the run goes on, or it was interrupted.")
+        return Verdict(
+            "open",
+            "Not measured yet.",
+            "This folder has no evaluation.json: the run goes on, or it was interrupted.",
+        )
     key, before, after = deciding_measure(evaluation)
     if before is None or after is None:
         missing = "The evaluation lacks both the divergence and the bits a byte, before training or after it."
         return Verdict("open", "The measurement is incomplete.", missing)
     certain, reason = _more_than_chance(evaluation, key, before, after)
     if key == "kl_nats_per_token":
-        closer, further = "closer to its teacher than before", "further from its teacher than before"
+        closer, further = (
+            "closer to its teacher than before",
+            "further from its teacher than before",
+        )
         by = f"{100 * (before - after) / before:.0f}\u00a0% " if before > after else ""
     else:
-        closer, further = "better at predicting the held-out text than before", "worse at predicting the held-out text than before"
+        closer, further = (
+            "better at predicting the held-out text than before",
+            "worse at predicting the held-out text than before",
+        )
         by = ""
     if after >= before:
         headline = f"It did not help: the student is {further if certain and after > before else f'no {closer}'}."
         return Verdict("bad", headline, reason)
     if certain:
         return Verdict("good", f"It helped: the student is {by}{closer}.", reason)
-    return Verdict("open", f"Perhaps it helped: the student measures {by}{closer}, but not certainly.", reason)
+    return Verdict(
+        "open", f"Perhaps it helped: the student measures {by}{closer}, but not certainly.", reason
+    )
 
 
-def _more_than_chance(evaluation: Evaluation, key: str, before: float, after: float) -> tuple[bool, str]:
+def _more_than_chance(
+    evaluation: Evaluation, key: str, before: float, after: float
+) -> tuple[bool, str]:
     """Whether the difference is certain, and the sentence that says why or why not."""
     gain = before - after
     what = "divergence" if key == "kl_nats_per_token" else "cost"
@@ -71,13 +85,21 @@ def _more_than_chance(evaluation: Evaluation, key: str, before: float, after: fl
         if now[1] < was[0] or was[1] < now[0]:
             return True, f"{said}, and the 95 % intervals of before and after lie apart."
         return False, f"{said}. The 95 % intervals of before and after overlap: it may be chance."
-    said += f", {'down' if gain > 0 else 'up'} by {figure(abs(gain))} ± {figure(difference.half_width)}"
+    said += (
+        f", {'down' if gain > 0 else 'up'} by {figure(abs(gain))} ± {figure(difference.half_width)}"
+    )
     over = f"over {plural(difference.conversations, 'held-out conversation')}"
     if difference.conversations < FEWEST_CONVERSATIONS:
-        return False, f"{said} {over}: too few to rule out chance, {FEWEST_CONVERSATIONS} are needed."
+        return (
+            False,
+            f"{said} {over}: too few to rule out chance, {FEWEST_CONVERSATIONS} are needed.",
+        )
     if difference.certain:
         return True, f"{said}, paired {over}: more than chance (95 %)."
-    return False, f"{said}, paired {over}: the 95 % interval includes no change at all, so it may be chance."
+    return (
+        False,
+        f"{said}, paired {over}: the 95 % interval includes no change at all, so it may be chance.",
+    )
 
 
 def deciding_measure(evaluation: Evaluation) -> tuple[str, float | None, float | None]:
@@ -92,12 +114,20 @@ def deciding_measure(evaluation: Evaluation) -> tuple[str, float | None, float |
 def paired_change(evaluation: Evaluation, key: str) -> Difference | None:
     """After − before, conversation by conversation; None where evaluation.json does not keep them."""
     try:
-        kept = [measure_ratios(evaluation["conversations"][when])[key] for when in ("after", "before")]
-        after, before = (Ratios(*(np.stack([column]) for column in pair)) for pair in kept if pair is not None)
+        kept = [
+            measure_ratios(evaluation["conversations"][when])[key] for when in ("after", "before")
+        ]
+        after, before = (
+            Ratios(*(np.stack([column]) for column in pair)) for pair in kept if pair is not None
+        )
         difference = paired_difference(after, before)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
         return None
-    return difference if all(map(np.isfinite, (difference.value, difference.low, difference.high))) else None
+    return (
+        difference
+        if all(map(np.isfinite, (difference.value, difference.low, difference.high)))
+        else None
+    )
 
 
 def value(evaluation: Evaluation, model: str, key: str) -> float | None:
@@ -118,18 +148,25 @@ def _of(evaluation: Evaluation, model: str) -> Mapping[str, Any]:
     return row if isinstance(row, dict) else {}
 
 
-def story(config: Mapping[str, Any], evaluation: Evaluation | None, metrics: list[dict[str, Any]]) -> str:
+def story(
+    config: Mapping[str, Any], evaluation: Evaluation | None, metrics: list[dict[str, Any]]
+) -> str:
     """What was done and what came of it, in two sentences; whatever the files do not tell is left out."""
     teacher = f"“{config['teacher']}”" if config.get("teacher") else "its teacher"
     student = f"The student “{config['student']}”" if config.get("student") else "The student"
     method = METHODS.get(str(config.get("method")), "from {}").format(teacher)
-    steps, planned = max((number(row.get("step")) or 0 for row in metrics), default=0), config.get("max_steps")
+    steps, planned = (
+        max((number(row.get("step")) or 0 for row in metrics), default=0),
+        config.get("max_steps"),
+    )
     length = f" for {plural(steps, 'step')}" if steps else ""
     if evaluation is None and steps and planned:
         length = f" for {steps:.0f} of at most {planned} steps so far"
     seconds = max((number(row.get("seconds")) or 0 for row in metrics), default=0)
     length += f" ({duration(seconds)})" if seconds else ""
-    if conversations := number((evaluation or config).get("train_conversations", config.get("train_conversations"))):
+    if conversations := number(
+        (evaluation or config).get("train_conversations", config.get("train_conversations"))
+    ):
         length += f" on {plural(conversations, 'conversation')}"
     done = f"{student} {'was trained' if steps or evaluation is not None else 'is to be trained'}{length} {method}."
     return done if evaluation is None else f"{done} {_outcome(evaluation)}".strip()
@@ -157,8 +194,18 @@ def measure_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
             note = "not measured" if found is None else ""
             cells.append(("" if found is None else figure(found, key), ends(between, key), note))
         change = paired_change(evaluation, key)
-        changed = None if change is None else (figure(change.value, key), figure(change.half_width, key))
-        rows.append({"name": measure.title, "unit": measure.unit, "better": measure.better, "cells": cells, "change": changed})
+        changed = (
+            None if change is None else (figure(change.value, key), figure(change.half_width, key))
+        )
+        rows.append(
+            {
+                "name": measure.title,
+                "unit": measure.unit,
+                "better": measure.better,
+                "cells": cells,
+                "change": changed,
+            }
+        )
     return rows + _task_rows(evaluation.get("tasks"))
 
 
@@ -173,7 +220,15 @@ def _task_rows(tasks: Any) -> list[dict[str, Any]]:
                     found, error = tasks[model][task][metric], tasks[model][task]["stderr"][metric]
                     cells.append((figure(found), ends(task_interval(found, error)), ""))
                 unit = f"{metric}, {plural(measured['questions'], 'question')}"
-                rows.append({"name": str(task), "unit": unit, "better": better(measured, metric), "cells": cells, "change": None})
+                rows.append(
+                    {
+                        "name": str(task),
+                        "unit": unit,
+                        "better": better(measured, metric),
+                        "cells": cells,
+                        "change": None,
+                    }
+                )
         return rows
     except (KeyError, TypeError, AttributeError, ValueError):
         return []
