@@ -91,13 +91,15 @@ def refusal(**settings: Any) -> str:
 def test_tokenizers_whose_bytes_cannot_be_recovered_are_refused_in_one_line() -> None:
     from tokenizers import decoders, models
 
-    assert "WordPiece does not keep the blanks" in refusal(model=models.WordPiece({"a": 0}, unk_token="a"))
-    assert "changes the text it is given (Lowercase)" in refusal(lower=True)
+    assert "WordPiece does not keep the spaces" in refusal(
+        model=models.WordPiece({"a": 0}, unk_token="a")
+    )
+    assert "its normalizer changes the text (Lowercase)" in refusal(lower=True)
     clip = models.BPE(vocab={"a": 0, "a</w>": 1}, merges=[], end_of_word_suffix="</w>")
-    assert "marks the ends of words" in refusal(model=clip)
-    assert "is of no known kind" in refusal(decoder=decoders.Fuse())
+    assert "marks word ends" in refusal(model=clip)
+    assert "decoder (Fuse) is not supported" in refusal(decoder=decoders.Fuse())
     assert "\n" not in refusal(lower=True)
-    with pytest.raises(OpaqueTokenizer, match="no known form"):
+    with pytest.raises(OpaqueTokenizer, match="unknown format"):
         token_bytes(SimpleNamespace(name_or_path="x", all_special_ids=[]))
 
 

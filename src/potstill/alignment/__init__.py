@@ -1,4 +1,4 @@
-"""Which parts of two vocabularies, and of two tokenizations of one text, correspond."""
+"""Align two vocabularies, and two tokenizations of one text."""
 
 from potstill.alignment.cells import VocabularyCells as VocabularyCells
 from potstill.alignment.cells import cached_cells as cached_cells
@@ -34,6 +34,7 @@ def __getattr__(name: str) -> object:
         import importlib
         import warnings
 
-        warnings.warn(f"potstill.alignment.{name} is now potstill.baselines.{name}", DeprecationWarning, stacklevel=2)
+        moved = f"potstill.alignment.{name} is now potstill.baselines.{name}"
+        warnings.warn(moved, DeprecationWarning, stacklevel=2)
         return getattr(importlib.import_module("potstill.baselines"), name)
     raise AttributeError(f"module 'potstill.alignment' has no attribute {name!r}")

@@ -1,16 +1,18 @@
-"""Every student token is a cell, and each teacher token speaks of the next piece of its own spelling.
+"""Give every student token its own cell; a teacher token predicts the next piece of its spelling.
 
-V_s the student's ids. seg(v): the student's tokens for the bytes of teacher token v; d: how many of them it has already emitted.
+V_s: number of student ids. seg(v): the student's tokens for the bytes of teacher token v. d: number
+of these already emitted.
 
-    t(w) ∝ Σ q(v) over the teacher's tokens that go on and have w as piece number d
+    t(w) ∝ Σ q(v) over the teacher tokens that continue and have w as piece number d
 
-Nearly always the student writes v as seg(v), and then t is what it should learn: no token of the text is needed, and no sampling
-noise is left. Now and then it spells otherwise (" docstring" over " doc" and "string"). There the text says u where t counted
-w′ = seg(v)[d], and the gradient is corrected by just that difference,
+The student usually writes v as seg(v). Then t is its exact target, without sampling noise. If it
+writes v otherwise (" docstring" over " doc" and "string"), the text has u where t counted
+w′ = seg(v)[d]. The gradient is corrected by that difference,
 
     p − t − [u] + [w′]
 
-whose expectation is that of text distillation, because t is the expectation of [w′] over the teacher's next token.
+Its expectation equals that of text distillation, because t is the expectation of [w′] over the
+teacher's next token.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from potstill.alignment.cells import VocabularyCells, own_cells
 
 
 class PieceCells(VocabularyCells):
-    """`VocabularyCells` in which no two student tokens share a cell; what was seen is the next piece of the teacher's token."""
+    """`VocabularyCells` with one student token in each cell."""
 
     def __init__(self, base: VocabularyCells) -> None:
-        self._settle(base.segmentation, own_cells(base.student_cells))
+        self._build(base.segmentation, own_cells(base.student_cells))

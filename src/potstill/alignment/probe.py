@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from potstill.protocols import Tokenizer
 
-PROBE = (
-    "The year 2026, they said:\n\tif x != 'été': print(42)  # 雨 and 🌧️\r\n\n  Rain isn't dry."
-)
+PROBE = "The year 2026, they said:\n\tif x != 'été': print(42)  # 雨 and 🌧️\r\n\n  Rain isn't dry."
 
 
 def splits_alike(teacher_tokenizer: Tokenizer, student_tokenizer: Tokenizer) -> bool:

@@ -1,7 +1,4 @@
-"""The tokens of one tokenizer for the bytes of another's.
-
-Written seg(v) in the papers and here: how a student spells what its teacher says in a single token.
-"""
+"""Split the bytes of one tokenizer's tokens into tokens of another: seg(v) in the papers."""
 
 from __future__ import annotations
 
@@ -13,21 +10,21 @@ from potstill.alignment.token_bytes import backend_settings
 
 
 class Segmenter:
-    """Splits byte strings into the tokens of ``tokenizer``, whose token bytes are ``tokens``.
+    """Split byte strings into tokens of ``tokenizer``, whose token bytes are ``tokens``.
 
-    A byte string that is itself a token is not split. Text is tokenized as in the middle of a line: no dummy prefix, no special
-    tokens. What no text can hold, such as the first half of a character, is split by the longest token that fits.
+    A byte string that is a token is not split. Text is tokenized without dummy prefix and special
+    tokens. Bytes that are not text, such as half a character, are split by the longest match.
     """
 
     def __init__(self, tokenizer: Any, tokens: list[bytes | None]) -> None:
         self._tokens = tokens
         self._encoder = _bare_encoder(tokenizer)
         self.ids = self._ids_of_bytes()
-        """The id of each byte string that is a token; of several, the one that text is tokenized to."""
+        """The id of each token's bytes; of several ids, the one that tokenizing text gives."""
         self._longest = max(map(len, self.ids), default=0)
 
     def __call__(self, strings: Iterable[bytes | None]) -> list[tuple[int, ...]]:
-        """The ids for each string; none for None and for what these tokens cannot spell."""
+        """Return the ids of each string; empty for None and for strings that cannot be spelled."""
         strings = list(strings)
         split = {string for string in strings if string and string not in self.ids}
         found = self._tokenized(split)
@@ -36,7 +33,7 @@ class Segmenter:
         return [found.get(string, ()) if string else () for string in strings]
 
     def _tokenized(self, strings: Iterable[bytes]) -> dict[bytes, tuple[int, ...]]:
-        """Those strings that are text, and that tokenizing leaves as they are."""
+        """Tokenize the strings that are text; leave out those whose bytes tokenizing changes."""
         texts = [text for string in strings if (text := _as_text(string)) is not None]
         found = {}
         for text, ids in zip(texts, self._encoder(texts), strict=True):
@@ -60,14 +57,14 @@ class Segmenter:
 
     def _ids_of_bytes(self) -> dict[bytes, int]:
         ids: dict[bytes, int] = {}
-        twice = set()
+        duplicates = set()
         for i, string in enumerate(self._tokens):
             if string:
                 if string in ids:
-                    twice.add(string)
+                    duplicates.add(string)
                 ids.setdefault(string, i)
-        ids |= {string: found[0] for string, found in self._tokenized(twice).items() if len(found) == 1}
-        return ids
+        tokenized = self._tokenized(duplicates)
+        return ids | {string: found[0] for string, found in tokenized.items() if len(found) == 1}
 
 
 def _as_text(string: bytes) -> str | None:
@@ -78,19 +75,24 @@ def _as_text(string: bytes) -> str | None:
 
 
 def _bare_encoder(tokenizer: Any) -> Any:
-    """Tokenizes a list of texts with neither dummy prefix nor special tokens."""
+    """Return a function that tokenizes texts without dummy prefix and special tokens."""
     settings = backend_settings(tokenizer)
     if settings is None:
         return lambda texts: [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     _drop_dummy_prefix(settings, "normalizer")
     _drop_dummy_prefix(settings, "pre_tokenizer")
-    backend = type(tokenizer.backend_tokenizer).from_str(json.dumps({**settings, "padding": None, "truncation": None}))
+    settings |= {"padding": None, "truncation": None}
+    backend = type(tokenizer.backend_tokenizer).from_str(json.dumps(settings))
     backend.encode_special_tokens = True  # a token spelled like a special one is text
-    return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [item.ids for item in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return encode
 
 
 def _drop_dummy_prefix(settings: Any, key: Any) -> None:
-    """Take the dummy prefix out of a component, in whichever of its three forms it stands there."""
+    """Remove the dummy prefix from a component, in any of its three forms."""
     component = settings[key]
     if component is None:
         return

@@ -1,4 +1,4 @@
-"""Which tokens of two tokenizations of one text lie on the same bytes. Byte offsets alone decide; no strings are compared."""
+"""Find the tokens of two tokenizations that cover the same bytes, by byte offsets alone."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ class Group(NamedTuple):
 
 
 def boundaries(pieces: Sequence[bytes]) -> list[int]:
-    """The byte offset before each token, and after the last: one more than there are tokens."""
+    """Return the byte offset before each token and after the last: one more than tokens."""
     return [0, *accumulate(map(len, pieces))]
 
 
 def groups(teacher_pieces: Sequence[bytes], student_pieces: Sequence[bytes]) -> list[Group]:
-    """A group closes wherever both tokenizations have a boundary. Raises: ValueError if the bytes are not equal.
+    """Return the groups; one ends at each common boundary. Raises: ValueError for different bytes.
 
-    >>> groups([b"the", b" cat"], [b"th", b"e", b" cat"])
-    [Group(teacher_start=0, teacher_stop=1, student_start=0, student_stop=2), \
-Group(teacher_start=1, teacher_stop=2, student_start=2, student_stop=3)]
+    >>> [tuple(group) for group in groups([b"the", b" cat"], [b"th", b"e", b" cat"])]
+    [(0, 1, 0, 2), (1, 2, 2, 3)]
     """
     if b"".join(teacher_pieces) != b"".join(student_pieces):
         raise ValueError("the two tokenizations are of different texts")
     teacher, student = boundaries(teacher_pieces), boundaries(student_pieces)
     student_index = {offset: i for i, offset in enumerate(student)}
-    closes = [(t, student_index[offset]) for t, offset in enumerate(teacher) if offset in student_index]
+    closes = [
+        (t, student_index[offset]) for t, offset in enumerate(teacher) if offset in student_index
+    ]
     return [Group(t, t_next, s, s_next) for (t, s), (t_next, s_next) in pairwise(closes)]
 
 
 def covering(teacher_offsets: Sequence[int], offsets: Sequence[int]) -> list[int]:
-    """For each of the ascending ``offsets``: the teacher's token that holds the byte there; −1 before the first and after the last.
+    """Return the teacher token that holds the byte at each of the ascending ``offsets``.
 
-    ``teacher_offsets`` are its `boundaries`.
+    ``teacher_offsets`` are its `boundaries`. −1: before the first token or after the last.
     """
     found, k, last = [], -1, len(teacher_offsets) - 1
     for offset in offsets:

@@ -1,7 +1,7 @@
-"""The exact bytes that each token stands for.
+"""Recover the exact bytes of each token.
 
-A vocabulary is written in one of a few alphabets, and the same spelling means different bytes in each: ``Ġthe`` and ``▁the`` are
-both " the", and ``<0x0A>`` is a newline where bytes are the fallback, six characters elsewhere. Only bytes can be compared.
+Vocabularies use different alphabets: ``Ġthe`` and ``▁the`` are both " the"; ``<0x0A>`` is a newline
+with byte fallback and six characters elsewhere. Only bytes can be compared.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _LOSSY_NORMALIZERS = {"BertNormalizer", "Lowercase", "StripAccents"}
 
 
 def token_bytes(tokenizer: Any) -> list[bytes | None]:
-    """The bytes of every id; None for a special token, and for an id that no token has.
+    """Return the bytes of every id; None for a special token and for an id without a token.
 
-    For any text that the tokenizer leaves as it is, the bytes of its ids joined are the text's UTF-8. A SentencePiece tokenizer
-    may add one blank before a text (the dummy prefix), which is then in its first token's bytes; a tokenizer that normalises
-    (Qwen's NFC; "▁" read as a blank) gives the bytes of the text that it made of it.
+    The joined bytes of a text's ids are the text's UTF-8. Two exceptions: SentencePiece may add one
+    space before a text (the dummy prefix); a tokenizer that normalizes (Qwen's NFC; "▁" read as a
+    space) gives the bytes of the normalized text.
 
-    Raises: OpaqueTokenizer if bytes cannot be recovered (WordPiece, lower-casing, an unknown kind).
+    Raises: OpaqueTokenizer if bytes cannot be recovered (WordPiece, lower-casing, unknown kinds).
 
     >>> from conftest import toy_tokenizer
     >>> tokens = token_bytes(toy_tokenizer())
@@ -35,13 +35,16 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     """
     spellings, to_bytes = _alphabet(tokenizer)
     special = special_ids(tokenizer)
-    return [None if token is None or i in special else to_bytes(token) for i, token in enumerate(spellings)]
+    return [
+        None if token is None or i in special else to_bytes(token)
+        for i, token in enumerate(spellings)
+    ]
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids that mark structure and stand for no text: all that were added as special, not only those with a role (EOS, …)."""
+    """Return all ids added as special, with a role (EOS, …) or without: they stand for no text."""
     size, added = _ADDED_AS_SPECIAL.get(tokenizer, (-1, frozenset()))
-    if size != len(tokenizer):  # Gemma has thousands of added tokens, and a data loader asks for every conversation
+    if size != len(tokenizer):  # slow for Gemma's thousands of added tokens, so it is cached
         decoder = getattr(tokenizer, "added_tokens_decoder", {})
         added = frozenset(i for i, token in decoder.items() if token.special)
         _ADDED_AS_SPECIAL[tokenizer] = len(tokenizer), added
@@ -49,22 +52,22 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def backend_settings(tokenizer: Any) -> dict[str, Any] | None:
-    """What `tokenizers` knows of a fast tokenizer (its ``tokenizer.json``), or None for a slow one."""
+    """Return the content of a fast tokenizer's ``tokenizer.json``; None for a slow tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return None if backend is None else json.loads(backend.to_str())
 
 
 def _alphabet(tokenizer: Any) -> tuple[list[Any], Callable[[Any], bytes]]:
-    """How the token of each id is spelled, and how to read that."""
+    """Return the spelling of each id, and a function from a spelling to bytes."""
     settings = backend_settings(tokenizer)
     if settings is not None:
         size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
         return tokenizer.convert_ids_to_tokens(list(range(size))), _reader(tokenizer, settings)
-    if isinstance(getattr(tokenizer, "mergeable_ranks", None), dict):  # tiktoken's are bytes already
+    if isinstance(getattr(tokenizer, "mergeable_ranks", None), dict):  # tiktoken: already bytes
         return _by_id(tokenizer.mergeable_ranks, len(tokenizer)), bytes
     if hasattr(tokenizer, "sp_model"):
         return _by_id(tokenizer.get_vocab(), len(tokenizer)), _sentencepiece_bytes
-    raise _opaque(tokenizer, "it keeps its vocabulary in no known form")
+    raise _opaque(tokenizer, "its vocabulary has an unknown format")
 
 
 def _by_id(vocabulary: dict[Any, int], size: int) -> list[Any]:
@@ -75,25 +78,27 @@ def _by_id(vocabulary: dict[Any, int], size: int) -> list[Any]:
 
 
 def _reader(tokenizer: Any, settings: dict[str, Any]) -> Callable[[str], bytes]:
-    """How a fast tokenizer's tokens are read, by what its settings say of its kind."""
-    model, kinds = settings["model"], _component_types(settings["pre_tokenizer"], settings["decoder"])
+    """Return a function from the spelling of a fast tokenizer's token to bytes."""
+    model = settings["model"]
+    kinds = _component_types(settings["pre_tokenizer"], settings["decoder"])
     lossy = _LOSSY_NORMALIZERS & _component_types(settings["normalizer"])
     if lossy:
-        raise _opaque(tokenizer, f"it changes the text it is given ({', '.join(sorted(lossy))})")
+        raise _opaque(tokenizer, f"its normalizer changes the text ({', '.join(sorted(lossy))})")
     if model["type"] not in ("BPE", "Unigram"):
-        raise _opaque(tokenizer, f"{model['type']} does not keep the blanks between words")
+        raise _opaque(tokenizer, f"{model['type']} does not keep the spaces between words")
     if model.get("end_of_word_suffix") or model.get("continuing_subword_prefix"):
-        raise _opaque(tokenizer, "it marks the ends of words and does not keep the blanks between them")
+        raise _opaque(tokenizer, "it marks word ends and does not keep the spaces between words")
     if "ByteLevel" in kinds:
         literal = {token["content"] for token in settings["added_tokens"]}
         return lambda token: token.encode() if token in literal else _byte_level_bytes(token)
     if "Metaspace" in kinds or "▁" in json.dumps(settings["decoder"], ensure_ascii=False):
         return _sentencepiece_bytes if model.get("byte_fallback") else _unigram_bytes
-    raise _opaque(tokenizer, f"its decoder ({', '.join(sorted(kinds)) or 'none'}) is of no known kind")
+    found = ", ".join(sorted(kinds)) or "none"
+    raise _opaque(tokenizer, f"its decoder ({found}) is not supported")
 
 
 def _component_types(*components: Any) -> set[str]:
-    """The types of components, however deeply they stand in sequences."""
+    """Return the types of components, nested ones included."""
     found: set[str] = set()
     for component in filter(None, components):
         found.add(component["type"])
@@ -103,10 +108,11 @@ def _component_types(*components: Any) -> set[str]:
 
 
 def _byte_level_alphabet() -> dict[int, int]:
-    """GPT-2's: printable Latin-1 characters stand for their own bytes, the others for U+0100 and on, in order."""
+    """Return GPT-2's alphabet: printable Latin-1 is itself, other bytes are U+0100 onward."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in printable]
-    return {byte: byte for byte in printable} | {0x100 + number: byte for number, byte in enumerate(hidden)}
+    shifted = {0x100 + number: byte for number, byte in enumerate(hidden)}
+    return {byte: byte for byte in printable} | shifted
 
 
 _BYTE_LEVEL = _byte_level_alphabet()
@@ -116,7 +122,7 @@ def _byte_level_bytes(token: str) -> bytes:
     try:
         return bytes(_BYTE_LEVEL[ord(character)] for character in token)
     except KeyError:
-        return token.encode()  # as the decoder does with a token that is not in the alphabet
+        return token.encode()  # the decoder does the same
 
 
 def _sentencepiece_bytes(token: str) -> bytes:
@@ -129,7 +135,7 @@ def _unigram_bytes(token: str) -> bytes:
 
 
 def _opaque(tokenizer: Any, reason: str) -> OpaqueTokenizer:
+    name = tokenizer.name_or_path or type(tokenizer).__name__
     return OpaqueTokenizer(
-        f"the bytes of the tokens of {tokenizer.name_or_path or type(tokenizer).__name__} cannot be recovered: {reason}; "
-        "distil its text instead (--method text)"
+        f"{name}: the bytes of its tokens cannot be recovered, because {reason}; use --method text"
     )

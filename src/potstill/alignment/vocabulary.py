@@ -1,49 +1,56 @@
-"""Do two vocabularies mean the same, and on how many rows?
+"""Compare two vocabularies, and count the leading ids that mean the same.
 
-Rows of a head beyond its tokenizer's length are padding: no text produces them. So tokens are compared, never sizes; and the bytes
-they stand for, never their spelling.
+Head rows beyond the tokenizer's length are padding: no text produces them. So this compares tokens,
+not sizes, and the tokens' bytes, not their spelling.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from potstill.alignment.token_bytes import token_bytes
 from potstill.errors import OpaqueTokenizer, VocabularyMismatch
+from potstill.protocols import Tokenizer
+
+Relation = Literal["same", "same family", "permuted", "different"]
 
 
 @dataclass(frozen=True)
 class VocabularyComparison:
-    """What two vocabularies have in common."""
+    """The result of comparing two vocabularies."""
 
-    relation: Literal["same", "same family", "permuted", "different"]
-    """``same``: every id means the same. ``same family``: one has more ids after those they share. ``permuted``: the same tokens
-    under other ids. ``different``: anything else."""
+    relation: Relation
+    """``same``: every id means the same. ``same family``: one has more ids after the shared ones.
+    ``permuted``: the same tokens under other ids. ``different``: anything else."""
     shared_rows: int
-    """How many leading ids mean the same in both."""
+    """Number of leading ids that mean the same in both."""
     shared_tokens: int
-    """How many tokens mean the same bytes in both (or are special and written alike), under whatever id."""
+    """Number of tokens with the same bytes in both (or the same spelling, if special), any id."""
     teacher_tokens: int
-    """How many different tokens the teacher has."""
+    """Number of different tokens of the teacher."""
     student_tokens: int
-    """How many different tokens the student has."""
+    """Number of different tokens of the student."""
     first_difference: tuple[int, str | None, str | None] | None
-    """The first id that means something else, with the teacher's and the student's token; None if there is none in both."""
+    """The first id that differs, with the teacher's and the student's token; None if none does."""
 
 
-def compare_vocabularies(teacher_tokenizer: Any, student_tokenizer: Any) -> VocabularyComparison:
-    """Compare the tokens of two tokenizers by what they mean: their bytes, or their spelling where bytes cannot be recovered."""
+def compare_vocabularies(
+    teacher_tokenizer: Tokenizer, student_tokenizer: Tokenizer
+) -> VocabularyComparison:
+    """Compare two vocabularies by their tokens' bytes, or by spelling without known bytes."""
     teacher, student = _meanings(teacher_tokenizer), _meanings(student_tokenizer)
     both = min(len(teacher), len(student))
     first = next((i for i in range(both) if teacher[i] != student[i]), None)
     teacher_set, student_set = set(teacher) - {None}, set(student) - {None}
-    difference = None if first is None else (first, _spelled(teacher_tokenizer, first), _spelled(student_tokenizer, first))
-    relation: Literal["same", "same family", "permuted", "different"] = "different"
+    difference = None
+    relation: Relation = "different"
     if first is None:
         relation = "same" if len(teacher) == len(student) else "same family"
-    elif teacher_set == student_set:
-        relation = "permuted"
+    else:
+        spellings = [_spelling(one, first) for one in (teacher_tokenizer, student_tokenizer)]
+        difference = (first, spellings[0], spellings[1])
+        relation = "permuted" if teacher_set == student_set else "different"
     return VocabularyComparison(
         relation=relation,
         shared_rows=both if first is None else first,
@@ -54,32 +61,34 @@ def compare_vocabularies(teacher_tokenizer: Any, student_tokenizer: Any) -> Voca
     )
 
 
-def shared_rows(teacher_tokenizer: Any, student_tokenizer: Any) -> int:
-    """How many leading rows of both heads stand for the same tokens: both are cut to these and renormalised.
+def shared_rows(teacher_tokenizer: Tokenizer, student_tokenizer: Tokenizer) -> int:
+    """Return the number of leading head rows with the same tokens; both heads are cut to these.
 
-    Both tokenizers may be longer than that only if the rest are tokens which one of them lacks altogether (a longer list of
-    added tokens). Raises: VocabularyMismatch naming the first id whose tokens differ.
+    One tokenizer may have more tokens after these. Raises: VocabularyMismatch with the first id
+    whose tokens differ.
     """
     compared = compare_vocabularies(teacher_tokenizer, student_tokenizer)
     if compared.first_difference is None:
         return compared.shared_rows
     first, teacher_token, student_token = compared.first_difference
     raise VocabularyMismatch(
-        f"teacher and student have different tokenizers: id {first} is {teacher_token!r} in the teacher's and "
-        f"{student_token!r} in the student's, so their logits cannot be compared; use --method text, or cross"
+        f"teacher and student have different tokenizers: id {first} is {teacher_token!r} in the "
+        f"teacher's and {student_token!r} in the student's, so their logits cannot be compared; "
+        "use --method cross or --method text"
     )
 
 
-def _meanings(tokenizer: Any) -> list[bytes | str | None]:
-    """For each id its bytes, or the spelling of a special token; None where there is no token."""
+def _meanings(tokenizer: Tokenizer) -> list[bytes | str | None]:
+    """Return the bytes of each id, or a special token's spelling; None without a token."""
     spellings: list[str | None] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     try:
         tokens = token_bytes(tokenizer)
     except OpaqueTokenizer:
         return list(spellings)
-    return [spelling if string is None else string for spelling, string in zip(spellings, tokens, strict=False)]
+    pairs = zip(spellings, tokens, strict=False)
+    return [spelling if string is None else string for spelling, string in pairs]
 
 
-def _spelled(tokenizer: Any, i: int) -> str | None:
+def _spelling(tokenizer: Tokenizer, i: int) -> str | None:
     spelling: str | None = tokenizer.convert_ids_to_tokens([i])[0]
     return spelling

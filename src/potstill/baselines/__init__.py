@@ -1,4 +1,4 @@
-"""Methods of the literature that the library is compared with, each with its known defects."""
+"""Methods from the literature to compare with, each with its known defects."""
 
 from potstill.baselines.cells import BytePrefixCells as BytePrefixCells
 from potstill.baselines.cells import PushForwardCells as PushForwardCells

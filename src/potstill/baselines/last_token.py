@@ -1,13 +1,13 @@
-"""Distillation across tokenizers as it is often first written down, and should not be: kept to show what it gets wrong.
+"""Compare padded logits at the last token: a common mistake across tokenizers, kept to measure it.
 
-    KL(q ‖ p) at the last token of each conversation, the smaller of the two vectors of logits filled up with zeros
+    KL(q ‖ p) at the last token of each conversation, the shorter logit vector padded with zeros
 
-Source: teaching examples that take ``logits[:, -1, :]`` of both models and pad what does not fit.
+Source: teaching examples that take ``logits[:, -1, :]`` of both models and pad the shorter one.
 
-What it gets wrong: everything that can be. Id 1 234 of the teacher is compared with id 1 234 of the student, two tokens that have
-nothing to do with each other (of the 32 000 ids that Llama-3 and Llama-2 have in common, 8 mean the same bytes), so relabelling
-a vocabulary changes the loss. One position of a conversation teaches, where the others are as good. And a logit of 0 is not
-probability 0: it is weight e⁰ beside the others'.
+Defects: it compares equal ids of two vocabularies, which are unrelated tokens (of the 32 000 ids
+that Llama-3 and Llama-2 have in common, 8 mean the same bytes), so renumbering a vocabulary changes
+the loss. Only one position of a conversation teaches. And a padded logit of 0 does not mean
+probability 0: it has weight e⁰ in the softmax.
 """
 
 from __future__ import annotations
@@ -30,28 +30,31 @@ def fused_linear_last_token(
     teacher_conversation: Tensor,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """KL between padded logits, summed over conversations: a scalar in nats, with gradients for the student.
+    """Return KL between padded logits, summed over conversations: a scalar in nats.
 
-    ``conversation [N]`` and ``teacher_conversation [M]`` say which conversation each hidden state is of. A conversation that one
-    of the two has no tokens of is left out.
+    ``conversation [N]`` and ``teacher_conversation [M]`` number each hidden state's conversation,
+    −1 for none. A conversation without tokens on one side is left out.
     """
     student, teacher = as_head(student_head), as_any_head(teacher_head)
-    last, teacher_last = last_rows(conversation), last_rows(teacher_conversation)
+    last, teacher_last = last_positions(conversation), last_positions(teacher_conversation)
     both = sorted(last.keys() & teacher_last.keys())
     width = max(len(student), len(teacher))
-    source = Projection(teacher_hidden[[teacher_last[c] for c in both]], teacher, chunk_tokens=chunk_tokens)
+    last_hidden = student_hidden[[last[c] for c in both]]
+    teacher_last_hidden = teacher_hidden[[teacher_last[c] for c in both]]
+    source = Projection(teacher_last_hidden, teacher, chunk_tokens=chunk_tokens)
 
-    def score(logits: Tensor, rows: slice) -> LossAndGradient:
+    def score(logits: Tensor, positions: slice) -> LossAndGradient:
         size = logits.shape[-1]
-        loss, gradient = forward_kl(_padded(source.logits(rows), width), _padded(logits, width))
+        teacher_logits = _padded(source.logits(positions), width)
+        loss, gradient = forward_kl(teacher_logits, _padded(logits, width))
         return loss, gradient[:, :size]
 
-    return fused_linear_loss(student_hidden[[last[c] for c in both]], student, score, chunk_tokens=chunk_tokens)
+    return fused_linear_loss(last_hidden, student, score, chunk_tokens=chunk_tokens)
 
 
-def last_rows(conversation: Tensor) -> dict[int, int]:
-    """For each conversation the last row that is of it."""
-    return {number: row for row, number in enumerate(conversation.tolist()) if number >= 0}
+def last_positions(conversation: Tensor) -> dict[int, int]:
+    """Return the last position of each conversation."""
+    return {number: i for i, number in enumerate(conversation.tolist()) if number >= 0}
 
 
 def _padded(logits: Tensor, width: int) -> Tensor:
