@@ -60,7 +60,11 @@ def texts() -> dict[str, list[str]]:
 
 
 def opened(family: str) -> Any:
-    tokenizer = load_tokenizer("demo") if family == "smollm2" else AutoTokenizer.from_pretrained(FOLDER / family)
+    tokenizer = (
+        load_tokenizer("demo")
+        if family == "smollm2"
+        else AutoTokenizer.from_pretrained(FOLDER / family)
+    )
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
     return tokenizer
 
@@ -70,12 +74,19 @@ def measure(pair: str) -> None:
     begun = time.perf_counter()
     cells = VocabularyCells(teacher, student)
     seconds = time.perf_counter() - begun
-    encoders = PairEncoder(teacher, student, PieceCells(cells)), PairEncoder(teacher, student, cells)
+    encoders = (
+        PairEncoder(teacher, student, PieceCells(cells)),
+        PairEncoder(teacher, student, cells),
+    )
     for kind, answers in texts().items():
         begun = time.perf_counter()
-        (counts, teacher_tokens), (over_cells, _) = (counted(encode, answers) for encode in encoders)
+        (counts, teacher_tokens), (over_cells, _) = (
+            counted(encode, answers) for encode in encoders
+        )
         taken = 500 * (time.perf_counter() - begun) * 2048 / counts.supervised_tokens
-        otherwise, disagree = (found.disagreeing_roots / found.roots for found in (counts, over_cells))
+        otherwise, disagree = (
+            found.disagreeing_roots / found.roots for found in (counts, over_cells)
+        )
         print(
             f"{pair:16} {kind:8} {seconds:6.1f} s {cells.count:8} {counts.supervised_tokens:8}"
             f" {counts.supervised_tokens / teacher_tokens:6.2f}"
@@ -89,7 +100,14 @@ def counted(encode: PairEncoder, answers: list[str]) -> tuple[PairCounts, int]:
     """What was aligned, and how many tokens the teacher had for it."""
     counts, teacher_tokens = PairCounts(), 0
     for answer in answers:
-        row = encode({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]})
+        row = encode(
+            {
+                "messages": [
+                    {"role": "user", "content": "?"},
+                    {"role": "assistant", "content": answer},
+                ]
+            }
+        )
         if row is None:
             counts.not_alignable += 1
         elif counts.add(row):
@@ -98,6 +116,8 @@ def counted(encode: PairEncoder, answers: list[str]) -> tuple[PairCounts, int]:
 
 
 if __name__ == "__main__":
-    print("pair             text       cells in    cells   tokens  ratio   target  otherwise  disagree  skipped  per 2 048")
+    print(
+        "pair             text       cells in    cells   tokens  ratio   target  otherwise  disagree  skipped  per 2 048"
+    )
     for name in sys.argv[1:] or PAIRS:
         measure(name)

@@ -30,7 +30,12 @@ import torch
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from potstill import DistillationConfig, DistillationTrainer, keep_layers, load_model
-from potstill.data import PLAIN_CHAT_TEMPLATE, read_conversations, read_prompts, tokenize_conversations
+from potstill.data import (
+    PLAIN_CHAT_TEMPLATE,
+    read_conversations,
+    read_prompts,
+    tokenize_conversations,
+)
 from potstill.evaluation import score_tokens
 from potstill.generation import answer_prompts
 from potstill.models import load_tokenizer
@@ -42,7 +47,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "pieces_alone": {"method": "cross", "alignment": "pieces", "within_weight": 0.0},
     "cells": {"method": "cross", "alignment": "cells"},
     "cells_without_within": {"method": "cross", "alignment": "cells", "within_weight": 0.0},
-    **{name: {"method": "cross", "alignment": name} for name in ("push_forward", "bpm", "alm", "uld", "strict_topk")},
+    **{
+        name: {"method": "cross", "alignment": name}
+        for name in ("push_forward", "bpm", "alm", "uld", "strict_topk")
+    },
     "last_token_padded": {"method": "cross", "alignment": "last_token_padded"},
 }
 ANSWER_TOKENS = 80
@@ -60,10 +68,24 @@ def sampled(output: Path, answers: int, held_out: int) -> tuple[list[Any], list[
             teacher, tokenizer = load_model("demo", dtype="bfloat16")
             teacher.generation_config.top_k = 0
             asked = [prompt["messages"] for prompt in prompts if prompt["split"] == split][:count]
-            rows = answer_prompts(teacher, tokenizer, asked, temperature=1.0, top_p=1.0, max_new_tokens=ANSWER_TOKENS, seed=seed)
+            rows = answer_prompts(
+                teacher,
+                tokenizer,
+                asked,
+                temperature=1.0,
+                top_p=1.0,
+                max_new_tokens=ANSWER_TOKENS,
+                seed=seed,
+            )
             output.mkdir(parents=True, exist_ok=True)
-            file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    train, test = (list(read_conversations(output / f"{split}.jsonl"))[:count] for split, count in splits.items())
+            file.write_text(
+                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+                encoding="utf-8",
+            )
+    train, test = (
+        list(read_conversations(output / f"{split}.jsonl"))[:count]
+        for split, count in splits.items()
+    )
     return train, test
 
 
@@ -73,10 +95,17 @@ def phrases(texts: list[str], size: int = 3000) -> Any:
 
     tokenizer = Tokenizer(models.BPE())
     parts = pre_tokenizers.Split(Regex(r"[^\n.,:;!?]+|[\n.,:;!?]+"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
@@ -84,7 +113,9 @@ def phrases(texts: list[str], size: int = 3000) -> Any:
 def sums(model: Any, dataset: Any, pad: int) -> tuple[list[float], list[int]]:
     """Nats and bytes of each conversation."""
     scores = score_tokens(model.eval(), dataset, pad_token_id=pad)
-    nats = torch.zeros(len(dataset), dtype=torch.float64).index_add_(0, scores.conversation, scores.nll.double())
+    nats = torch.zeros(len(dataset), dtype=torch.float64).index_add_(
+        0, scores.conversation, scores.nll.double()
+    )
     return nats.tolist(), scores.answer_bytes.tolist()
 
 
@@ -119,14 +150,23 @@ def run(options: argparse.Namespace) -> None:
     held_out, _ = tokenize_conversations(test, tokenizer)
 
     def write(step: int, measured: tuple[list[float], list[int]], **more: Any) -> None:
-        row = {"layers": options.layers, **more, "step": step, "nats": measured[0], "bytes": measured[1]}
+        row = {
+            "layers": options.layers,
+            **more,
+            "step": step,
+            "nats": measured[0],
+            "bytes": measured[1],
+        }
         with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{more}, step {step}: {bits_per_byte(row):.4f} bits per byte", flush=True)
 
     done = {(row["method"], row["seed"], row["step"], row["layers"]) for row in read(results)}
     if ("teacher", 0, 0, options.layers) not in done:
-        for name, model, tokens in (("teacher", teacher, teacher_tokenizer), ("before", before, tokenizer)):
+        for name, model, tokens in (
+            ("teacher", teacher, teacher_tokenizer),
+            ("before", before, tokenizer),
+        ):
             dataset, _ = tokenize_conversations(test, tokens)
             write(0, sums(model, dataset, tokens.pad_token_id), method=name, seed=0)
     for seed in options.seeds:
@@ -152,9 +192,17 @@ def run(options: argparse.Namespace) -> None:
             pair = {"processing_class": tokenizer, "teacher_tokenizer": teacher_tokenizer}
             trainer = DistillationTrainer(student, teacher, arguments, train, **pair)
 
-            def record(model: Any, step: int, seconds: float, method: str = method, seed: int = seed) -> None:
+            def record(
+                model: Any, step: int, seconds: float, method: str = method, seed: int = seed
+            ) -> None:
                 if (method, seed, step, options.layers) not in done:
-                    write(step, sums(model, held_out, tokenizer.pad_token_id), method=method, seed=seed, seconds=round(seconds, 1))
+                    write(
+                        step,
+                        sums(model, held_out, tokenizer.pad_token_id),
+                        method=method,
+                        seed=seed,
+                        seconds=round(seconds, 1),
+                    )
 
             trainer.add_callback(Measure(record, options.steps))
             trainer.train()
@@ -162,7 +210,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def read(results: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.is_file() else []
+    return (
+        [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+        if results.is_file()
+        else []
+    )
 
 
 def bits_per_byte(row: dict[str, Any]) -> float:
@@ -174,21 +226,33 @@ def print_table(results: Path, layers: int) -> None:
     rows = [row for row in read(results) if row["layers"] == layers]
     teacher = next(row for row in rows if row["method"] == "teacher")
     before = next(row for row in rows if row["method"] == "before")
-    print(f"\nteacher {bits_per_byte(teacher):.4f} bits per byte; before {bits_per_byte(before) - bits_per_byte(teacher):+.4f}")
+    print(
+        f"\nteacher {bits_per_byte(teacher):.4f} bits per byte; before {bits_per_byte(before) - bits_per_byte(teacher):+.4f}"
+    )
     steps = sorted({row["step"] for row in rows} - {0})
-    print(f"{'method':22}{'seeds':>6}{'s/step':>8}" + "".join(f"{f'after {step}':>30}" for step in steps))
+    print(
+        f"{'method':22}{'seeds':>6}{'s/step':>8}"
+        + "".join(f"{f'after {step}':>30}" for step in steps)
+    )
     for method in METHODS:
         own = [row for row in rows if row["method"] == method]
         if not own:
             continue
         pace = np.median([row["seconds"] / row["step"] for row in own])
         cells = [_cell(rows, method, step, teacher) for step in steps]
-        print(f"{method:22}{len({row['seed'] for row in own}):6}{pace:8.1f}" + "".join(f"{cell:>30}" for cell in cells))
+        print(
+            f"{method:22}{len({row['seed'] for row in own}):6}{pace:8.1f}"
+            + "".join(f"{cell:>30}" for cell in cells)
+        )
 
 
 def _cell(rows: list[dict[str, Any]], method: str, step: int, teacher: dict[str, Any]) -> str:
     ours, theirs = (
-        {row["seed"]: np.array(row["nats"]) for row in rows if row["method"] == name and row["step"] == step}
+        {
+            row["seed"]: np.array(row["nats"])
+            for row in rows
+            if row["method"] == name and row["step"] == step
+        }
         for name in (method, "cells")
     )
     if not ours:
@@ -199,7 +263,9 @@ def _cell(rows: list[dict[str, Any]], method: str, step: int, teacher: dict[str,
     if method == "cells" or not seeds:
         return f"{above:.4f}"
     difference = np.mean([ours[seed] - theirs[seed] for seed in seeds], 0)
-    drawn = np.random.default_rng(0).multinomial(len(size), np.full(len(size), 1 / len(size)), size=4000)
+    drawn = np.random.default_rng(0).multinomial(
+        len(size), np.full(len(size), 1 / len(size)), size=4000
+    )
     low, high = np.percentile((drawn @ difference) / (drawn @ size), [2.5, 97.5])
     return f"{above:.4f} [{low:+.4f}, {high:+.4f}]"
 
@@ -207,21 +273,37 @@ def _cell(rows: list[dict[str, Any]], method: str, step: int, teacher: dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
-    parser.add_argument("--tokenizer", type=Path, default=Path(".cache/tokenizers/llama2"), help="the student's folder, or phrases")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        default=Path(".cache/tokenizers/llama2"),
+        help="the student's folder, or phrases",
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/cross_tokenizer"))
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
-    parser.add_argument("--steps", type=numbers, default=[15, 30, 60], help="measured after so many; the last ends the run")
+    parser.add_argument(
+        "--steps",
+        type=numbers,
+        default=[15, 30, 60],
+        help="measured after so many; the last ends the run",
+    )
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
     parser.add_argument("--answers", type=int, default=120)
     parser.add_argument("--held-out", type=int, default=80)
-    parser.add_argument("--layers", type=int, default=30, help="of the teacher's 30; half of them cost half")
+    parser.add_argument(
+        "--layers", type=int, default=30, help="of the teacher's 30; half of them cost half"
+    )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--table", action="store_true", help="print what has been measured, and measure nothing")
+    parser.add_argument(
+        "--table", action="store_true", help="print what has been measured, and measure nothing"
+    )
     options = parser.parse_args()
     unknown = set(options.methods) - METHODS.keys()
     if unknown:
-        parser.error(f"unknown methods {', '.join(sorted(unknown))}; known are {', '.join(METHODS)}")
+        parser.error(
+            f"unknown methods {', '.join(sorted(unknown))}; known are {', '.join(METHODS)}"
+        )
     if options.table:
         print_table(options.output / "results.jsonl", options.layers)
     elif not options.tokenizer.is_dir() and str(options.tokenizer) != "phrases":

@@ -34,7 +34,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from potstill import load_model
 from potstill.data import read_prompts
@@ -63,7 +68,10 @@ class Stopwatch:
     def table(self) -> str:
         """Tokens a second, and how many times faster ours is."""
         ours = self.tokens[OURS] / self.seconds[OURS]
-        lines = ["| contender | tokens | seconds | CPU seconds | tokens/s | ours is × faster |", "|---|---|---|---|---|---|"]
+        lines = [
+            "| contender | tokens | seconds | CPU seconds | tokens/s | ours is × faster |",
+            "|---|---|---|---|---|---|",
+        ]
         for name in sorted(self.seconds, key=lambda name: name != OURS):
             tokens, seconds = self.tokens[name], self.seconds[name]
             numbers = f"{tokens} | {seconds:.0f} | {self.cpu[name]:.0f} | {tokens / seconds:.1f} | {ours * seconds / tokens:.2f}"
@@ -82,11 +90,19 @@ class Lengths(StoppingCriteria):
 
 
 @torch.inference_mode()
-def plain_loop(model: Any, tokenizer: Any, texts: list[str], lengths: list[int], settings: GenerationConfig) -> int:
+def plain_loop(
+    model: Any, tokenizer: Any, texts: list[str], lengths: list[int], settings: GenerationConfig
+) -> int:
     said = 0
     for start in range(0, len(texts), BATCH):
         batch = slice(start, start + BATCH)
-        encoded = tokenizer(texts[batch], add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left")
+        encoded = tokenizer(
+            texts[batch],
+            add_special_tokens=False,
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+        )
         columns = encoded["input_ids"].shape[1]
         stop = StoppingCriteriaList([Lengths(columns, lengths[batch])])
         rows = model.generate(**encoded, generation_config=settings, stopping_criteria=stop)
@@ -94,14 +110,24 @@ def plain_loop(model: Any, tokenizer: Any, texts: list[str], lengths: list[int],
     return said
 
 
-def continuous(model: Any, tokenizer: Any, texts: list[str], lengths: list[int], settings: GenerationConfig) -> int:
+def continuous(
+    model: Any, tokenizer: Any, texts: list[str], lengths: list[int], settings: GenerationConfig
+) -> int:
     """transformers' own refilled batch, over a paged cache."""
-    config = ContinuousBatchingConfig(max_memory_percent=0.1, max_requests_per_batch=BATCH, page_size=16)  # its fastest here
+    config = ContinuousBatchingConfig(
+        max_memory_percent=0.1, max_requests_per_batch=BATCH, page_size=16
+    )  # its fastest here
     manager_of = model.continuous_batching_context_manager
     said = 0
-    with manager_of(generation_config=settings, continuous_batching_config=config, timeout=5) as manager:
+    with manager_of(
+        generation_config=settings, continuous_batching_config=config, timeout=5
+    ) as manager:
         for text, length in zip(texts, lengths, strict=True):
-            manager.add_request(tokenizer(text, add_special_tokens=False)["input_ids"], max_new_tokens=length, eos_token_id=-1)
+            manager.add_request(
+                tokenizer(text, add_special_tokens=False)["input_ids"],
+                max_new_tokens=length,
+                eos_token_id=-1,
+            )
         finished = 0
         while finished < len(texts) and manager.is_running():
             answer = manager.get_result(timeout=1)
@@ -114,11 +140,21 @@ def continuous(model: Any, tokenizer: Any, texts: list[str], lengths: list[int],
 def compare_local(asked: list[Request], sampling: Sampling, with_continuous: bool) -> None:
     model, tokenizer = load_model("demo", dtype="bfloat16", device="cpu")
     engine = LocalEngine(model, tokenizer, sampling, batch_size=BATCH, unit_size=TURN)
-    chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    settings = GenerationConfig(**chosen, max_new_tokens=sampling.max_new_tokens, pad_token_id=tokenizer.pad_token_id)
+    chosen = {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": 0,
+    }
+    settings = GenerationConfig(
+        **chosen, max_new_tokens=sampling.max_new_tokens, pad_token_id=tokenizer.pad_token_id
+    )
     rivals = {f"model.generate, batches of {BATCH}": (plain_loop, model)}
     if with_continuous:  # which gives a model other attention, hence one of its own
-        rivals["transformers' continuous batching"] = (continuous, load_model("demo", dtype="bfloat16", device="cpu")[0])
+        rivals["transformers' continuous batching"] = (
+            continuous,
+            load_model("demo", dtype="bfloat16", device="cpu")[0],
+        )
 
     def take_turns(watch: Stopwatch, unit: list[Request]) -> list[int]:
         answers = watch.time(OURS, engine.answer_unit, unit)
@@ -126,7 +162,9 @@ def compare_local(asked: list[Request], sampling: Sampling, with_continuous: boo
         watch.tokens[OURS] += sum(lengths)
         texts = [render(tokenizer, request.messages, for_answer=True) for request in unit]
         for name, (rival, its_model) in rivals.items():
-            watch.tokens[name] += watch.time(name, rival, its_model, tokenizer, texts, lengths, settings)
+            watch.tokens[name] += watch.time(
+                name, rival, its_model, tokenizer, texts, lengths, settings
+            )
         return lengths
 
     take_turns(Stopwatch(), asked[:2])
@@ -147,8 +185,12 @@ def compare_served(asked: list[Request], sampling: Sampling, concurrency: int) -
         with server(folder) as url:
             engine = ServerEngine(url, folder, sampling, concurrency=concurrency)
             rivals = {
-                OURS: lambda unit: [answer.text for (answer,) in engine.answer([request] for request in unit)],
-                "openai's asyncio client": lambda unit: asyncio.run(bare_client(url, folder, unit, sampling, concurrency)),
+                OURS: lambda unit: [
+                    answer.text for (answer,) in engine.answer([request] for request in unit)
+                ],
+                "openai's asyncio client": lambda unit: asyncio.run(
+                    bare_client(url, folder, unit, sampling, concurrency)
+                ),
             }
             for rival in rivals.values():
                 rival(asked[:2])
@@ -157,16 +199,25 @@ def compare_served(asked: list[Request], sampling: Sampling, concurrency: int) -
                 # Who comes second finds the prompts in the server's cache.
                 for name in sorted(rivals, reverse=number % 2 == 1):
                     said = watch.time(name, rivals[name], unit)
-                    watch.tokens[name] += sum(len(ids) for ids in tokenizer(said, add_special_tokens=False)["input_ids"])
-                print(f"{SERVER_TURN * number + len(unit)} prompts, {concurrency} in flight\n{watch.table()}", flush=True)
+                    watch.tokens[name] += sum(
+                        len(ids) for ids in tokenizer(said, add_special_tokens=False)["input_ids"]
+                    )
+                print(
+                    f"{SERVER_TURN * number + len(unit)} prompts, {concurrency} in flight\n{watch.table()}",
+                    flush=True,
+                )
 
 
-async def bare_client(url: str, model: str, unit: list[Request], sampling: Sampling, concurrency: int) -> list[str]:
+async def bare_client(
+    url: str, model: str, unit: list[Request], sampling: Sampling, concurrency: int
+) -> list[str]:
     """No retries, no checks, connections kept: what the server does alone."""
     import openai
 
     gate = asyncio.Semaphore(concurrency)
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
+    async with openai.AsyncOpenAI(
+        base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600
+    ) as client:
 
         async def ask(request: Request) -> str:
             async with gate:
@@ -189,10 +240,20 @@ def server(folder: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "transformers"), "serve", folder, "--device", "cpu", "--host", "127.0.0.1"]
+    command = [
+        str(Path(sys.executable).parent / "transformers"),
+        "serve",
+        folder,
+        "--device",
+        "cpu",
+        "--host",
+        "127.0.0.1",
+    ]
     more = ["--port", str(port), "--continuous-batching", "--cb-max-memory-percent", "0.1"]
     with open(Path(folder) / "server.log", "w") as log:
-        process = subprocess.Popen([*command, *more], stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            [*command, *more], stdout=log, stderr=log, start_new_session=True
+        )
     try:
         for _ in range(240):
             with contextlib.suppress(OSError):
@@ -210,18 +271,24 @@ def turns(asked: list[Request], size: int) -> Iterator[list[Request]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--continuous", action="store_true")
     parser.add_argument("--server", action="store_true")
     parser.add_argument("--concurrency", type=int, default=8)
     options = parser.parse_args()
-    sampling = Sampling(max_new_tokens=options.max_new_tokens, temperature=0 if options.server else 0.7)
+    sampling = Sampling(
+        max_new_tokens=options.max_new_tokens, temperature=0 if options.server else 0.7
+    )
     with resources.as_file(resources.files("potstill.data") / "demo_prompts.jsonl") as path:
         prompts = [row["messages"] for row in read_prompts(path)][-options.prompts :]
     asked = list(requests(prompts, sampling, {}))
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads")
+    print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads"
+    )
     if options.server:
         compare_served(asked, sampling, options.concurrency)
     else:

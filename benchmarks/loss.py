@@ -29,7 +29,11 @@ from torch import Tensor
 
 from potstill.losses import fused_linear_divergence
 
-DIVERGENCES = {"forward_kl": 0.0, "reverse_kl": 1.0, "jensen_shannon": 0.5}  # with TRL's and Liger's beta for it
+DIVERGENCES = {
+    "forward_kl": 0.0,
+    "reverse_kl": 1.0,
+    "jensen_shannon": 0.5,
+}  # with TRL's and Liger's beta for it
 IGNORED = -100
 
 
@@ -44,18 +48,28 @@ class Inputs(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--vocabulary", default="smollm2")
     parser.add_argument(
-        "--data", default="runs/demo/data/train/conversations.jsonl", help="conversations whose hidden states are taken"
+        "--data",
+        default="runs/demo/data/train/conversations.jsonl",
+        help="conversations whose hidden states are taken",
     )
     parser.add_argument("--hidden", type=int, default=576, help="of random rows")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--divergences", default=",".join(DIVERGENCES))
-    parser.add_argument("--supervised", default="1.0,0.3", help="shares of the tokens that have something to learn")
-    parser.add_argument("--contenders", default="", help="beginnings of their names, separated by commas; without it all")
+    parser.add_argument(
+        "--supervised", default="1.0,0.3", help="shares of the tokens that have something to learn"
+    )
+    parser.add_argument(
+        "--contenders",
+        default="",
+        help="beginnings of their names, separated by commas; without it all",
+    )
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-errors", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -67,16 +81,24 @@ def main() -> None:
         inputs = load(options, getattr(torch, dtype))
         for share in map(float, options.supervised.split(",")):
             for divergence in options.divergences.split(","):
-                print(f"\n## {dtype}, {divergence}, {share:.0%} of {options.tokens} tokens, V = {len(inputs.student_weight)}\n")
+                print(
+                    f"\n## {dtype}, {divergence}, {share:.0%} of {options.tokens} tokens, V = {len(inputs.student_weight)}\n"
+                )
                 race(options, mask(inputs, share), divergence, dtype, share)
         if not options.no_errors:
             errors(options, inputs, dtype)
 
 
 def race(options: Any, inputs: Inputs, divergence: str, dtype: str, share: float) -> None:
-    contenders = {name: run for name, run in CONTENDERS.items() if available(name) and wanted(name, options)}
+    contenders = {
+        name: run for name, run in CONTENDERS.items() if available(name) and wanted(name, options)
+    }
     if share < 1:
-        compacted = {f"{name}, rows compacted": on_compacted(run) for name, run in contenders.items() if name not in OURS}
+        compacted = {
+            f"{name}, rows compacted": on_compacted(run)
+            for name, run in contenders.items()
+            if name not in OURS
+        }
         contenders |= compacted
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(options.rounds + 1):  # the first warms up
@@ -106,13 +128,22 @@ def errors(options: Any, inputs: Inputs, dtype: str) -> None:
     """Gradients against float64, over the first 512 tokens."""
     n = min(512, len(inputs.labels))
     cut = Inputs(
-        inputs.student_hidden[:n], inputs.student_weight, inputs.teacher_hidden[:n], inputs.teacher_weight, inputs.labels[:n]
+        inputs.student_hidden[:n],
+        inputs.student_weight,
+        inputs.teacher_hidden[:n],
+        inputs.teacher_weight,
+        inputs.labels[:n],
     )
-    noise = torch.randn(cut.teacher_hidden.shape, generator=torch.Generator().manual_seed(1)).to(cut.teacher_hidden.dtype)
+    noise = torch.randn(cut.teacher_hidden.shape, generator=torch.Generator().manual_seed(1)).to(
+        cut.teacher_hidden.dtype
+    )
     near = cut._replace(
-        student_hidden=cut.teacher_hidden + 0.02 * cut.teacher_hidden.std() * noise, student_weight=inputs.teacher_weight
+        student_hidden=cut.teacher_hidden + 0.02 * cut.teacher_hidden.std() * noise,
+        student_weight=inputs.teacher_weight,
     )
-    print(f"\n## {dtype}: gradient error, forward KL, hidden / weight\n\n| | cut student | nearly its teacher |\n|---|---|---|")
+    print(
+        f"\n## {dtype}: gradient error, forward KL, hidden / weight\n\n| | cut student | nearly its teacher |\n|---|---|---|"
+    )
     exact = [exact_gradients(case) for case in (cut, near)]
     for name, run in CONTENDERS.items():
         if name == "floor" or not available(name) or not wanted(name, options):
@@ -173,7 +204,8 @@ def dense(inputs: Inputs, divergence: str) -> tuple[Tensor, Tensor]:
     else:
         log_m = torch.logsumexp(torch.stack([log_p, log_q]), 0) - torch.log(torch.tensor(2.0))
         nats = (
-            F.kl_div(log_m, log_q, reduction="none", log_target=True) + F.kl_div(log_m, log_p, reduction="none", log_target=True)
+            F.kl_div(log_m, log_q, reduction="none", log_target=True)
+            + F.kl_div(log_m, log_p, reduction="none", log_target=True)
         ) / 2
     return gradients((nats.sum(-1) * (inputs.labels != IGNORED)).sum(), hidden, weight)
 
@@ -183,7 +215,9 @@ def trl(inputs: Inputs, divergence: str) -> tuple[Tensor, Tensor]:
 
     hidden, weight = leaves(inputs)
     beta = DIVERGENCES[divergence]
-    per_token, _ = ChunkedDivergenceFunction.apply(hidden, weight, None, inputs.teacher_hidden, inputs.teacher_weight, None, beta)
+    per_token, _ = ChunkedDivergenceFunction.apply(
+        hidden, weight, None, inputs.teacher_hidden, inputs.teacher_weight, None, beta
+    )
     return gradients((per_token * (inputs.labels != IGNORED)).sum(), hidden, weight)
 
 
@@ -191,7 +225,9 @@ def liger(inputs: Inputs, divergence: str) -> tuple[Tensor, Tensor]:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     hidden, weight = leaves(inputs)
-    loss = LigerFusedLinearJSDLoss(beta=DIVERGENCES[divergence], weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=False)
+    loss = LigerFusedLinearJSDLoss(
+        beta=DIVERGENCES[divergence], weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=False
+    )
     mean = loss(hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.labels)
     hidden_gradient, weight_gradient = gradients(mean, hidden, weight)
     count = int((inputs.labels != IGNORED).sum())
@@ -214,7 +250,11 @@ def available(name: str) -> bool:
 
 
 def wanted(name: str, options: Any) -> bool:
-    return name in OURS or not options.contenders or any(name.startswith(part) for part in options.contenders.split(","))
+    return (
+        name in OURS
+        or not options.contenders
+        or any(name.startswith(part) for part in options.contenders.split(","))
+    )
 
 
 def on_compacted(run: Contender) -> Contender:
@@ -224,7 +264,9 @@ def on_compacted(run: Contender) -> Contender:
 def compact(inputs: Inputs) -> Inputs:
     chosen = inputs.labels != IGNORED
     return inputs._replace(
-        student_hidden=inputs.student_hidden[chosen], teacher_hidden=inputs.teacher_hidden[chosen], labels=inputs.labels[chosen]
+        student_hidden=inputs.student_hidden[chosen],
+        teacher_hidden=inputs.teacher_hidden[chosen],
+        labels=inputs.labels[chosen],
     )
 
 
@@ -235,7 +277,10 @@ def mask(inputs: Inputs, share: float) -> Inputs:
 
 
 def leaves(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    return inputs.student_hidden.detach().requires_grad_(), inputs.student_weight.detach().requires_grad_()
+    return (
+        inputs.student_hidden.detach().requires_grad_(),
+        inputs.student_weight.detach().requires_grad_(),
+    )
 
 
 def gradients(nats: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,7 +297,9 @@ def load(options: Any, dtype: torch.dtype) -> Inputs:
     n, v, h = options.tokens, int(options.vocabulary), options.hidden
     head = torch.randn(v, h) * h**-0.5
     student, teacher = 3 * torch.randn(n, h), 3 * torch.randn(n, h)
-    return Inputs(*(t.to(dtype) for t in (student, head, teacher, head.clone())), torch.randint(v, (n,)))
+    return Inputs(
+        *(t.to(dtype) for t in (student, head, teacher, head.clone())), torch.randint(v, (n,))
+    )
 
 
 def real(options: Any, dtype: torch.dtype) -> Inputs:
@@ -263,16 +310,25 @@ def real(options: Any, dtype: torch.dtype) -> Inputs:
 
     teacher, tokenizer = load_model("demo", dtype="float32")
     student = keep_layers(teacher, 15)
-    dataset, _ = tokenize_conversations(itertools.islice(read_conversations(options.data), options.tokens // 30 + 1), tokenizer)
+    dataset, _ = tokenize_conversations(
+        itertools.islice(read_conversations(options.data), options.tokens // 30 + 1), tokenizer
+    )
     layout, parts = BatchLayout(tokenizer.pad_token_id, packed=False), []
     for start in range(0, len(dataset), 16):
         batch = layout([dataset[i] for i in range(start, min(start + 16, len(dataset)))])
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         with torch.no_grad():
             taught, labels = supervised(hidden_states(teacher, inputs), batch["labels"])
-            parts.append((supervised(hidden_states(student, inputs), batch["labels"])[0], taught, labels))
+            parts.append(
+                (supervised(hidden_states(student, inputs), batch["labels"])[0], taught, labels)
+            )
     states = [torch.cat(column) for column in zip(*parts, strict=True)]
-    states = [column.repeat(-(-options.tokens // len(column)), *[1] * (column.dim() - 1))[: options.tokens] for column in states]
+    states = [
+        column.repeat(-(-options.tokens // len(column)), *[1] * (column.dim() - 1))[
+            : options.tokens
+        ]
+        for column in states
+    ]
     head = teacher.get_output_embeddings().weight.detach().to(dtype)
     return Inputs(states[0].to(dtype), head, states[1].to(dtype), head.clone(), states[2])
 
@@ -293,8 +349,19 @@ def measured_apart(options: Any, name: str, divergence: str, dtype: str, share: 
         "--hidden",
         str(options.hidden),
     ]
-    flags += ["--dtypes", dtype, "--divergences", divergence, "--supervised", str(share), "--memory-of", name]
-    output = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True).stdout
+    flags += [
+        "--dtypes",
+        dtype,
+        "--divergences",
+        divergence,
+        "--supervised",
+        str(share),
+        "--memory-of",
+        name,
+    ]
+    output = subprocess.run(
+        [sys.executable, __file__, *flags], capture_output=True, text=True, check=True
+    ).stdout
     return f"{json.loads(output.splitlines()[-1]):.0f}"
 
 
@@ -304,7 +371,9 @@ def peak_megabytes(options: Any) -> float:
     run = on_compacted(CONTENDERS[name]) if compacted else CONTENDERS[name]
     inputs = mask(load(options, getattr(torch, options.dtypes)), float(options.supervised))
     small = inputs._replace(
-        student_hidden=inputs.student_hidden[:8], teacher_hidden=inputs.teacher_hidden[:8], labels=inputs.labels[:8]
+        student_hidden=inputs.student_hidden[:8],
+        teacher_hidden=inputs.teacher_hidden[:8],
+        labels=inputs.labels[:8],
     )
     run(small, options.divergences)  # what is loaded and made once is not counted
     with open("/proc/self/clear_refs", "w") as file:

@@ -23,7 +23,12 @@ from typing import Any
 from potstill.generation.dataset import write_dataset
 from potstill.generation.filters import cut_off, empty, refusal, repetition_loop
 
-FILTERS = {"empty": empty, "cut_off": cut_off, "repetition_loop": repetition_loop, "refusal": refusal}
+FILTERS = {
+    "empty": empty,
+    "cut_off": cut_off,
+    "repetition_loop": repetition_loop,
+    "refusal": refusal,
+}
 
 
 def write_rows(file: Path, rows: int, words: int) -> None:
@@ -41,7 +46,12 @@ def write_rows(file: Path, rows: int, words: int) -> None:
             said = {0: "", 1: "on and on " * 20}.get(number % 300, text)
             turns = [("user", f"question {number}"), ("assistant", said)]
             messages = [{"role": role, "content": content} for role, content in turns]
-            out.write(json.dumps({"messages": messages, "cut_off": number % 300 == 2, "key": f"{number:032x}"}) + "\n")
+            out.write(
+                json.dumps(
+                    {"messages": messages, "cut_off": number % 300 == 2, "key": f"{number:032x}"}
+                )
+                + "\n"
+            )
 
 
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -55,12 +65,16 @@ def measure(file: Path) -> None:
     seconds = time.perf_counter() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     rows = sum(counts.values())
-    print(f"{rows} rows in {seconds:.0f} s: {rows / seconds:.0f} rows/s, peak memory {peak:.2f} GiB")
+    print(
+        f"{rows} rows in {seconds:.0f} s: {rows / seconds:.0f} rows/s, peak memory {peak:.2f} GiB"
+    )
     print(", ".join(f"{name} {count}" for name, count in counts.items()))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--words", type=int, default=60)
     options = parser.parse_args()

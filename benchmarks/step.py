@@ -29,7 +29,9 @@ WARM_UP = 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", default="runs/demo/data/train/conversations.jsonl")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
@@ -40,29 +42,41 @@ def main() -> None:
         return
     if not Path(options.data).is_file():
         sys.exit(f"{options.data}: not there; run `potstill demo` first, or give --data")
-    names = [name for name in CONTENDERS if not name.startswith("TRL") or importlib.util.find_spec("trl")]
+    names = [
+        name for name in CONTENDERS if not name.startswith("TRL") or importlib.util.find_spec("trl")
+    ]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _, name in itertools.product(range(options.rounds), names):
         flags = ["--data", options.data, "--steps", str(options.steps), "--only", name]
-        output = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(
+            [sys.executable, __file__, *flags], capture_output=True, text=True, check=True
+        ).stdout
         results[name].append(json.loads(output.splitlines()[-1]))
     print_table(results)
 
 
 def print_table(results: dict[str, list[dict[str, float]]]) -> None:
-    seconds = {name: statistics.median(row["seconds"] for row in rows) for name, rows in results.items()}
+    seconds = {
+        name: statistics.median(row["seconds"] for row in rows) for name, rows in results.items()
+    }
     ours = seconds["potstill logits"]
     print("| contender | tokens/s | seconds a step | ours is × faster |\n|---|---|---|---|")
     for name, rows in results.items():
-        print(f"| {name} | {rows[0]['tokens'] / seconds[name]:.0f} | {seconds[name]:.2f} | {seconds[name] / ours:.2f} |")
+        print(
+            f"| {name} | {rows[0]['tokens'] / seconds[name]:.0f} | {seconds[name]:.2f} | {seconds[name] / ours:.2f} |"
+        )
     efficiency = ours / (seconds["teacher forward alone"] + seconds["potstill text"])
-    print(f"\nKD efficiency {efficiency:.2f} (step ÷ (teacher forward + completion-only fused fine-tuning step))")
+    print(
+        f"\nKD efficiency {efficiency:.2f} (step ÷ (teacher forward + completion-only fused fine-tuning step))"
+    )
 
 
 def conversations(options: Any) -> list[dict[str, Any]]:
     from potstill.data import read_conversations
 
-    rows = list(itertools.islice(read_conversations(options.data), BATCH * (options.steps + WARM_UP)))
+    rows = list(
+        itertools.islice(read_conversations(options.data), BATCH * (options.steps + WARM_UP))
+    )
     return [{"messages": row["messages"]} for row in rows]
 
 
@@ -86,7 +100,10 @@ def timed(options: Any, trainer: Any, tokens: int) -> dict[str, float]:
     trainer.add_callback(Clock())
     trainer.train()
     steps = len(times) - WARM_UP
-    return {"seconds": (times[-1] - times[WARM_UP - 1]) / steps, "tokens": tokens / (steps + WARM_UP)}
+    return {
+        "seconds": (times[-1] - times[WARM_UP - 1]) / steps,
+        "tokens": tokens / (steps + WARM_UP),
+    }
 
 
 def arguments(options: Any) -> dict[str, Any]:
@@ -114,7 +131,9 @@ def potstill_step(options: Any, method: str, **more: Any) -> dict[str, float]:
     rows = conversations(options)
     _, counts = tokenize_conversations(rows, tokenizer)
     settings = DistillationConfig(method=method, **arguments(options), **more)
-    trainer = DistillationTrainer(student, teacher, settings, rows, processing_class=tokenizer, teacher_tokenizer=tokenizer)
+    trainer = DistillationTrainer(
+        student, teacher, settings, rows, processing_class=tokenizer, teacher_tokenizer=tokenizer
+    )
     return timed(options, trainer, counts.tokens)
 
 
@@ -177,7 +196,9 @@ def teacher_forward(options: Any) -> dict[str, float]:
         batch = layout([dataset[i] for i in range(start, start + BATCH)])
         begun = time.perf_counter()
         with torch.no_grad():
-            hidden = hidden_states(teacher, {name: tensor for name, tensor in batch.items() if name != "labels"})
+            hidden = hidden_states(
+                teacher, {name: tensor for name, tensor in batch.items() if name != "labels"}
+            )
             supervised(hidden, batch["labels"])[0] @ teacher.get_output_embeddings().weight.T
         times.append(time.perf_counter() - begun)
     return {"seconds": statistics.mean(times[WARM_UP:]), "tokens": counts.tokens / len(times)}

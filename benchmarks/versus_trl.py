@@ -40,7 +40,12 @@ from typing import Any
 import numpy as np
 import transformers
 
-METHODS = {"ours": "potstill logits", "trl": "TRL GKDTrainer", "text": "potstill text", "sft": "TRL SFTTrainer"}
+METHODS = {
+    "ours": "potstill logits",
+    "trl": "TRL GKDTrainer",
+    "text": "potstill text",
+    "sft": "TRL SFTTrainer",
+}
 RIVAL = "trl"
 BATCH = 4
 WARM_UP = 2
@@ -126,7 +131,12 @@ class Judge:
         if self.held_out is None:
             self.teacher, teacher_tokenizer = load_model("demo", dtype="bfloat16")
             self.copy, tokenizer = load_model(self.options.output / "student", dtype="bfloat16")
-            self.held_out = HeldOut(teacher_tokenizer, tokenizer, conversations(self.options, "held_out"), max_length=MAX_LENGTH)
+            self.held_out = HeldOut(
+                teacher_tokenizer,
+                tokenizer,
+                conversations(self.options, "held_out"),
+                max_length=MAX_LENGTH,
+            )
         if student is not None:
             with torch.no_grad():
                 for name, weight in self.copy.named_parameters():
@@ -157,7 +167,9 @@ def run(options: Any, method: str, seed: int) -> Rows:
     student, tokenizer = load_model(options.output / "student", dtype="float32")
     for module in (student.get_input_embeddings(), student.get_output_embeddings()):
         module.requires_grad_(False)
-    dataset, _ = tokenize_conversations(conversations(options, "train"), tokenizer, max_length=MAX_LENGTH)
+    dataset, _ = tokenize_conversations(
+        conversations(options, "train"), tokenizer, max_length=MAX_LENGTH
+    )
     draw = np.random.default_rng(seed)
     order = np.concatenate([draw.permutation(len(dataset)) for _ in range(PASSES)])
     sizes = np.array([len(row["input_ids"]) for row in dataset])[order]
@@ -179,9 +191,15 @@ def run(options: Any, method: str, seed: int) -> Rows:
                 **judge(student),
             }
         )
-        print(f"  {due:g} s, step {step}: {kl(rows[-1]):.4f} nats a token", file=sys.stderr, flush=True)
+        print(
+            f"  {due:g} s, step {step}: {kl(rows[-1]):.4f} nats a token",
+            file=sys.stderr,
+            flush=True,
+        )
 
-    trainer = make_trainer(method, student, tokenizer, dataset.select(order), settings(options, seed))
+    trainer = make_trainer(
+        method, student, tokenizer, dataset.select(order), settings(options, seed)
+    )
     trainer.add_callback(Measure(options.times, record))
     trainer.train()
     return rows
@@ -212,12 +230,20 @@ def settings(options: Any, seed: int) -> dict[str, Any]:
     }
 
 
-def make_trainer(method: str, student: Any, tokenizer: Any, dataset: Any, alike: dict[str, Any]) -> Any:
+def make_trainer(
+    method: str, student: Any, tokenizer: Any, dataset: Any, alike: dict[str, Any]
+) -> Any:
     from potstill import DistillationConfig, DistillationTrainer, load_model
     from potstill.data import BatchLayout
 
     if method == "text":
-        return DistillationTrainer(student, None, DistillationConfig(method="text", **alike), dataset, processing_class=tokenizer)
+        return DistillationTrainer(
+            student,
+            None,
+            DistillationConfig(method="text", **alike),
+            dataset,
+            processing_class=tokenizer,
+        )
     tokenized = {
         "train_dataset": dataset,
         "data_collator": BatchLayout(tokenizer.pad_token_id, packed=False),
@@ -226,14 +252,20 @@ def make_trainer(method: str, student: Any, tokenizer: Any, dataset: Any, alike:
     if method == "sft":
         from trl import SFTConfig, SFTTrainer
 
-        return SFTTrainer(student, SFTConfig(**alike, dataset_kwargs={"skip_prepare_dataset": True}), **tokenized)
+        return SFTTrainer(
+            student, SFTConfig(**alike, dataset_kwargs={"skip_prepare_dataset": True}), **tokenized
+        )
     teacher, teacher_tokenizer = load_model("demo", dtype="bfloat16")
     if method == "trl":
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-        return GKDTrainer(student, teacher, GKDConfig(**alike, lmbda=0.0, beta=0.0, temperature=1.0), **tokenized)
+        return GKDTrainer(
+            student, teacher, GKDConfig(**alike, lmbda=0.0, beta=0.0, temperature=1.0), **tokenized
+        )
     pair = {"processing_class": tokenizer, "teacher_tokenizer": teacher_tokenizer}
-    return DistillationTrainer(student, teacher, DistillationConfig(method="logits", **alike), dataset, **pair)
+    return DistillationTrainer(
+        student, teacher, DistillationConfig(method="logits", **alike), dataset, **pair
+    )
 
 
 def measure_all(options: Any) -> None:
@@ -250,17 +282,26 @@ def measure_all(options: Any) -> None:
             continue
         print(f"{method}, seed {seed}", flush=True)
         flags = ["--only", method, "--seeds", str(seed)]
-        command, quiet = [sys.executable, __file__, *sys.argv[1:], *flags], {**os.environ, "TQDM_DISABLE": "1"}
+        command, quiet = (
+            [sys.executable, __file__, *sys.argv[1:], *flags],
+            {**os.environ, "TQDM_DISABLE": "1"},
+        )
         child = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=quiet, check=False)
         if child.returncode:
-            sys.exit(f"{method}, seed {seed}: failed as written above; finished runs are kept, the same command goes on")
+            sys.exit(
+                f"{method}, seed {seed}: failed as written above; finished runs are kept, the same command goes on"
+            )
         rows = json.loads(child.stdout.splitlines()[-1])
         with results.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def read(results: Path) -> Rows:
-    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.is_file() else []
+    return (
+        [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+        if results.is_file()
+        else []
+    )
 
 
 def kl(row: dict[str, Any]) -> float:
@@ -278,18 +319,32 @@ def difference(ours: dict[int, Any], theirs: dict[int, Any]) -> str:
     nats = np.array([np.subtract(ours[seed]["kl_nats"], theirs[seed]["kl_nats"]) for seed in seeds])
     generator = np.random.default_rng(0)
     seed_draws, conversation_draws = (
-        generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) for count in nats.shape
+        generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+        for count in nats.shape
     )
-    drawn = np.einsum("rs,sc,rc->r", seed_draws / len(seeds), nats, conversation_draws) / (conversation_draws @ tokens)
+    drawn = np.einsum("rs,sc,rc->r", seed_draws / len(seeds), nats, conversation_draws) / (
+        conversation_draws @ tokens
+    )
     low, high = np.percentile(drawn, [2.5, 97.5])
     return f"{nats.mean(0).sum() / tokens.sum():+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def print_table(rows: Rows, times: list[float]) -> None:
     before = next((kl(row) for row in rows if row["method"] == "before"), math.nan)
-    print("", *sorted({row["made_with"] for row in rows}), f"held-out KL before training: {before:.3f} nats a token\n", sep="\n")
+    print(
+        "",
+        *sorted({row["made_with"] for row in rows}),
+        f"held-out KL before training: {before:.3f} nats a token\n",
+        sep="\n",
+    )
     heads = [f"KL at {at:g} s, to TRL" for at in times]
-    print("| " + " | ".join(["", "seeds", *heads, "steps", "tokens/s", "of them learned", "cores had", "peak MB"]) + " |")
+    print(
+        "| "
+        + " | ".join(
+            ["", "seeds", *heads, "steps", "tokens/s", "of them learned", "cores had", "peak MB"]
+        )
+        + " |"
+    )
     print("|---" * (7 + len(times)) + "|")
     for method, name in METHODS.items():
         last = list(by_seed(rows, method, times[-1]).values())
@@ -302,13 +357,25 @@ def print_table(rows: Rows, times: list[float]) -> None:
             paired = method != RIVAL and own.keys() & theirs.keys()
             cells.append(f"{mean:.3f}" + (f", {difference(own, theirs)}" if paired else ""))
         seconds = sum(row["seconds"] for row in last)
-        speeds = [sum(row[f"trained_{kind}"] for row in last) / seconds for kind in ("tokens", "supervised_tokens")]
+        speeds = [
+            sum(row[f"trained_{kind}"] for row in last) / seconds
+            for kind in ("tokens", "supervised_tokens")
+        ]
         share = sum(row["cpu_seconds"] for row in last) / seconds
-        peak = max(row["peak_memory_mb"] for row in by_seed(rows, method, times[0]).values())  # evaluation comes after it
-        more = [f"{np.mean([row['step'] for row in last]):.0f}", *(f"{speed:.0f}" for speed in speeds), f"{share:.2f}", f"{peak}"]
+        peak = max(
+            row["peak_memory_mb"] for row in by_seed(rows, method, times[0]).values()
+        )  # evaluation comes after it
+        more = [
+            f"{np.mean([row['step'] for row in last]):.0f}",
+            *(f"{speed:.0f}" for speed in speeds),
+            f"{share:.2f}",
+            f"{peak}",
+        ]
         print("| " + " | ".join([name, str(len(last)), *cells, *more]) + " |")
     stood_still = sum(row["stood_still_seconds"] for row in rows if row["time"] == times[-1])
-    print(f"\nIntervals 95 %, paired, over seeds and conversations; {stood_still:.0f} s of standing still not counted.")
+    print(
+        f"\nIntervals 95 %, paired, over seeds and conversations; {stood_still:.0f} s of standing still not counted."
+    )
 
 
 def draw_plot(rows: Rows, times: list[float], file: Path) -> None:
@@ -320,8 +387,22 @@ def draw_plot(rows: Rows, times: list[float], file: Path) -> None:
         at = [time for time in times if by_seed(rows, method, time)]
         seeds = [[kl(row) for row in by_seed(rows, method, time).values()] for time in at]
         if at:
-            axes.plot(at, [np.mean(one) for one in seeds], color=colour, marker="o", markersize=3, label=METHODS[method])
-            axes.fill_between(at, [min(one) for one in seeds], [max(one) for one in seeds], color=colour, alpha=0.2, linewidth=0)
+            axes.plot(
+                at,
+                [np.mean(one) for one in seeds],
+                color=colour,
+                marker="o",
+                markersize=3,
+                label=METHODS[method],
+            )
+            axes.fill_between(
+                at,
+                [min(one) for one in seeds],
+                [max(one) for one in seeds],
+                color=colour,
+                alpha=0.2,
+                linewidth=0,
+            )
     axes.set(xscale="log", xlabel="seconds of training", ylabel="held-out KL, nats a token")
     axes.set_xticks(times, [f"{time:g}" for time in times])
     axes.minorticks_off()
@@ -336,24 +417,46 @@ def draw_plot(rows: Rows, times: list[float], file: Path) -> None:
 
 def made_with(options: Any) -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.is_file() else None
+    found = (
+        re.search(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8"))
+        if cpuinfo.is_file()
+        else None
+    )
     cores = f"{found[1] if found else platform.processor()}, {options.threads} threads on {os.cpu_count()} cores"
-    installed = [name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)]
+    installed = [
+        name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)
+    ]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in installed)
     return f"{cores}; {versions}; learning rate {options.learning_rate:g}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-from", type=Path, default=Path("runs/demo"), help="the demo's run folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data-from", type=Path, default=Path("runs/demo"), help="the demo's run folder"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/versus_trl"))
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
-    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2, 3, 4])
-    parser.add_argument("--times", type=lambda text: sorted(map(float, text.split(","))), default=[30.0, 60.0, 120.0, 240.0])
+    parser.add_argument(
+        "--seeds",
+        type=lambda text: [int(part) for part in text.split(",")],
+        default=[0, 1, 2, 3, 4],
+    )
+    parser.add_argument(
+        "--times",
+        type=lambda text: sorted(map(float, text.split(","))),
+        default=[30.0, 60.0, 120.0, 240.0],
+    )
     parser.add_argument("--held-out", type=int, help="measure on so many conversations; all")
-    parser.add_argument("--learning-rate", type=float, default=2e-4, help="6e-4 stands still after a minute")
+    parser.add_argument(
+        "--learning-rate", type=float, default=2e-4, help="6e-4 stands still after a minute"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--table", action="store_true", help="print what has been measured, and measure nothing")
+    parser.add_argument(
+        "--table", action="store_true", help="print what has been measured, and measure nothing"
+    )
     parser.add_argument("--plot", type=Path, help="an SVG file; OUTPUT/versus_trl.svg")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -379,11 +482,17 @@ def refuse(parser: argparse.ArgumentParser, options: Any) -> None:
     """Say what is missing before anything is measured."""
     unknown = set(options.methods) - METHODS.keys()
     if unknown:
-        parser.error(f"unknown methods {', '.join(sorted(unknown))}; known are {', '.join(METHODS)}")
+        parser.error(
+            f"unknown methods {', '.join(sorted(unknown))}; known are {', '.join(METHODS)}"
+        )
     if {"trl", "sft"} & set(options.methods) and not importlib.util.find_spec("trl"):
-        parser.error("TRL is not installed: pip install --no-deps trl==1.16.0, or leave it out with --methods ours,text")
+        parser.error(
+            "TRL is not installed: pip install --no-deps trl==1.16.0, or leave it out with --methods ours,text"
+        )
     if not (options.data_from / "data" / "held_out" / "conversations.jsonl").is_file():
-        parser.error(f"{options.data_from}: no data there; run `potstill demo` first, or name its folder with --data-from")
+        parser.error(
+            f"{options.data_from}: no data there; run `potstill demo` first, or name its folder with --data-from"
+        )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,10 @@ from potstill import alignment, baselines, cli, losses
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
+PAGES = {
+    str(path.relative_to(DOCS)): path.read_text(encoding="utf-8")
+    for path in sorted(DOCS.rglob("*.md"))
+}
 BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>[^:\n]+): [^\n]+ -->\n)?"
     r"^```python\n(?P<program>.+?)^```$"
@@ -35,7 +38,11 @@ MARKS = {None, "slow", "not run"}
 def blocks(*marks: str | None) -> list[object]:
     """The blocks so marked, as parameters named by page and line."""
     return [
-        pytest.param(match["program"], match["output"], id=f"{page}:{text.count(chr(10), 0, match.start('program'))}")
+        pytest.param(
+            match["program"],
+            match["output"],
+            id=f"{page}:{text.count(chr(10), 0, match.start('program'))}",
+        )
         for page, text in PAGES.items()
         for match in BLOCK.finditer(text)
         if match["mark"] in marks
@@ -44,12 +51,24 @@ def blocks(*marks: str | None) -> list[object]:
 
 def commands(program: str) -> list[tuple[str, str]]:
     """Every line of the pages' bash and indented code that begins with this command, and its page."""
-    code = {page: [*re.findall(r"^ {4}(.+)$", text, re.MULTILINE), *bash_lines(text)] for page, text in PAGES.items()}
-    return [(page, line) for page, lines in code.items() for line in lines if line.startswith(f"{program} ")]
+    code = {
+        page: [*re.findall(r"^ {4}(.+)$", text, re.MULTILINE), *bash_lines(text)]
+        for page, text in PAGES.items()
+    }
+    return [
+        (page, line)
+        for page, lines in code.items()
+        for line in lines
+        if line.startswith(f"{program} ")
+    ]
 
 
 def bash_lines(text: str) -> list[str]:
-    return [line for fence in re.findall(r"^```bash\n(.+?)^```$", text, re.MULTILINE | re.DOTALL) for line in fence.splitlines()]
+    return [
+        line
+        for fence in re.findall(r"^```bash\n(.+?)^```$", text, re.MULTILINE | re.DOTALL)
+        for line in fence.splitlines()
+    ]
 
 
 def run(program: str, output: str | None, printed: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +87,11 @@ def test_a_block_of_python_runs_and_prints_what_the_page_says(
 @pytest.mark.slow
 @pytest.mark.parametrize(("program", "output"), blocks("slow"))
 def test_a_slow_block_of_python_runs(
-    program: str, output: str | None, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    program: str,
+    output: str | None,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run(program, output, capsys)
@@ -106,7 +129,10 @@ def test_every_public_name_stands_in_the_reference(module: object) -> None:
 
 def test_every_name_of_the_package_itself_stands_in_the_reference() -> None:
     described = set(re.findall(r"^::: potstill\.(\w+)$", PAGES["api/training.md"], re.MULTILINE))
-    assert described == set(potstill.__all__) - {"alignment", "losses"}  # which have pages of their own
+    assert described == set(potstill.__all__) - {
+        "alignment",
+        "losses",
+    }  # which have pages of their own
 
 
 def test_the_reference_lists_every_field_of_the_configuration_with_its_default() -> None:
@@ -114,7 +140,14 @@ def test_the_reference_lists_every_field_of_the_configuration_with_its_default()
 
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     listed = dict(re.findall(r"^\| `(\w+)` \| `(.+?)` \|", PAGES["api/training.md"], re.MULTILINE))
-    ours = [field for field in dataclasses.fields(potstill.DistillationConfig) if field.name not in inherited]
+    ours = [
+        field
+        for field in dataclasses.fields(potstill.DistillationConfig)
+        if field.name not in inherited
+    ]
     assert listed == {
-        field.name: str(field.default) if not isinstance(field.default, str) else f'"{field.default}"' for field in ours
+        field.name: str(field.default)
+        if not isinstance(field.default, str)
+        else f'"{field.default}"'
+        for field in ours
     }

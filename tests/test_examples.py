@@ -14,12 +14,21 @@ ACROSS = "distiller_llama32_3B_to_tinyllama_logits"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [path for path in EXAMPLES if path.stem != ACROSS], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "script", [path for path in EXAMPLES if path.stem != ACROSS], ids=lambda path: path.stem
+)
 def test_the_demo_brings_the_student_closer_to_its_teacher(script: Path, tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, str(script), "--demo"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=900
+        [sys.executable, str(script), "--demo"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=900,
     )
-    measured = re.findall(r"^(?:before|after): (?:KL|cross-entropy) ([\d.]+) nats", run.stdout, re.MULTILINE)
+    measured = re.findall(
+        r"^(?:before|after): (?:KL|cross-entropy) ([\d.]+) nats", run.stdout, re.MULTILINE
+    )
     before, after = map(float, measured)
     assert after < 0.7 * before
 
@@ -28,9 +37,17 @@ def test_the_demo_brings_the_student_closer_to_its_teacher(script: Path, tmp_pat
 def test_across_tokenizers_pieces_help_and_the_padded_last_token_does_not(tmp_path: Path) -> None:
     (script,) = (path for path in EXAMPLES if path.stem == ACROSS)
     run = subprocess.run(
-        [sys.executable, str(script), "--demo"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=900
+        [sys.executable, str(script), "--demo"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=900,
     )
-    found = {name: float(bits) for name, bits in re.findall(r"^(\w+): ([\d.]+) bits per byte", run.stdout, re.MULTILINE)}
+    found = {
+        name: float(bits)
+        for name, bits in re.findall(r"^(\w+): ([\d.]+) bits per byte", run.stdout, re.MULTILINE)
+    }
     assert found["pieces"] < 0.9 * found["before"]
     assert found["last_token_padded"] > found["pieces"]
 

@@ -157,7 +157,8 @@ def test_the_python_api_trains_evaluates_and_compares(pair_folder: Path) -> None
         "teacher", "student", conversations(40), output_dir="run", device="cpu", **settings
     )
     assert run.report.is_file()
-    assert len(run.tokenizer) and run.student.num_parameters()
+    assert len(run.tokenizer)
+    assert run.student.num_parameters()
     before, after = run.evaluation_before, run.evaluation
     assert after["kl_nats_per_token"] < before["kl_nats_per_token"]
     held_out = conversations(12)

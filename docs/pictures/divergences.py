@@ -16,7 +16,13 @@ from potstill.losses import DIVERGENCES
 
 TOKENS = torch.arange(60.0)
 TEACHER = torch.logsumexp(
-    torch.stack([torch.tensor(weight).log() - (TOKENS - place) ** 2 / 18 for weight, place in ((0.6, 17.0), (0.4, 42.0))]), 0
+    torch.stack(
+        [
+            torch.tensor(weight).log() - (TOKENS - place) ** 2 / 18
+            for weight, place in ((0.6, 17.0), (0.4, 42.0))
+        ]
+    ),
+    0,
 )[None]
 
 
@@ -36,8 +42,17 @@ def best_student(divergence: Callable[..., Tensor]) -> Tensor:
 def main() -> None:
     figure, grid = plt.subplots(2, 3, figsize=(9, 3.6), sharex=True, sharey=True)
     for axes, (name, divergence) in zip(grid.flat, DIVERGENCES.items(), strict=True):
-        axes.fill_between(TOKENS, TEACHER[0].softmax(-1), color="#c6dbef", step="mid", label="teacher")
-        axes.step(TOKENS, best_student(divergence), where="mid", color="#d94801", linewidth=1.4, label="student")
+        axes.fill_between(
+            TOKENS, TEACHER[0].softmax(-1), color="#c6dbef", step="mid", label="teacher"
+        )
+        axes.step(
+            TOKENS,
+            best_student(divergence),
+            where="mid",
+            color="#d94801",
+            linewidth=1.4,
+            label="student",
+        )
         axes.set_title(name, fontsize=9, family="monospace")
         axes.set_xticks([])
         axes.set_yticks([])

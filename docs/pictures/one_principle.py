@@ -45,23 +45,48 @@ def main() -> None:
         y = len(PARTITIONS) - 1 - row
         for number, cell in enumerate(cells):
             left, right = edges[cell[0]], edges[cell[-1] + 1]
-            axes.barh(y, right - left, left=left, height=0.6, color=COLOURS[number], edgecolor="black", linewidth=1.4)
+            axes.barh(
+                y,
+                right - left,
+                left=left,
+                height=0.6,
+                color=COLOURS[number],
+                edgecolor="black",
+                linewidth=1.4,
+            )
             for token in cell:
                 if token != cell[0]:
-                    axes.plot([edges[token]] * 2, [y - 0.3, y + 0.3], color="black", linewidth=0.6, linestyle=(0, (2, 2)))
+                    axes.plot(
+                        [edges[token]] * 2,
+                        [y - 0.3, y + 0.3],
+                        color="black",
+                        linewidth=0.6,
+                        linestyle=(0, (2, 2)),
+                    )
         axes.text(-0.02, y, name, ha="right", va="center", fontsize=9)
         variance = gradient_variance(cells)
         axes.barh(y, variance * 0.4, left=1.06, height=0.25, color="#636363")
         axes.text(1.075 + variance * 0.4, y, f"{variance:.2f}", va="center", fontsize=9)
     top = len(PARTITIONS) - 0.55
     for token, name in enumerate(TOKENS):
-        axes.text((edges[token] + edges[token + 1]) / 2, top, name, ha="center", fontsize=9, family="monospace")
+        axes.text(
+            (edges[token] + edges[token + 1]) / 2,
+            top,
+            name,
+            ha="center",
+            fontsize=9,
+            family="monospace",
+        )
     axes.text(-0.02, top, "the teacher's q", ha="right", fontsize=9)
     axes.text(1.06, top, "variance of the gradient", fontsize=9)
     axes.set_axis_off()
     axes.set_xlim(-0.3, 1.42)
     plt.rcParams["svg.hashsalt"] = "potstill"
-    figure.savefig(Path(__file__).parents[1] / "one-principle.svg", bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(
+        Path(__file__).parents[1] / "one-principle.svg",
+        bbox_inches="tight",
+        metadata={"Date": None},
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,11 @@ from torch import Tensor
 
 ANSWERS = (8, 16, 32, 64, 128, 256, 512, 1024)
 DRAWS, TOKENS, STEPS = 20, 16, 150
-LINES = {"text at T = 1": "#d94801", "text at T = 0.7": "#fdae6b", "logits on the text at T = 1": "#2171b5"}
+LINES = {
+    "text at T = 1": "#d94801",
+    "text at T = 0.7": "#fdae6b",
+    "logits on the text at T = 1": "#2171b5",
+}
 
 
 def write(teacher: Tensor, answers: int, temperature: float) -> Tensor:
@@ -39,7 +43,11 @@ def learned(targets: Tensor) -> Tensor:
 
 
 def counts(text: Tensor) -> Tensor:
-    return torch.bincount(8 * text[:, :-1].flatten() + text[:, 1:].flatten(), minlength=64).view(8, 8).float()
+    return (
+        torch.bincount(8 * text[:, :-1].flatten() + text[:, 1:].flatten(), minlength=64)
+        .view(8, 8)
+        .float()
+    )
 
 
 def distances(seed: int) -> list[list[float]]:
@@ -51,7 +59,9 @@ def distances(seed: int) -> list[list[float]]:
     for answers in ANSWERS:
         text = counts(write(teacher, answers, 1.0))
         taught = (text, counts(write(teacher, answers, 0.7)), text.sum(-1, keepdim=True) * q.exp())
-        rows.append([float((q.exp() * (q - learned(targets))).sum(-1).mean()) for targets in taught])
+        rows.append(
+            [float((q.exp() * (q - learned(targets))).sum(-1).mean()) for targets in taught]
+        )
     return rows
 
 

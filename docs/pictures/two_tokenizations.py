@@ -29,24 +29,56 @@ def spans(pieces: list[bytes]) -> list[tuple[int, int]]:
 def main(folder: str) -> None:
     teacher, student = load_tokenizer("demo"), LlamaTokenizer.from_pretrained(folder)
     tokens = [token_bytes(teacher), token_bytes(student)]
-    text = "x\n" + TEXT  # so that nothing is a text's first token: SentencePiece begins a text with a blank of its own
+    text = (
+        "x\n" + TEXT
+    )  # so that nothing is a text's first token: SentencePiece begins a text with a blank of its own
     ids = [tokenizer.encode(text, add_special_tokens=False) for tokenizer in (teacher, student)]
     masks = [[True] * len(one) for one in ids]
     cells = VocabularyCells(teacher, student)
-    found = align(ids[0], masks[0], ids[1], masks[1], cells=cells, teacher_tokens=tokens[0], student_tokens=tokens[1])
+    found = align(
+        ids[0],
+        masks[0],
+        ids[1],
+        masks[1],
+        cells=cells,
+        teacher_tokens=tokens[0],
+        student_tokens=tokens[1],
+    )
     assert found is not None
     pieces = [[strings[i] or b"" for i in one] for strings, one in zip(tokens, ids, strict=True)]
     skip = [len(b"".join(one)) - len(TEXT.encode()) for one in pieces]
     figure, axes = plt.subplots(figsize=(13, 2.1))
-    kinds = ["elsewhere" if k < 0 else "interior" if d else "root" for k, d in zip(found.teacher_index, found.depth, strict=True)]
+    kinds = [
+        "elsewhere" if k < 0 else "interior" if d else "root"
+        for k, d in zip(found.teacher_index, found.depth, strict=True)
+    ]
     edges = []
     for row, (one, first) in enumerate(zip(pieces, skip, strict=True)):
-        kept = [(begin - first, end - first, i) for i, (begin, end) in enumerate(spans(one)) if begin >= first]
+        kept = [
+            (begin - first, end - first, i)
+            for i, (begin, end) in enumerate(spans(one))
+            if begin >= first
+        ]
         edges.append({begin for begin, _, _ in kept} | {end for _, end, _ in kept})
         for begin, end, i in kept:
             colour = COLOURS["teacher" if row == 0 else kinds[i]]
-            axes.barh(1 - row, end - begin, left=begin, height=0.62, color=colour, edgecolor="black", linewidth=0.8)
-            axes.text((begin + end) / 2, 1 - row, one[i].decode().replace(" ", "␣"), ha="center", va="center", family="monospace")
+            axes.barh(
+                1 - row,
+                end - begin,
+                left=begin,
+                height=0.62,
+                color=colour,
+                edgecolor="black",
+                linewidth=0.8,
+            )
+            axes.text(
+                (begin + end) / 2,
+                1 - row,
+                one[i].decode().replace(" ", "␣"),
+                ha="center",
+                va="center",
+                family="monospace",
+            )
     for edge in edges[0] & edges[1]:
         axes.axvline(edge, color="black", linewidth=0.6, linestyle=(0, (3, 3)), zorder=0)
     for name, colour in list(COLOURS.items())[:3]:
@@ -57,7 +89,11 @@ def main(folder: str) -> None:
     axes.set_frame_on(False)
     axes.set_xlim(0, len(TEXT.encode()))
     plt.rcParams["svg.hashsalt"] = "potstill"
-    figure.savefig(Path(__file__).parents[1] / "two-tokenizations.svg", bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(
+        Path(__file__).parents[1] / "two-tokenizations.svg",
+        bbox_inches="tight",
+        metadata={"Date": None},
+    )
 
 
 if __name__ == "__main__":

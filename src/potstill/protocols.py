@@ -47,6 +47,7 @@ class CausalLM(Protocol):
     config: Any
     generation_config: Any
     training: bool
+    name_or_path: str
 
     @property
     def device(self) -> torch.device: ...
@@ -62,7 +63,7 @@ class CausalLM(Protocol):
 
     def parameters(self) -> Any: ...
 
-    def named_parameters(self) -> Any: ...
+    def named_parameters(self, *, remove_duplicate: bool = True) -> Any: ...
 
     def named_modules(self) -> Any: ...
 

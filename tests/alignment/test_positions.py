@@ -10,15 +10,28 @@ from alignment.toys import by_range, letters, sentencepiece
 from conftest import toy_tokenizer
 from potstill.alignment import Positions, VocabularyCells, align, cached_cells, token_bytes
 
-LETTERS = letters("abc", "a b", "ab c", "c c", "b c"), letters("abc", "b c", "a bc", "a a", "c c", "cc a")
+LETTERS = (
+    letters("abc", "a b", "ab c", "c c", "b c"),
+    letters("abc", "b c", "a bc", "a a", "c c", "cc a"),
+)
 BYTES = toy_tokenizer(), sentencepiece()
 CELLS = {pair: VocabularyCells(*pair) for pair in (LETTERS, BYTES)}
 
 
-def aligned(pair: Any, teacher_ids: list[int], student_ids: list[int], masks: Any = None) -> Positions | None:
+def aligned(
+    pair: Any, teacher_ids: list[int], student_ids: list[int], masks: Any = None
+) -> Positions | None:
     masks = masks or ([True] * len(teacher_ids), [True] * len(student_ids))
     t, s = map(token_bytes, pair)
-    return align(teacher_ids, masks[0], student_ids, masks[1], cells=CELLS[pair], teacher_tokens=t, student_tokens=s)
+    return align(
+        teacher_ids,
+        masks[0],
+        student_ids,
+        masks[1],
+        cells=CELLS[pair],
+        teacher_tokens=t,
+        student_tokens=s,
+    )
 
 
 def expected(pair: Any, teacher_ids: list[int], student_ids: list[int]) -> list[tuple[int, int]]:
@@ -34,7 +47,11 @@ def expected(pair: Any, teacher_ids: list[int], student_ids: list[int]) -> list[
         for k, v in enumerate(teacher_ids):
             for d in range(i + 1):
                 pieces = cells.segmentation[v]
-                followed = sum(s[: i - d]) == sum(t[:k]) and tuple(student_ids[i - d : i]) == pieces[:d] and d < len(pieces)
+                followed = (
+                    sum(s[: i - d]) == sum(t[:k])
+                    and tuple(student_ids[i - d : i]) == pieces[:d]
+                    and d < len(pieces)
+                )
                 if followed and sum(s[:i]) < sum(t[: k + 1]):
                     place = (k, d)
         found.append(place)
@@ -42,14 +59,20 @@ def expected(pair: Any, teacher_ids: list[int], student_ids: list[int]) -> list[
 
 
 @given(st.text("abc", max_size=12), st.data())
-def test_every_token_finds_the_teachers_token_by_the_definition(text: str, data: st.DataObject) -> None:
+def test_every_token_finds_the_teachers_token_by_the_definition(
+    text: str, data: st.DataObject
+) -> None:
     teacher, student = LETTERS
     cut = data.draw(st.integers(0, len(text)))
-    teacher_ids = teacher.encode(text[:cut]) + teacher.encode(text[cut:])  # a sample need not be as the tokenizer would have it
+    teacher_ids = teacher.encode(text[:cut]) + teacher.encode(
+        text[cut:]
+    )  # a sample need not be as the tokenizer would have it
     student_ids = student.encode(text)
     found = aligned(LETTERS, teacher_ids, student_ids)
     assert found is not None
-    places = [(k, d) if k >= 0 else (-1, 0) for k, d in zip(found.teacher_index, found.depth, strict=True)]
+    places = [
+        (k, d) if k >= 0 else (-1, 0) for k, d in zip(found.teacher_index, found.depth, strict=True)
+    ]
     assert places == expected(LETTERS, teacher_ids, student_ids)
     assert found.roots + found.interiors == sum(k >= 0 for k, _ in places)
 
@@ -71,14 +94,32 @@ def test_the_range_of_each_position_is_that_of_the_pieces_emitted(text: str) -> 
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="▁"), max_size=30)
 HARD = st.lists(
-    st.sampled_from(["\n", "\t", "\r\n", "    ", " ", "中文", "👍🏽", "e\u0301", "the", " the", "<0x0A>", "x", "\u00a0"]),
+    st.sampled_from(
+        [
+            "\n",
+            "\t",
+            "\r\n",
+            "    ",
+            " ",
+            "中文",
+            "👍🏽",
+            "e\u0301",
+            "the",
+            " the",
+            "<0x0A>",
+            "x",
+            "\u00a0",
+        ]
+    ),
     max_size=12,
 ).map("".join)
 
 
 @given(TEXT | HARD)
 def test_any_text_aligns_and_every_root_is_at_the_same_byte(text: str) -> None:
-    teacher_ids, student_ids = (tokenizer.encode(text, add_special_tokens=False) for tokenizer in BYTES)
+    teacher_ids, student_ids = (
+        tokenizer.encode(text, add_special_tokens=False) for tokenizer in BYTES
+    )
     found = aligned(BYTES, teacher_ids, student_ids)
     assert found is not None
     t, s = map(token_bytes, BYTES)
@@ -90,7 +131,10 @@ def test_any_text_aligns_and_every_root_is_at_the_same_byte(text: str) -> None:
 
 
 def test_the_ends_of_turns_are_bridged() -> None:
-    teacher_ids, student_ids = [*BYTES[0].encode("xthe"), 265], [*BYTES[1].encode("xthe", add_special_tokens=False), 2]
+    teacher_ids, student_ids = (
+        [*BYTES[0].encode("xthe"), 265],
+        [*BYTES[1].encode("xthe", add_special_tokens=False), 2],
+    )
     found = aligned(BYTES, teacher_ids, student_ids)
     assert found is not None
     assert (found.teacher_index[-1], found.depth[-1]) == (len(teacher_ids) - 1, 0)
@@ -98,7 +142,10 @@ def test_the_ends_of_turns_are_bridged() -> None:
 
 
 def test_the_end_is_not_bridged_where_a_template_puts_a_blank_before_it() -> None:
-    teacher_ids, student_ids = [*BYTES[0].encode("xt"), 265], [*BYTES[1].encode("xt ", add_special_tokens=False), 2]
+    teacher_ids, student_ids = (
+        [*BYTES[0].encode("xt"), 265],
+        [*BYTES[1].encode("xt ", add_special_tokens=False), 2],
+    )
     found = aligned(BYTES, teacher_ids, student_ids)
     assert found is not None
     assert found.teacher_index == [-1, 0, 1, -1, -1]
@@ -117,7 +164,9 @@ def test_an_empty_answer_teaches_to_end() -> None:
     assert found.teacher_index == [0]
 
 
-def test_texts_that_differ_turns_that_are_missing_and_special_tokens_in_a_text_cannot_be_aligned() -> None:
+def test_texts_that_differ_turns_that_are_missing_and_special_tokens_in_a_text_cannot_be_aligned() -> (
+    None
+):
     assert aligned(BYTES, BYTES[0].encode("the"), BYTES[1].encode("thy")) is None
     assert aligned(BYTES, BYTES[0].encode("the"), []) is None
     assert aligned(BYTES, BYTES[0].encode("a<|im_end|>b"), BYTES[1].encode("a<|im_end|>b")) is None
@@ -125,7 +174,10 @@ def test_texts_that_differ_turns_that_are_missing_and_special_tokens_in_a_text_c
 
 def test_turns_are_aligned_each_with_its_own() -> None:
     teacher_ids, student_ids = [120, 83, 120], [100, 60, 100]
-    t, s = [BYTES[0].convert_tokens_to_ids(c) for c in "xy"], [BYTES[1].convert_tokens_to_ids(c) for c in ("<0x78>", "<0x79>")]
+    t, s = (
+        [BYTES[0].convert_tokens_to_ids(c) for c in "xy"],
+        [BYTES[1].convert_tokens_to_ids(c) for c in ("<0x78>", "<0x79>")],
+    )
     teacher_ids, student_ids = [t[0], t[1], t[0]], [s[0], s[1], s[1], s[0]]
     found = aligned(BYTES, teacher_ids, student_ids, ([1, 0, 1], [1, 0, 0, 1]))
     assert found is not None

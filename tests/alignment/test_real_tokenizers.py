@@ -32,9 +32,18 @@ from potstill.models import load_tokenizer
 
 FOLDER = Path(__file__).parents[2] / ".cache" / "tokenizers"
 FAMILIES = ("llama3", "llama2", "qwen3", "gemma3", "smollm2")
-PAIRS = (("llama3", "llama2"), ("llama3", "smollm2"), ("qwen3", "llama2"), ("gemma3", "smollm2"), ("smollm2", "llama2"))
+PAIRS = (
+    ("llama3", "llama2"),
+    ("llama3", "smollm2"),
+    ("qwen3", "llama2"),
+    ("gemma3", "smollm2"),
+    ("smollm2", "llama2"),
+)
 missing = not (FOLDER / ".ready").is_file() and not os.environ.get("CI")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing, reason="no tokenizers on this disk: run `make tokenizers`")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(missing, reason="no tokenizers on this disk: run `make tokenizers`"),
+]
 
 HARD = (
     *(
@@ -55,14 +64,34 @@ HARD = (
         "\u00a0",
         "\u200b",
     ),
-    *("<0x0A>", "</s>x", "the", " rain", "é", "ﬁ", "x=1", "2024", "'s", "\\n", "→", "q\u0323\u0307"),
+    *(
+        "<0x0A>",
+        "</s>x",
+        "the",
+        " rain",
+        "é",
+        "ﬁ",
+        "x=1",
+        "2024",
+        "'s",
+        "\\n",
+        "→",
+        "q\u0323\u0307",
+    ),
 )
-TEXT = st.lists(st.sampled_from(HARD) | st.text(st.characters(exclude_categories=("Cs",)), max_size=5), max_size=15).map("".join)
+TEXT = st.lists(
+    st.sampled_from(HARD) | st.text(st.characters(exclude_categories=("Cs",)), max_size=5),
+    max_size=15,
+).map("".join)
 
 
 @functools.cache
 def opened(family: str) -> Any:
-    tokenizer = load_tokenizer("demo") if family == "smollm2" else AutoTokenizer.from_pretrained(FOLDER / family)
+    tokenizer = (
+        load_tokenizer("demo")
+        if family == "smollm2"
+        else AutoTokenizer.from_pretrained(FOLDER / family)
+    )
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
     return tokenizer
 
@@ -89,7 +118,10 @@ def as_read(family: str, text: str) -> bytes:
 
 def can_spell(family: str, text: str) -> bool:
     """SmolLM2's vocabulary lacks some bytes (control characters, planes 4 and up) and leaves them out of a text in silence."""
-    return all(bytes([byte]) in tokens_of(family) for byte in set(text.encode())) or family != "smollm2"
+    return (
+        all(bytes([byte]) in tokens_of(family) for byte in set(text.encode()))
+        or family != "smollm2"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,12 +142,21 @@ def test_any_text_aligns_or_is_read_as_other_bytes(pair: tuple[str, str], text: 
     ids = [ids_of(family, text) for family in pair]
     masks = [[True] * len(one) for one in ids]
     t, s = map(tokens_of, pair)
-    found = align(ids[0], masks[0], ids[1], masks[1], cells=cells_of(*pair), teacher_tokens=t, student_tokens=s)
+    found = align(
+        ids[0],
+        masks[0],
+        ids[1],
+        masks[1],
+        cells=cells_of(*pair),
+        teacher_tokens=t,
+        student_tokens=s,
+    )
     if found is None:
         assert as_read(pair[0], text) != as_read(pair[1], text)
         return
     ahead = [
-        [b"".join(tokens[i] or b"" for i in one[k:]) for k in range(len(one))] for tokens, one in zip((t, s), ids, strict=True)
+        [b"".join(tokens[i] or b"" for i in one[k:]) for k in range(len(one))]
+        for tokens, one in zip((t, s), ids, strict=True)
     ]
     for i, k in enumerate(found.teacher_index):
         if k >= 0:
@@ -128,7 +169,9 @@ def test_the_fast_path_is_the_dense_reference(pair: tuple[str, str]) -> None:
     q = torch.rand(len(cells.teacher_cells), dtype=torch.float64)
     prefixes = {pieces[:d] for pieces in cells.segmentation[::997] for d in range(len(pieces))}
     for emitted in sorted(prefixes)[:40]:
-        torch.testing.assert_close(by_range(cells, q, emitted), cells.target(q, emitted), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            by_range(cells, q, emitted), cells.target(q, emitted), rtol=0, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
@@ -148,20 +191,45 @@ def test_with_the_same_tokenizer_every_cell_is_the_tokens_of_one_byte_string(fam
 
 
 def prose() -> list[str]:
-    modules = (argparse, ast, collections, datetime, inspect, logging, random, statistics, subprocess, textwrap, threading)
-    docs = [inspect.getdoc(value) or "" for module in modules for value in (module, *vars(module).values()) if callable(value)]
+    modules = (
+        argparse,
+        ast,
+        collections,
+        datetime,
+        inspect,
+        logging,
+        random,
+        statistics,
+        subprocess,
+        textwrap,
+        threading,
+    )
+    docs = [
+        inspect.getdoc(value) or ""
+        for module in modules
+        for value in (module, *vars(module).values())
+        if callable(value)
+    ]
     lines = [" ".join(paragraph.split()) for doc in docs for paragraph in doc.split("\n\n")]
     return sorted({line for line in lines if len(line) > 250 and ">>>" not in line})
 
 
 def code() -> list[str]:
-    return [inspect.getsource(module) for module in (argparse, ast, datetime, functools, inspect, textwrap)]
+    return [
+        inspect.getsource(module)
+        for module in (argparse, ast, datetime, functools, inspect, textwrap)
+    ]
 
 
 @pytest.mark.parametrize("texts", [prose, code])
 def test_llama_3_has_a_prediction_for_nearly_all_of_a_text_in_llama_2s_tokens(texts: Any) -> None:
-    rows = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]} for text in texts()]
+    rows = [
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]}
+        for text in texts()
+    ]
     teacher, student = map(opened, ("llama3", "llama2"))
-    _, counts = tokenize_pairs(rows, teacher, student, cells_of("llama3", "llama2"), max_length=10**6)
+    _, counts = tokenize_pairs(
+        rows, teacher, student, cells_of("llama3", "llama2"), max_length=10**6
+    )
     assert counts.with_target >= 0.99
     assert counts.disagreeing_roots <= 0.01 * counts.roots

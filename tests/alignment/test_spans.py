@@ -20,19 +20,30 @@ def two_cuts(draw: st.DrawFn) -> tuple[list[bytes], list[bytes]]:
 
 
 @given(two_cuts())
-def test_groups_cover_all_tokens_with_equal_bytes_and_none_can_be_split(cuts: tuple[list[bytes], list[bytes]]) -> None:
+def test_groups_cover_all_tokens_with_equal_bytes_and_none_can_be_split(
+    cuts: tuple[list[bytes], list[bytes]],
+) -> None:
     teacher, student = cuts
     found = groups(teacher, student)
-    assert [i for g in found for i in range(g.teacher_start, g.teacher_stop)] == list(range(len(teacher)))
-    assert [i for g in found for i in range(g.student_start, g.student_stop)] == list(range(len(student)))
+    assert [i for g in found for i in range(g.teacher_start, g.teacher_stop)] == list(
+        range(len(teacher))
+    )
+    assert [i for g in found for i in range(g.student_start, g.student_stop)] == list(
+        range(len(student))
+    )
     for g in found:
-        ours, theirs = teacher[g.teacher_start : g.teacher_stop], student[g.student_start : g.student_stop]
+        ours, theirs = (
+            teacher[g.teacher_start : g.teacher_stop],
+            student[g.student_start : g.student_stop],
+        )
         assert b"".join(ours) == b"".join(theirs)
         assert not {*boundaries(ours)[1:-1]} & {*boundaries(theirs)[1:-1]}
 
 
 @given(two_cuts())
-def test_the_covering_token_holds_the_byte_at_the_offset(cuts: tuple[list[bytes], list[bytes]]) -> None:
+def test_the_covering_token_holds_the_byte_at_the_offset(
+    cuts: tuple[list[bytes], list[bytes]],
+) -> None:
     offsets = boundaries(cuts[0])
     places = [-1, *boundaries(cuts[1])]
     for offset, k in zip(places, covering(offsets, places), strict=True):

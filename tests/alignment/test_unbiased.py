@@ -21,9 +21,15 @@ from potstill.alignment import PieceCells, VocabularyCells, align, token_bytes
 DOUBLE = torch.float64
 WORDS = ("- a", "- b", "-a b", "-ab a", "-ab b", "a a", "-b aa", "-b a")
 PAIRS = {
-    "whole words for pieces of words": (letters("-ab", *WORDS, words=True), letters("-ab", "- a", "b a", "a b", words=True)),
+    "whole words for pieces of words": (
+        letters("-ab", *WORDS, words=True),
+        letters("-ab", "- a", "b a", "a b", words=True),
+    ),
     "tokens for letters": (letters("ab", "a b", "b b", "ab b"), letters("ab")),
-    "the same tokens": (letters("-ab", "- a", "- b", "-a b", words=True), letters("-ab", "- a", "- b", "-a b", words=True)),
+    "the same tokens": (
+        letters("-ab", "- a", "- b", "-a b", words=True),
+        letters("-ab", "- a", "- b", "-a b", words=True),
+    ),
 }
 CELLS = {"cells": lambda cells: cells, "pieces": PieceCells}
 LENGTH = 3
@@ -33,7 +39,12 @@ class Teacher:
     """A distribution over the next token for everything written so far; after ``LENGTH`` tokens it stops."""
 
     def __init__(self, tokenizer: Any, usable: list[int], seed: int = 0) -> None:
-        self.size, self.usable, self.stop, self.seed = len(tokenizer), usable, tokenizer.eos_token_id, seed
+        self.size, self.usable, self.stop, self.seed = (
+            len(tokenizer),
+            usable,
+            tokenizer.eos_token_id,
+            seed,
+        )
 
     def __call__(self, written: tuple[int, ...]) -> Tensor:
         q = torch.zeros(self.size, dtype=DOUBLE)
@@ -45,7 +56,9 @@ class Teacher:
             q[v] = rng.expovariate(1)
         return q / q.sum()
 
-    def texts(self, written: tuple[int, ...] = (), probability: float = 1.0) -> Iterator[tuple[tuple[int, ...], float]]:
+    def texts(
+        self, written: tuple[int, ...] = (), probability: float = 1.0
+    ) -> Iterator[tuple[tuple[int, ...], float]]:
         """Every sequence it can write, its stop token included, and how probable that is."""
         for v, chance in enumerate(self(written).tolist()):
             if chance and v == self.stop:
@@ -71,18 +84,32 @@ def completed_target(t: Tensor, p: Tensor, u: int, seen: int, cells: VocabularyC
     return t[cell] * within + chosen - same * within
 
 
-def gradients(pair: tuple[Any, Any], kind: str, student: Any = any_student) -> Iterator[tuple[Any, float, int, Tensor, Tensor]]:
+def gradients(
+    pair: tuple[Any, Any], kind: str, student: Any = any_student
+) -> Iterator[tuple[Any, float, int, Tensor, Tensor]]:
     """For every text and position: what precedes, the text's probability, the token, and the gradients of text and of cells."""
     teacher_tokenizer, student_tokenizer = pair
     cells = CELLS[kind](VocabularyCells(*pair))
     strings, pieces = token_bytes(teacher_tokenizer), token_bytes(student_tokenizer)
-    usable = [v for v, string in enumerate(strings) if string and (string.startswith(b"-") or b"-" not in strings)]
+    usable = [
+        v
+        for v, string in enumerate(strings)
+        if string and (string.startswith(b"-") or b"-" not in strings)
+    ]
     teacher = Teacher(teacher_tokenizer, usable)
     for ids, probability in teacher.texts():
         text = b"".join(strings[v] or b"" for v in ids).decode()
         student_ids = [*student_tokenizer.encode(text), student_tokenizer.eos_token_id]
         masks = [True] * len(ids), [True] * len(student_ids)
-        found = align(ids, masks[0], student_ids, masks[1], cells=cells, teacher_tokens=strings, student_tokens=pieces)
+        found = align(
+            ids,
+            masks[0],
+            student_ids,
+            masks[1],
+            cells=cells,
+            teacher_tokens=strings,
+            student_tokens=pieces,
+        )
         assert found is not None
         for i, u in enumerate(student_ids):
             before = tuple(student_ids[:i])
@@ -91,7 +118,9 @@ def gradients(pair: tuple[Any, Any], kind: str, student: Any = any_student) -> I
             chosen[u] = 1
             target = chosen
             if found.teacher_index[i] >= 0:
-                t = by_range(cells, teacher(ids[: found.teacher_index[i]]), before[i - found.depth[i] :])
+                t = by_range(
+                    cells, teacher(ids[: found.teacher_index[i]]), before[i - found.depth[i] :]
+                )
                 target = completed_target(t, p, u, found.cell[i], cells)
                 torch.testing.assert_close(target.sum(), torch.ones((), dtype=DOUBLE))
             yield before, probability, u, p - chosen, p - target
@@ -107,13 +136,19 @@ def noise(pair: tuple[Any, Any], kind: str) -> tuple[float, float]:
     for before, probability, _, text, cell in gradients(pair, kind):
         for place, term in enumerate((1.0, text, cell, text**2, cell**2)):
             totals[before][place] = totals[before][place] + probability * term
-    of_text = sum(float((square - mean**2 / weight).sum()) for weight, mean, _, square, _ in totals.values())
-    of_cells = sum(float((square - mean**2 / weight).sum()) for weight, _, mean, _, square in totals.values())
+    of_text = sum(
+        float((square - mean**2 / weight).sum()) for weight, mean, _, square, _ in totals.values()
+    )
+    of_cells = sum(
+        float((square - mean**2 / weight).sum()) for weight, _, mean, _, square in totals.values()
+    )
     return of_text, of_cells
 
 
 @every_pair
-def test_pieces_are_no_noisier_than_cells_and_half_as_noisy_where_words_are_cut_in_pieces(pair: tuple[Any, Any]) -> None:
+def test_pieces_are_no_noisier_than_cells_and_half_as_noisy_where_words_are_cut_in_pieces(
+    pair: tuple[Any, Any],
+) -> None:
     (text, cells), (_, pieces) = (noise(pair, kind) for kind in CELLS)
     assert pieces <= cells + 1e-12
     if pair is PAIRS["whole words for pieces of words"]:
@@ -142,12 +177,16 @@ def test_the_mean_gradient_is_that_of_text_and_the_variance_at_each_position_is_
 
 @every_pair
 @both_kinds
-def test_a_student_equal_to_the_teacher_over_bytes_has_no_expected_gradient(pair: tuple[Any, Any], kind: str) -> None:
+def test_a_student_equal_to_the_teacher_over_bytes_has_no_expected_gradient(
+    pair: tuple[Any, Any], kind: str
+) -> None:
     writes: dict[Any, Tensor] = defaultdict(lambda: torch.zeros(len(pair[1]), dtype=DOUBLE))
     for before, probability, u, _, _ in gradients(pair, kind):
         writes[before][u] += probability
     totals: dict[Any, Any] = defaultdict(float)
-    for before, probability, _, _, cell in gradients(pair, kind, lambda before, _: writes[before] / writes[before].sum()):
+    for before, probability, _, _, cell in gradients(
+        pair, kind, lambda before, _: writes[before] / writes[before].sum()
+    ):
         totals[before] = totals[before] + probability * cell
     for total in totals.values():
         torch.testing.assert_close(total, torch.zeros_like(total), rtol=0, atol=1e-12)

@@ -10,7 +10,11 @@ from potstill.errors import VocabularyMismatch
 
 def test_the_same_tokenizer_is_the_same() -> None:
     compared = compare_vocabularies(toy_tokenizer(), toy_tokenizer())
-    assert (compared.relation, compared.shared_rows, compared.first_difference) == ("same", 266, None)
+    assert (compared.relation, compared.shared_rows, compared.first_difference) == (
+        "same",
+        266,
+        None,
+    )
     assert compared.shared_tokens == compared.teacher_tokens == compared.student_tokens == 266
 
 
@@ -24,7 +28,9 @@ def test_the_same_tokens_under_other_ids_are_permuted_and_refused_by_the_first()
     one, other = letters("ab", "a b"), letters("ab", "a b", shift=1)
     compared = compare_vocabularies(one, other)
     assert (compared.relation, compared.first_difference) == ("permuted", (0, "a", "b"))
-    with pytest.raises(VocabularyMismatch, match="id 0 is 'a' in the teacher's and 'b' in the student's"):
+    with pytest.raises(
+        VocabularyMismatch, match="id 0 is 'a' in the teacher's and 'b' in the student's"
+    ):
         shared_rows(one, other)
 
 

@@ -22,19 +22,28 @@ def letters(alphabet: str, *merges: str, words: bool = False, shift: int = 0) ->
     vocabulary = [*alphabet, *(merge.replace(" ", "") for merge in merges)]
     vocabulary = vocabulary[shift:] + vocabulary[:shift]
     tokenizer = Tokenizer(
-        models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[tuple(m.split()) for m in merges])
+        models.BPE(
+            vocab={token: i for i, token in enumerate(vocabulary)},
+            merges=[tuple(m.split()) for m in merges],
+        )
     )
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split = pre_tokenizers.Split(Regex("-[^-]*"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level] if words else [byte_level])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, byte_level] if words else [byte_level]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", additional_special_tokens=["<other>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", additional_special_tokens=["<other>"]
+    )
 
 
 def sentencepiece(*merges: str, prepend: str = "always", literal: tuple[str, ...] = ()) -> Any:
     """BPE in SentencePiece's manner: "▁" for a blank, a dummy prefix, bytes where a character is not known."""
     merges = merges or ("▁ t", "h e", "▁t he", "i n", "▁ ▁")
-    characters = sorted({character for merge in merges for character in merge if character != " "} | set("<0xA>"))
+    characters = sorted(
+        {character for merge in merges for character in merge if character != " "} | set("<0xA>")
+    )
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
     tokens += [merge.replace(" ", "") for merge in merges]
     tokenizer = Tokenizer(
@@ -46,19 +55,36 @@ def sentencepiece(*merges: str, prepend: str = "always", literal: tuple[str, ...
             byte_fallback=True,
         )
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=prepend, split=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement="▁", prepend_scheme=prepend, split=False
+    )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in literal])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     fast.chat_template = LLAMA_2
     return fast
 
 
 def unigram() -> Any:
     """A Unigram model without byte fallback."""
-    pieces = [("<unk>", 0.0), ("▁", -2.0), ("▁the", -3.0), ("t", -5.0), ("h", -5.0), ("e", -5.0), ("é", -6.0)]
+    pieces = [
+        ("<unk>", 0.0),
+        ("▁", -2.0),
+        ("▁the", -3.0),
+        ("t", -5.0),
+        ("h", -5.0),
+        ("e", -5.0),
+        ("é", -6.0),
+    ]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace()

@@ -9,17 +9,28 @@ import torch
 
 from alignment.test_cells import PAIRS
 from alignment.toys import letters
-from potstill.alignment import BytePrefixCells, PushForwardCells, StrictCells, VocabularyCells, align, token_bytes
+from potstill.alignment import (
+    BytePrefixCells,
+    PushForwardCells,
+    StrictCells,
+    VocabularyCells,
+    align,
+    token_bytes,
+)
 
 pairs = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 
 
 def likelihoods(cells: VocabularyCells) -> torch.Tensor:
-    return torch.rand(len(cells.teacher_cells), dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(0)
+    return torch.rand(
+        len(cells.teacher_cells), dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).softmax(0)
 
 
 @pairs
-def test_push_forward_sends_each_tokens_mass_to_its_next_piece_and_keeps_what_ends(pair: tuple[Any, Any]) -> None:
+def test_push_forward_sends_each_tokens_mass_to_its_next_piece_and_keeps_what_ends(
+    pair: tuple[Any, Any],
+) -> None:
     base = VocabularyCells(*pair)
     cells, q = PushForwardCells(base), likelihoods(base)
     for emitted in {pieces[:d] for pieces in base.segmentation for d in range(len(pieces))}:
@@ -28,11 +39,15 @@ def test_push_forward_sends_each_tokens_mass_to_its_next_piece_and_keeps_what_en
             if pieces and pieces[: len(emitted)] == emitted:
                 going_on = len(pieces) > len(emitted)
                 expected[int(cells.student_cells[pieces[len(emitted)]]) if going_on else -1] += q[v]
-        torch.testing.assert_close(cells.target(q, emitted), expected / expected.sum(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            cells.target(q, emitted), expected / expected.sum(), rtol=0, atol=1e-12
+        )
 
 
 @pairs
-def test_byte_prefixes_send_it_to_the_longest_token_that_the_rest_begins_with(pair: tuple[Any, Any]) -> None:
+def test_byte_prefixes_send_it_to_the_longest_token_that_the_rest_begins_with(
+    pair: tuple[Any, Any],
+) -> None:
     base, (teacher, student) = VocabularyCells(*pair), map(token_bytes, pair)
     cells, q = BytePrefixCells(base, teacher, student), likelihoods(base)
     for emitted in {pieces[:d] for pieces in base.segmentation for d in range(len(pieces))}:
@@ -43,11 +58,17 @@ def test_byte_prefixes_send_it_to_the_longest_token_that_the_rest_begins_with(pa
                 expected[int(cells.student_cells[base.segmentation[v][0]])] += q[v]
             elif string is not None and string.startswith(written):
                 rest = string[len(written) :]
-                longest = max((u for u in student if u and rest.startswith(u)), key=len, default=None)
+                longest = max(
+                    (u for u in student if u and rest.startswith(u)), key=len, default=None
+                )
                 places = [u for u, found in enumerate(student) if found == longest and longest]
-                place = next((u for u in places if (u,) in base.segmentation), places[0] if places else -1)
+                place = next(
+                    (u for u in places if (u,) in base.segmentation), places[0] if places else -1
+                )
                 expected[int(cells.student_cells[place]) if places else -1] += q[v]
-        torch.testing.assert_close(cells.target(q, emitted), expected / expected.sum(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            cells.target(q, emitted), expected / expected.sum(), rtol=0, atol=1e-12
+        )
 
 
 @pairs
@@ -61,21 +82,38 @@ def test_strict_cells_are_the_tokens_of_equal_bytes(pair: tuple[Any, Any]) -> No
                 (u,) = cells.segmentation[v]
                 assert student[u] == string
                 assert cells.student_cells[u] == cells.teacher_cells[v]
-    assert int(cells.student_cells.max()) + 1 == cells.count == int((cells.student_cells >= 0).sum())
+    assert (
+        int(cells.student_cells.max()) + 1 == cells.count == int((cells.student_cells >= 0).sum())
+    )
 
 
-def positions(cells: VocabularyCells, pair: tuple[Any, Any], text: str) -> list[tuple[bytes | None, bool]]:
+def positions(
+    cells: VocabularyCells, pair: tuple[Any, Any], text: str
+) -> list[tuple[bytes | None, bool]]:
     """Each student token of a text, and whether it has a target."""
     strings = [token_bytes(tokenizer) for tokenizer in pair]
     ids = [tokenizer.encode(text) for tokenizer in pair]
     masks = [[True] * len(one) for one in ids]
-    found = align(ids[0], masks[0], ids[1], masks[1], cells=cells, teacher_tokens=strings[0], student_tokens=strings[1])
+    found = align(
+        ids[0],
+        masks[0],
+        ids[1],
+        masks[1],
+        cells=cells,
+        teacher_tokens=strings[0],
+        student_tokens=strings[1],
+    )
     assert found is not None
     return [(strings[1][u], k >= 0) for u, k in zip(ids[1], found.teacher_index, strict=True)]
 
 
-def test_a_token_that_spans_the_teachers_boundary_has_a_target_of_nothing_under_push_forward_and_the_text_under_cells() -> None:
-    pair = letters("abc", "a b"), letters("abc", "a b", "ab c")  # "abc" is "ab" + "c" to the teacher and one token to the student
+def test_a_token_that_spans_the_teachers_boundary_has_a_target_of_nothing_under_push_forward_and_the_text_under_cells() -> (
+    None
+):
+    pair = (
+        letters("abc", "a b"),
+        letters("abc", "a b", "ab c"),
+    )  # "abc" is "ab" + "c" to the teacher and one token to the student
     base, (teacher, student) = VocabularyCells(*pair), map(token_bytes, pair)
     spanning = student.index(b"abc")
     for cells in (PushForwardCells(base), BytePrefixCells(base, teacher, student)):
@@ -90,7 +128,13 @@ def test_chunks_number_the_smallest_runs_over_the_same_bytes() -> None:
     strings = [token_bytes(tokenizer) for tokenizer in pair]
     ids = [tokenizer.encode("abcab") for tokenizer in pair]  # ab|c|ab and a|bc|a|b
     found = align(
-        ids[0], [True] * 3, ids[1], [True] * 4, cells=VocabularyCells(*pair), teacher_tokens=strings[0], student_tokens=strings[1]
+        ids[0],
+        [True] * 3,
+        ids[1],
+        [True] * 4,
+        cells=VocabularyCells(*pair),
+        teacher_tokens=strings[0],
+        student_tokens=strings[1],
     )
     assert found is not None
     assert found.teacher_chunk == [0, 0, 1]

@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from potstill.baselines.chunk_likelihoods import binary_divergence
 from potstill.losses import (
     DIVERGENCES,
     fused_linear_chunks,
     fused_linear_last_token,
     fused_linear_sorted,
 )
-from potstill.baselines.chunk_likelihoods import binary_divergence
-from potstill.losses import DIVERGENCES
 from potstill.losses.closed_forms import finite
 from potstill.losses.cross_tokenizer import CellPartition, ResidualPartition
 from potstill.losses.partitions import on_support, partition_loss
@@ -43,18 +42,30 @@ def log_p(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     return (hidden @ head.T).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
 
 
-def dense_sorted(student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+def dense_sorted(
+    student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor
+) -> Tensor:
     total = -log_p(student_hidden, student_head, LABELS).sum()
-    p, q = (student_hidden @ student_head.T).softmax(-1), (teacher_hidden @ teacher_head.T).softmax(-1)
+    p, q = (
+        (student_hidden @ student_head.T).softmax(-1),
+        (teacher_hidden @ teacher_head.T).softmax(-1),
+    )
     for i, row in enumerate(ROWS.tolist()):
         if row >= 0:
             ours, theirs = sorted(p[i], reverse=True), sorted(q[row].tolist(), reverse=True)
-            total = total + 1.5 * sum(abs((ours[k] if k < V_S else 0) - theirs[k]) for k in range(V_T))  # type: ignore[operator]
+            total = total + 1.5 * sum(
+                abs((ours[k] if k < V_S else 0) - theirs[k]) for k in range(V_T)
+            )  # type: ignore[operator]
     return total
 
 
-def dense_chunks(student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
-    ours, theirs = log_p(student_hidden, student_head, LABELS), log_p(teacher_hidden, teacher_head, TEACHER_LABELS)
+def dense_chunks(
+    student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor
+) -> Tensor:
+    ours, theirs = (
+        log_p(student_hidden, student_head, LABELS),
+        log_p(teacher_hidden, teacher_head, TEACHER_LABELS),
+    )
     total = student_hidden.sum() * 0
     for c in range(4):
         a, b = (theirs[c == TEACHER_CHUNK].sum() / 3).exp(), (ours[c == CHUNK].sum() / 3).exp()
@@ -62,11 +73,18 @@ def dense_chunks(student_hidden: Tensor, student_head: Tensor, teacher_hidden: T
     return total
 
 
-def dense_last(student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+def dense_last(
+    student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor
+) -> Tensor:
     total = student_hidden.sum() * 0
     for i, j in ((2, 4), (6, 5)):
-        padded = torch.cat([student_hidden[i] @ student_head.T, torch.zeros(V_T - V_S, dtype=torch.float64)])
-        total = total + DIVERGENCES["forward_kl"]((teacher_hidden[j] @ teacher_head.T)[None], padded[None])[0]
+        padded = torch.cat(
+            [student_hidden[i] @ student_head.T, torch.zeros(V_T - V_S, dtype=torch.float64)]
+        )
+        total = (
+            total
+            + DIVERGENCES["forward_kl"]((teacher_hidden[j] @ teacher_head.T)[None], padded[None])[0]
+        )
     return total
 
 
@@ -88,7 +106,9 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], dict[str, Any], Callable[..., Ten
 }  # fmt: skip
 
 
-def with_gradients(loss: Callable[..., Tensor], tensors: Models, **settings: Any) -> tuple[Tensor, ...]:
+def with_gradients(
+    loss: Callable[..., Tensor], tensors: Models, **settings: Any
+) -> tuple[Tensor, ...]:
     hidden, head = (tensor.clone().requires_grad_() for tensor in tensors[:2])
     total = loss(hidden, head, *tensors[2:], **settings)
     return total.detach(), *torch.autograd.grad(total, (hidden, head))
@@ -96,7 +116,9 @@ def with_gradients(loss: Callable[..., Tensor], tensors: Models, **settings: Any
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("chunk_tokens", [None, 1, 3])
-def test_value_and_gradient_are_those_of_the_definition(name: str, chunk_tokens: int | None) -> None:
+def test_value_and_gradient_are_those_of_the_definition(
+    name: str, chunk_tokens: int | None
+) -> None:
     fused, settings, dense = LOSSES[name]
     found = with_gradients(fused, models(), **settings, chunk_tokens=chunk_tokens)
     for one, other in zip(found, with_gradients(dense, models()), strict=True):
@@ -121,7 +143,10 @@ def test_relabelling_either_vocabulary_changes_nothing(name: str) -> None:
 
 def test_relabelling_changes_the_padded_last_token_so_it_cannot_be_right() -> None:
     tensors, _, _ = relabelled(models())
-    same, other = fused_linear_last_token(*models(), **CONVERSATIONS), fused_linear_last_token(*tensors, **CONVERSATIONS)
+    same, other = (
+        fused_linear_last_token(*models(), **CONVERSATIONS),
+        fused_linear_last_token(*tensors, **CONVERSATIONS),
+    )
     assert abs(same - other) > 0.1
 
 
@@ -136,7 +161,9 @@ def test_sorted_probabilities_do_not_say_which_token_had_them() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 100.0])
-def test_the_binary_divergence_is_zero_for_equal_likelihoods_and_finite_for_sure_ones(temperature: float) -> None:
+def test_the_binary_divergence_is_zero_for_equal_likelihoods_and_finite_for_sure_ones(
+    temperature: float,
+) -> None:
     likely = torch.tensor([-1e-9, -0.3, -40.0], dtype=torch.float64)
     loss, slope = binary_divergence(likely, likely, temperature)
     torch.testing.assert_close(loss, torch.zeros_like(loss), rtol=0, atol=1e-12)
@@ -158,17 +185,27 @@ def test_a_divergence_on_the_support_is_finite_and_its_gradient_is_autograds(nam
     supported = masses > 0
     share = (leaf.softmax(-1) * supported).sum(-1)
     inside = torch.stack(
-        [DIVERGENCES[name](masses[i, supported[i]].log()[None], leaf[i, supported[i]][None])[0] - share[i].log() for i in range(4)]
+        [
+            DIVERGENCES[name](masses[i, supported[i]].log()[None], leaf[i, supported[i]][None])[0]
+            - share[i].log()
+            for i in range(4)
+        ]
     )
     torch.testing.assert_close(loss, inside.detach(), rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(gradient, torch.autograd.grad(inside.sum(), leaf)[0], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        gradient, torch.autograd.grad(inside.sum(), leaf)[0], rtol=1e-8, atol=1e-10
+    )
 
 
 def test_on_the_support_forward_kl_is_forward_kl() -> None:
     masses = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
     log_p = torch.randn(1, 3, dtype=torch.float64).log_softmax(-1)
     plain = CLOSED_FORMS["forward_kl"](finite(masses.log()), log_p.clone())
-    for one, other in zip(on_support(CLOSED_FORMS["forward_kl"])(finite(masses.log()), log_p.clone()), plain, strict=True):
+    for one, other in zip(
+        on_support(CLOSED_FORMS["forward_kl"])(finite(masses.log()), log_p.clone()),
+        plain,
+        strict=True,
+    ):
         torch.testing.assert_close(one, other)
 
 
@@ -178,15 +215,24 @@ def test_empty_cells_of_a_row_share_its_residual() -> None:
     empty = torch.tensor([[False, True, False, True, True], [False] * 5])
     partition = ResidualPartition(base, empty)
     p = torch.tensor([[0.1, 0.2, 0.3, 0.1, 0.2, 0.1]] * 2, dtype=torch.float64)
-    torch.testing.assert_close(partition.pool(p)[0], torch.tensor([0.3, 0, 0.1, 0, 0.6], dtype=torch.float64))
+    torch.testing.assert_close(
+        partition.pool(p)[0], torch.tensor([0.3, 0, 0.1, 0, 0.6], dtype=torch.float64)
+    )
     torch.testing.assert_close(partition.pool(p)[1], base.pool(p)[1])
-    assert partition.spread(torch.arange(5.0).expand(2, -1)).tolist() == [[0, 0, 4, 2, 4, 4], [0, 0, 1, 2, 3, 4]]
+    assert partition.spread(torch.arange(5.0).expand(2, -1)).tolist() == [
+        [0, 0, 4, 2, 4, 4],
+        [0, 0, 1, 2, 3, 4],
+    ]
     assert partition.cell_of(torch.tensor([1, 1])).tolist() == [4, 1]
     logits = p.log()
-    masses = torch.tensor([[0.5, 0.0, 0.2, 0.0, 0.3], [0.2, 0.2, 0.2, 0.2, 0.2]], dtype=torch.float64)
+    masses = torch.tensor(
+        [[0.5, 0.0, 0.2, 0.0, 0.3], [0.2, 0.2, 0.2, 0.2, 0.2]], dtype=torch.float64
+    )
     token = torch.tensor([3, 3])
     seen = partition.cell_of(base.cells[token])
-    loss, gradient = partition_loss(CLOSED_FORMS["forward_kl"], masses, logits.clone(), partition, token, seen=seen)
+    loss, gradient = partition_loss(
+        CLOSED_FORMS["forward_kl"], masses, logits.clone(), partition, token, seen=seen
+    )
     leaf = logits.clone().requires_grad_()
     first = leaf[0].softmax(-1)
     own = torch.stack([first[:2].sum(), first[3], first[2] + first[4] + first[5]])

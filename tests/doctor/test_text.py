@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from potstill.alignment import VocabularyComparison
-from potstill.doctor.measured_text import MeasuredText
 from potstill.doctor.cost import ModelSize, Plan, estimate
 from potstill.doctor.examination import Diagnosis, Side
+from potstill.doctor.measured_text import MeasuredText
 from potstill.doctor.text import as_text
 
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.losses import DIVERGENCES
-from potstill.losses import DIVERGENCES
 from potstill.losses.closed_forms import cross_entropy, finite
 
 CLOSED_FORMS = {name: one.value_and_gradient() for name, one in DIVERGENCES.items()}
@@ -29,12 +28,16 @@ def random_logits(size: float, dtype: torch.dtype = torch.float64) -> tuple[Tens
     return teacher.to(dtype), student.to(dtype)
 
 
-def value_and_gradient(name: str, teacher: Tensor, student: Tensor, **shape: float) -> tuple[Tensor, Tensor]:
+def value_and_gradient(
+    name: str, teacher: Tensor, student: Tensor, **shape: float
+) -> tuple[Tensor, Tensor]:
     """The closed form, which may write over its arguments, on copies of them."""
     return CLOSED_FORMS[name](finite(teacher.clone()), finite(student.clone()), **shape)
 
 
-def by_autograd(name: str, teacher: Tensor, student: Tensor, **shape: float) -> tuple[Tensor, Tensor]:
+def by_autograd(
+    name: str, teacher: Tensor, student: Tensor, **shape: float
+) -> tuple[Tensor, Tensor]:
     student = student.clone().requires_grad_()
     loss = DIVERGENCES[name](teacher, student, **shape)
     (gradient,) = torch.autograd.grad(loss.sum(), student)
@@ -74,11 +77,15 @@ def test_gradient_equals_finite_differences(name: str, shape: dict[str, float]) 
     teacher, student = random_logits(2.0)
     _, gradient = value_and_gradient(name, teacher, student, **shape)
     # Central differences with step 1e-6 leave an error of 1e-12 (curvature) and 1e-16 · |loss| / 1e-6 (rounding).
-    torch.testing.assert_close(gradient, by_finite_differences(name, teacher, student, **shape), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        gradient, by_finite_differences(name, teacher, student, **shape), rtol=1e-6, atol=1e-8
+    )
 
 
 @every_variant
-def test_a_student_equal_to_its_teacher_has_zero_loss_and_zero_gradient(name: str, shape: dict[str, float]) -> None:
+def test_a_student_equal_to_its_teacher_has_zero_loss_and_zero_gradient(
+    name: str, shape: dict[str, float]
+) -> None:
     teacher, _ = random_logits(2.0)
     loss, gradient = CLOSED_FORMS[name](teacher, teacher.clone(), **shape)
     torch.testing.assert_close(loss, torch.zeros_like(loss))
@@ -89,7 +96,9 @@ def test_a_student_equal_to_its_teacher_has_zero_loss_and_zero_gradient(name: st
 def test_rows_at_minus_infinity_in_both_count_as_absent(name: str, shape: dict[str, float]) -> None:
     teacher, student = random_logits(2.0)
     absent = torch.full((6, 2), -math.inf, dtype=torch.float64)
-    loss, gradient = value_and_gradient(name, torch.cat([teacher, absent], 1), torch.cat([student, absent], 1), **shape)
+    loss, gradient = value_and_gradient(
+        name, torch.cat([teacher, absent], 1), torch.cat([student, absent], 1), **shape
+    )
     cut_loss, cut_gradient = value_and_gradient(name, teacher, student, **shape)
     torch.testing.assert_close(loss, cut_loss)
     torch.testing.assert_close(gradient[:, :9], cut_gradient)
@@ -97,7 +106,9 @@ def test_rows_at_minus_infinity_in_both_count_as_absent(name: str, shape: dict[s
 
 
 @every_variant
-def test_a_symbol_impossible_for_the_student_alone_agrees_with_autograd(name: str, shape: dict[str, float]) -> None:
+def test_a_symbol_impossible_for_the_student_alone_agrees_with_autograd(
+    name: str, shape: dict[str, float]
+) -> None:
     teacher, student = random_logits(2.0)
     student[:, 4] = -math.inf
     loss, gradient = value_and_gradient(name, teacher, student, **shape)
@@ -121,18 +132,25 @@ def test_a_symbol_impossible_for_the_teacher_alone_agrees_with_autograd(name: st
 @pytest.mark.parametrize("name", CLOSED_FORMS)
 def test_mass_that_underflows_beside_an_impossible_symbol_counts_as_none(name: str) -> None:
     """Regression: 0 · (−1000 + inf) made the loss NaN."""
-    underflown, impossible = torch.tensor([[0.0, 1.0, -1000.0]]), torch.tensor([[1.0, 0.0, -math.inf]])
+    underflown, impossible = (
+        torch.tensor([[0.0, 1.0, -1000.0]]),
+        torch.tensor([[1.0, 0.0, -math.inf]]),
+    )
     loss, gradient = value_and_gradient(name, underflown, impossible)
     torch.testing.assert_close(loss, CLOSED_FORMS[name](underflown[:, :2], impossible[:, :2])[0])
     assert gradient.isfinite().all()
 
 
 @every_variant
-def test_certain_students_and_teachers_stay_finite_in_float32(name: str, shape: dict[str, float]) -> None:
+def test_certain_students_and_teachers_stay_finite_in_float32(
+    name: str, shape: dict[str, float]
+) -> None:
     """Logits hundreds apart underflow float32's exp; the closed form must agree with float64 all the same."""
     teacher, student = random_logits(200.0)
     loss, gradient = CLOSED_FORMS[name](teacher.float(), student.float(), **shape)
-    exact_loss, exact_gradient = CLOSED_FORMS[name](teacher.float().double(), student.float().double(), **shape)
+    exact_loss, exact_gradient = CLOSED_FORMS[name](
+        teacher.float().double(), student.float().double(), **shape
+    )
     # Logarithms of about 1 000 nats carry an absolute error of 1e-4 in float32.
     torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-3, atol=1e-4)
@@ -154,7 +172,11 @@ def test_an_empty_chunk_gives_empty_results(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "parameter"),
-    [("jensen_shannon", "teacher_weight"), ("skew_forward_kl", "skew"), ("skew_reverse_kl", "skew")],
+    [
+        ("jensen_shannon", "teacher_weight"),
+        ("skew_forward_kl", "skew"),
+        ("skew_reverse_kl", "skew"),
+    ],
 )
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_a_mixing_parameter_at_its_ends_is_refused(name: str, parameter: str, value: float) -> None:
@@ -163,7 +185,10 @@ def test_a_mixing_parameter_at_its_ends_is_refused(name: str, parameter: str, va
 
 
 def test_forward_kl_has_gradient_student_minus_teacher_by_hand() -> None:
-    teacher, student = torch.tensor([[math.log(2.0), math.log(3.0), math.log(5.0)]]), torch.zeros(1, 3)
+    teacher, student = (
+        torch.tensor([[math.log(2.0), math.log(3.0), math.log(5.0)]]),
+        torch.zeros(1, 3),
+    )
     _, gradient = CLOSED_FORMS["forward_kl"](teacher, student)
     torch.testing.assert_close(gradient, torch.tensor([[1 / 3 - 0.2, 1 / 3 - 0.3, 1 / 3 - 0.5]]))
 

@@ -37,10 +37,14 @@ PAIRS: list[tuple[Distribution, Distribution]] = [
 
 def logits_of(probabilities: Distribution) -> Tensor:
     """Logits of these probabilities, shifted so that nobody can rely on them being normalized already."""
-    return torch.tensor([[math.log(x) + 1.7 if x else -math.inf for x in probabilities]], dtype=torch.float64)
+    return torch.tensor(
+        [[math.log(x) + 1.7 if x else -math.inf for x in probabilities]], dtype=torch.float64
+    )
 
 
-def random_logits(tokens: int = 5, vocabulary: int = 7, seed: int = 0, size: float = 2.0) -> tuple[Tensor, Tensor]:
+def random_logits(
+    tokens: int = 5, vocabulary: int = 7, seed: int = 0, size: float = 2.0
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shape = (tokens, vocabulary)
     teacher = size * torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -48,7 +52,9 @@ def random_logits(tokens: int = 5, vocabulary: int = 7, seed: int = 0, size: flo
     return teacher, student
 
 
-def student_gradient(name: str, teacher_logits: Tensor, student_logits: Tensor, **options: float) -> Tensor:
+def student_gradient(
+    name: str, teacher_logits: Tensor, student_logits: Tensor, **options: float
+) -> Tensor:
     student_logits = student_logits.clone().requires_grad_()
     DIVERGENCES[name](teacher_logits, student_logits, **options).sum().backward()
     assert student_logits.grad is not None
@@ -91,14 +97,18 @@ BY_HAND: dict[str, Callable[[Distribution, Distribution], float]] = {
 
 @every_divergence
 @pytest.mark.parametrize(("q", "p"), PAIRS)
-def test_value_equals_a_sum_over_three_symbols_by_hand(name: str, q: Distribution, p: Distribution) -> None:
+def test_value_equals_a_sum_over_three_symbols_by_hand(
+    name: str, q: Distribution, p: Distribution
+) -> None:
     value = DIVERGENCES[name](logits_of(q), logits_of(p)).item()
     assert value == pytest.approx(BY_HAND[name](q, p), abs=1e-14)
 
 
 @pytest.mark.parametrize("weight", [0.1, 0.5, 0.8])
 @pytest.mark.parametrize(("q", "p"), PAIRS)
-def test_weight_and_skew_mean_what_their_docstrings_say(q: Distribution, p: Distribution, weight: float) -> None:
+def test_weight_and_skew_mean_what_their_docstrings_say(
+    q: Distribution, p: Distribution, weight: float
+) -> None:
     teacher, student = logits_of(q), logits_of(p)
     assert jensen_shannon(teacher, student, teacher_weight=weight).item() == pytest.approx(
         jensen_shannon_by_hand(q, p, weight), abs=1e-14
@@ -114,7 +124,9 @@ def test_weight_and_skew_mean_what_their_docstrings_say(q: Distribution, p: Dist
 @every_divergence
 def test_a_student_equal_to_its_teacher_has_zero_loss_and_zero_gradient(name: str) -> None:
     teacher, _ = random_logits()
-    torch.testing.assert_close(DIVERGENCES[name](teacher, teacher), torch.zeros(5, dtype=torch.float64))
+    torch.testing.assert_close(
+        DIVERGENCES[name](teacher, teacher), torch.zeros(5, dtype=torch.float64)
+    )
     torch.testing.assert_close(student_gradient(name, teacher, teacher), torch.zeros_like(teacher))
 
 
@@ -188,7 +200,10 @@ def test_autograd_agrees_with_finite_differences(name: str) -> None:
 @every_divergence
 def test_temperature_divides_both_logits_and_multiplies_nothing(name: str) -> None:
     teacher, student = random_logits()
-    torch.testing.assert_close(DIVERGENCES[name](teacher, student, temperature=4.0), DIVERGENCES[name](teacher / 4, student / 4))
+    torch.testing.assert_close(
+        DIVERGENCES[name](teacher, student, temperature=4.0),
+        DIVERGENCES[name](teacher / 4, student / 4),
+    )
 
 
 def test_no_factor_of_temperature_squared_by_hand() -> None:
@@ -200,7 +215,9 @@ def test_no_factor_of_temperature_squared_by_hand() -> None:
 
 @every_divergence
 @pytest.mark.parametrize("temperature", [1e-2, 1e2])
-def test_extreme_temperatures_stay_finite_and_accurate_in_float32(name: str, temperature: float) -> None:
+def test_extreme_temperatures_stay_finite_and_accurate_in_float32(
+    name: str, temperature: float
+) -> None:
     teacher, student = (logits.float() for logits in random_logits())
     value = DIVERGENCES[name](teacher, student, temperature=temperature)
     exact = DIVERGENCES[name](teacher.double(), student.double(), temperature=temperature)
@@ -237,7 +254,9 @@ def test_rows_at_minus_infinity_in_both_count_as_absent(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES.keys() - {"forward_kl"}))
-def test_a_symbol_impossible_for_the_student_alone_keeps_loss_and_gradient_finite(name: str) -> None:
+def test_a_symbol_impossible_for_the_student_alone_keeps_loss_and_gradient_finite(
+    name: str,
+) -> None:
     teacher, student = logits_of((0.2, 0.3, 0.5)), logits_of((0.5, 0.5, 0.0))
     assert DIVERGENCES[name](teacher, student).isfinite().all()
     assert student_gradient(name, teacher, student).isfinite().all()
@@ -251,7 +270,10 @@ def test_forward_kl_is_infinite_where_only_the_teacher_has_mass() -> None:
 @every_divergence
 def test_mass_that_underflows_beside_an_impossible_symbol_counts_as_none(name: str) -> None:
     """Regression: exp(−1000) is 0 but its logarithm is finite, and 0 · (−1000 + inf) made the loss NaN."""
-    underflown, impossible = torch.tensor([[0.0, 1.0, -1000.0]]), torch.tensor([[1.0, 0.0, -math.inf]])
+    underflown, impossible = (
+        torch.tensor([[0.0, 1.0, -1000.0]]),
+        torch.tensor([[1.0, 0.0, -math.inf]]),
+    )
     plain = DIVERGENCES[name](underflown[:, :2], impossible[:, :2])
     torch.testing.assert_close(DIVERGENCES[name](underflown, impossible), plain)
     assert not DIVERGENCES[name](impossible, underflown).isnan().any()
@@ -311,12 +333,18 @@ def test_merging_symbols_into_cells_never_raises_the_divergence(name: str) -> No
 def test_relabelling_the_vocabulary_changes_nothing(name: str) -> None:
     teacher, student = random_logits()
     order = torch.tensor([3, 1, 6, 0, 2, 5, 4])
-    torch.testing.assert_close(DIVERGENCES[name](teacher[:, order], student[:, order]), DIVERGENCES[name](teacher, student))
+    torch.testing.assert_close(
+        DIVERGENCES[name](teacher[:, order], student[:, order]), DIVERGENCES[name](teacher, student)
+    )
 
 
 @every_divergence
 @settings(deadline=None, max_examples=25)
-@given(teacher_constant=st.floats(-1e3, 1e3), student_constant=st.floats(-1e3, 1e3), seed=st.integers(0, 2**31 - 1))
+@given(
+    teacher_constant=st.floats(-1e3, 1e3),
+    student_constant=st.floats(-1e3, 1e3),
+    seed=st.integers(0, 2**31 - 1),
+)
 def test_a_constant_added_to_the_logits_changes_nothing(
     name: str, teacher_constant: float, student_constant: float, seed: int
 ) -> None:

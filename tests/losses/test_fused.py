@@ -59,11 +59,24 @@ def random_case(dtype: torch.dtype = torch.float64, tokens: int = TOKENS, seed: 
     generator = torch.Generator().manual_seed(seed)
 
     def leaf(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        return (
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        )
 
-    weight, bias, teacher_weight = leaf(VOCABULARY, STUDENT_HIDDEN), leaf(VOCABULARY), leaf(VOCABULARY, TEACHER_HIDDEN)
+    weight, bias, teacher_weight = (
+        leaf(VOCABULARY, STUDENT_HIDDEN),
+        leaf(VOCABULARY),
+        leaf(VOCABULARY, TEACHER_HIDDEN),
+    )
     labels = torch.randint(VOCABULARY, (tokens,), generator=generator)
-    return Case(leaf(tokens, STUDENT_HIDDEN), weight, bias, leaf(tokens, TEACHER_HIDDEN), teacher_weight, labels)
+    return Case(
+        leaf(tokens, STUDENT_HIDDEN),
+        weight,
+        bias,
+        leaf(tokens, TEACHER_HIDDEN),
+        teacher_weight,
+        labels,
+    )
 
 
 def dense(
@@ -80,12 +93,18 @@ def dense(
 
 
 def assert_same(
-    actual: Tensor, expected: Tensor, wanted: tuple[Tensor, ...], tolerance: float = 1e-12, absolute: float = 1e-14
+    actual: Tensor,
+    expected: Tensor,
+    wanted: tuple[Tensor, ...],
+    tolerance: float = 1e-12,
+    absolute: float = 1e-14,
 ) -> None:
     """Both losses and their gradients by ``wanted``, within ``tolerance`` of the gradient's norm plus ``absolute``."""
     torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
     gradients = torch.autograd.grad(actual, wanted)
-    for gradient, exact, leaf in zip(gradients, torch.autograd.grad(expected, wanted), wanted, strict=True):
+    for gradient, exact, leaf in zip(
+        gradients, torch.autograd.grad(expected, wanted), wanted, strict=True
+    ):
         assert (gradient.dtype, gradient.shape) == (leaf.dtype, leaf.shape)
         error = (gradient.double() - exact.double()).norm()
         assert error <= tolerance * exact.double().norm() + absolute, error
@@ -107,11 +126,16 @@ def test_fused_equals_dense_in_float64(name: str, chunk_tokens: int | None) -> N
     ("dtype", "tolerance"),
     [
         (torch.float32, 1e-5),  # epsilon 1e-7, sums of tens of terms
-        (torch.bfloat16, 1e-2),  # epsilon 8e-3: dense and fused both round the logits' gradient and the products
+        (
+            torch.bfloat16,
+            1e-2,
+        ),  # epsilon 8e-3: dense and fused both round the logits' gradient and the products
         (torch.float16, 2e-3),  # epsilon 1e-3
     ],
 )
-def test_fused_equals_dense_in_narrower_types(name: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_fused_equals_dense_in_narrower_types(
+    name: str, dtype: torch.dtype, tolerance: float
+) -> None:
     case = random_case(dtype)
     fused = fused_linear_divergence(*case.models, divergence=name, chunk_tokens=3)
     assert fused.dtype == torch.float32
@@ -122,20 +146,30 @@ def test_fused_equals_dense_in_narrower_types(name: str, dtype: torch.dtype, tol
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_temperature_divides_both_logits(name: str, temperature: float) -> None:
     case = random_case()
-    fused = fused_linear_divergence(*case.models, divergence=name, temperature=temperature, chunk_tokens=3)
-    assert_same(fused, dense(*case.models, name, temperature=temperature), (case.hidden, case.weight))
+    fused = fused_linear_divergence(
+        *case.models, divergence=name, temperature=temperature, chunk_tokens=3
+    )
+    assert_same(
+        fused, dense(*case.models, name, temperature=temperature), (case.hidden, case.weight)
+    )
 
 
 @every_divergence
 @pytest.mark.parametrize("temperature", [1e-2, 1e2])
-def test_extreme_temperatures_stay_finite_and_accurate_in_float32(name: str, temperature: float) -> None:
+def test_extreme_temperatures_stay_finite_and_accurate_in_float32(
+    name: str, temperature: float
+) -> None:
     case = random_case(torch.float32)
-    fused = fused_linear_divergence(*case.models, divergence=name, temperature=temperature, chunk_tokens=3)
+    fused = fused_linear_divergence(
+        *case.models, divergence=name, temperature=temperature, chunk_tokens=3
+    )
     wide = [tensor.double() for tensor in case.models]
     expected = dense(*wide, name, temperature=temperature)
     # Cold, p is nearly certain and the gradient a difference of logarithms of about 500, which float32 rounds by 3e-5,
     # over a temperature of 1e-2. Hot, q − p is a difference of nearly equal numbers.
-    assert_same(fused, expected, (case.hidden, case.weight), tolerance=1e-3, absolute=3e-5 / temperature)
+    assert_same(
+        fused, expected, (case.hidden, case.weight), tolerance=1e-3, absolute=3e-5 / temperature
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,7 +211,9 @@ def test_gradients_agree_with_finite_differences(name: str) -> None:
 @every_chunk
 def test_cross_entropy_equals_torchs(chunk_tokens: int | None) -> None:
     case = random_case()
-    fused = fused_linear_cross_entropy(case.hidden, case.weight, case.labels, chunk_tokens=chunk_tokens)
+    fused = fused_linear_cross_entropy(
+        case.hidden, case.weight, case.labels, chunk_tokens=chunk_tokens
+    )
     expected = F.cross_entropy(case.hidden @ case.weight.T, case.labels, reduction="sum")
     assert_same(fused, expected, (case.hidden, case.weight))
 
@@ -185,7 +221,9 @@ def test_cross_entropy_equals_torchs(chunk_tokens: int | None) -> None:
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_hard_labels_mix_cross_entropy_in_at_their_weight(weight: float) -> None:
     case = random_case()
-    fused = fused_linear_divergence(*case.models, temperature=2.0, labels=case.labels, hard_label_weight=weight, chunk_tokens=3)
+    fused = fused_linear_divergence(
+        *case.models, temperature=2.0, labels=case.labels, hard_label_weight=weight, chunk_tokens=3
+    )
     hard = F.cross_entropy(case.hidden @ case.weight.T, case.labels, reduction="sum")
     expected = (1 - weight) * dense(*case.models, temperature=2.0) + weight * hard
     assert_same(fused, expected, (case.hidden, case.weight))
@@ -227,15 +265,21 @@ def test_the_sum_over_micro_batches_equals_one_batch(name: str) -> None:
 
 def test_one_token_is_a_batch() -> None:
     case = random_case(tokens=1)
-    assert_same(fused_linear_divergence(*case.models), dense(*case.models), (case.hidden, case.weight))
+    assert_same(
+        fused_linear_divergence(*case.models), dense(*case.models), (case.hidden, case.weight)
+    )
 
 
 @every_divergence
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_empty_batch_gives_a_zero_that_carries_zero_gradients(name: str, dtype: torch.dtype) -> None:
+def test_an_empty_batch_gives_a_zero_that_carries_zero_gradients(
+    name: str, dtype: torch.dtype
+) -> None:
     case = random_case(dtype, tokens=0)
     head = Head(case.weight, case.bias)
-    loss = fused_linear_divergence(case.hidden, head, case.teacher_hidden, case.teacher_weight, divergence=name)
+    loss = fused_linear_divergence(
+        case.hidden, head, case.teacher_hidden, case.teacher_weight, divergence=name
+    )
     assert (loss.item(), loss.shape, loss.dtype) == (0, (), torch.float32)
     loss.backward()
     for leaf in (case.hidden, case.weight, case.bias):
@@ -271,7 +315,9 @@ def test_head_bias_takes_part_and_gets_its_gradient() -> None:
 
 
 @pytest.mark.parametrize(("scale", "softcap"), [(0.25, None), (1.0, 2.0), (3.0, 2.0)])
-def test_scale_comes_before_softcap_and_both_are_differentiated(scale: float, softcap: float | None) -> None:
+def test_scale_comes_before_softcap_and_both_are_differentiated(
+    scale: float, softcap: float | None
+) -> None:
     case = random_case()
 
     def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -302,14 +348,18 @@ def test_rows_beyond_the_cut_are_absent_and_get_zero_gradient(name: str) -> None
         chunk_tokens=3,
     )
     teacher_logits = case.teacher_hidden.detach() @ case.teacher_weight.detach()[:8].T
-    expected = DIVERGENCES[name](teacher_logits, F.linear(case.hidden, case.weight[:8], case.bias[:8])).sum()
+    expected = DIVERGENCES[name](
+        teacher_logits, F.linear(case.hidden, case.weight[:8], case.bias[:8])
+    ).sum()
     assert_same(fused, expected, (case.hidden, case.weight, case.bias))
 
 
 def test_heads_of_two_sizes_compare_on_the_rows_they_share() -> None:
     case = random_case()
     padded = torch.cat([case.teacher_weight, torch.zeros(4, TEACHER_HIDDEN, dtype=torch.float64)])
-    fused = fused_linear_divergence(case.hidden, case.weight, case.teacher_hidden, Head(padded, rows=VOCABULARY), chunk_tokens=3)
+    fused = fused_linear_divergence(
+        case.hidden, case.weight, case.teacher_hidden, Head(padded, rows=VOCABULARY), chunk_tokens=3
+    )
     assert_same(fused, dense(*case.models), (case.hidden, case.weight))
 
 
@@ -319,9 +369,15 @@ def test_rows_at_minus_infinity_in_both_biases_count_as_cut(name: str) -> None:
     mask = torch.zeros(VOCABULARY, dtype=torch.float64)
     mask[8:] = -math.inf
     teacher = Head(case.teacher_weight, mask)
-    masked = fused_linear_divergence(case.hidden, Head(case.weight, mask), case.teacher_hidden, teacher, divergence=name)
+    masked = fused_linear_divergence(
+        case.hidden, Head(case.weight, mask), case.teacher_hidden, teacher, divergence=name
+    )
     cut = fused_linear_divergence(
-        case.hidden, Head(case.weight, rows=8), case.teacher_hidden, Head(case.teacher_weight, rows=8), divergence=name
+        case.hidden,
+        Head(case.weight, rows=8),
+        case.teacher_hidden,
+        Head(case.teacher_weight, rows=8),
+        divergence=name,
     )
     assert_same(masked, cut, (case.hidden, case.weight))
 
@@ -331,8 +387,15 @@ def test_gradients_of_a_tied_weight_add_up() -> None:
     case = random_case()
     ids = torch.tensor([1, 4, 4, 0, 10, 2, 7])
     hidden = torch.tanh(F.embedding(ids, case.weight))
-    fused = fused_linear_divergence(hidden, case.weight, case.teacher_hidden, case.teacher_weight, chunk_tokens=3)
-    plain = dense(torch.tanh(F.embedding(ids, case.weight)), case.weight, case.teacher_hidden, case.teacher_weight)
+    fused = fused_linear_divergence(
+        hidden, case.weight, case.teacher_hidden, case.teacher_weight, chunk_tokens=3
+    )
+    plain = dense(
+        torch.tanh(F.embedding(ids, case.weight)),
+        case.weight,
+        case.teacher_hidden,
+        case.teacher_weight,
+    )
     assert_same(fused, plain, (case.weight,))
 
 
@@ -429,9 +492,13 @@ def test_the_incoming_gradient_scales_every_gradient(factor: float) -> None:
     case = random_case()
     head = Head(case.weight, case.bias)
     leaves = case.hidden, case.weight, case.bias
-    plain = torch.autograd.grad(fused_linear_divergence(case.hidden, head, case.teacher_hidden, case.teacher_weight), leaves)
+    plain = torch.autograd.grad(
+        fused_linear_divergence(case.hidden, head, case.teacher_hidden, case.teacher_weight), leaves
+    )
     scaled = torch.autograd.grad(
-        fused_linear_divergence(case.hidden, head, case.teacher_hidden, case.teacher_weight) * factor, leaves
+        fused_linear_divergence(case.hidden, head, case.teacher_hidden, case.teacher_weight)
+        * factor,
+        leaves,
     )
     for once, more in zip(plain, scaled, strict=True):
         torch.testing.assert_close(more, once * factor)
@@ -473,13 +540,17 @@ def test_differentiating_twice_is_refused() -> None:
     with pytest.raises(RuntimeError, match="differentiated twice"):
         torch.autograd.grad(fused_linear_divergence(*case.models), case.hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated twice"):
-        torch.autograd.grad(fused_linear_divergence(*case.models).square(), case.hidden, create_graph=True)
+        torch.autograd.grad(
+            fused_linear_divergence(*case.models).square(), case.hidden, create_graph=True
+        )
 
 
 def test_a_label_beyond_the_shared_rows_counts_only_in_the_divergence() -> None:
     """Regression: the student's own added token, of which the teacher knows nothing, was looked up out of range."""
     case = random_case()
-    student, teacher = (Head(weight, rows=VOCABULARY - 2) for weight in (case.weight, case.teacher_weight))
+    student, teacher = (
+        Head(weight, rows=VOCABULARY - 2) for weight in (case.weight, case.teacher_weight)
+    )
     labels = case.labels.clamp(max=VOCABULARY - 3)
     beyond = labels.clone()
     beyond[0] = VOCABULARY - 1
@@ -487,7 +558,9 @@ def test_a_label_beyond_the_shared_rows_counts_only_in_the_divergence() -> None:
     mixed = fused_linear_divergence(*models, labels=beyond, hard_label_weight=0.4)
     first = (case.hidden[:1], student, case.teacher_hidden[:1], teacher)
     rest = (case.hidden[1:], student, case.teacher_hidden[1:], teacher)
-    apart = fused_linear_divergence(*first) + fused_linear_divergence(*rest, labels=labels[1:], hard_label_weight=0.4)
+    apart = fused_linear_divergence(*first) + fused_linear_divergence(
+        *rest, labels=labels[1:], hard_label_weight=0.4
+    )
     assert_same(mixed, apart, (case.hidden, case.weight))
 
 
@@ -512,9 +585,14 @@ def test_autocast_rounds_the_products_and_nothing_after_them(name: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = fused_linear_divergence(*case.models, divergence=name)
     leaf = case.hidden.detach().bfloat16().requires_grad_()
-    plain = fused_linear_divergence(leaf, *(tensor.bfloat16() for tensor in case.models[1:]), divergence=name)
+    plain = fused_linear_divergence(
+        leaf, *(tensor.bfloat16() for tensor in case.models[1:]), divergence=name
+    )
     torch.testing.assert_close(cast, plain)
-    (cast_gradient,), (gradient,) = torch.autograd.grad(cast, case.hidden), torch.autograd.grad(plain, leaf)
+    (cast_gradient,), (gradient,) = (
+        torch.autograd.grad(cast, case.hidden),
+        torch.autograd.grad(plain, leaf),
+    )
     torch.testing.assert_close(cast_gradient.bfloat16(), gradient)
 
 
@@ -523,7 +601,9 @@ def test_autocast_takes_bfloat16_hidden_states_against_a_float32_head() -> None:
     case = random_case(torch.float32)
     hidden = case.hidden.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = fused_linear_divergence(hidden, case.weight, case.teacher_hidden.bfloat16(), case.teacher_weight)
+        loss = fused_linear_divergence(
+            hidden, case.weight, case.teacher_hidden.bfloat16(), case.teacher_weight
+        )
     assert_same(loss, dense(*case.models), (case.hidden, case.weight), 5e-2)
 
 
@@ -532,7 +612,11 @@ def test_weight_gradients_of_many_bfloat16_chunks_add_up_in_float32() -> None:
     one = random_case(torch.bfloat16, tokens=1)
     many = 600
     loss = fused_linear_divergence(
-        one.hidden.expand(many, -1), one.weight, one.teacher_hidden.expand(many, -1), one.teacher_weight, chunk_tokens=1
+        one.hidden.expand(many, -1),
+        one.weight,
+        one.teacher_hidden.expand(many, -1),
+        one.teacher_weight,
+        chunk_tokens=1,
     )
     (gradient,) = torch.autograd.grad(loss, one.weight)
     (single,) = torch.autograd.grad(fused_linear_divergence(*one.models), one.weight)
@@ -541,7 +625,9 @@ def test_weight_gradients_of_many_bfloat16_chunks_add_up_in_float32() -> None:
 
 def test_float16_hidden_states_give_finite_loss_and_gradients() -> None:
     case = random_case(torch.float16)
-    loss = fused_linear_divergence(case.hidden * 20, case.weight * 20, case.teacher_hidden * 20, case.teacher_weight * 20)
+    loss = fused_linear_divergence(
+        case.hidden * 20, case.weight * 20, case.teacher_hidden * 20, case.teacher_weight * 20
+    )
     assert loss.isfinite()
     for gradient in torch.autograd.grad(loss, (case.hidden, case.weight)):
         assert gradient.isfinite().all()
@@ -550,8 +636,15 @@ def test_float16_hidden_states_give_finite_loss_and_gradients() -> None:
 def test_a_narrow_teacher_beside_a_wide_student_is_compared_in_float32() -> None:
     case = random_case(torch.float32)
     teacher_hidden, teacher_weight = case.teacher_hidden.bfloat16(), case.teacher_weight.bfloat16()
-    fused = fused_linear_divergence(case.hidden, case.weight, teacher_hidden, teacher_weight, chunk_tokens=3)
-    assert_same(fused, dense(case.hidden, case.weight, teacher_hidden, teacher_weight), (case.hidden, case.weight), 1e-5)
+    fused = fused_linear_divergence(
+        case.hidden, case.weight, teacher_hidden, teacher_weight, chunk_tokens=3
+    )
+    assert_same(
+        fused,
+        dense(case.hidden, case.weight, teacher_hidden, teacher_weight),
+        (case.hidden, case.weight),
+        1e-5,
+    )
 
 
 # Refusals.
@@ -565,13 +658,17 @@ def test_an_unknown_divergence_is_refused_by_naming_the_known() -> None:
 def test_heads_of_unequal_rows_are_refused() -> None:
     case = random_case()
     with pytest.raises(ValueError, match="8 rows and teacher head 11"):
-        fused_linear_divergence(case.hidden, Head(case.weight, rows=8), case.teacher_hidden, case.teacher_weight)
+        fused_linear_divergence(
+            case.hidden, Head(case.weight, rows=8), case.teacher_hidden, case.teacher_weight
+        )
 
 
 def test_hidden_states_of_unequal_tokens_are_refused() -> None:
     case = random_case()
     with pytest.raises(ValueError, match="7 tokens and teacher_hidden 6"):
-        fused_linear_divergence(case.hidden, case.weight, case.teacher_hidden[1:], case.teacher_weight)
+        fused_linear_divergence(
+            case.hidden, case.weight, case.teacher_hidden[1:], case.teacher_weight
+        )
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
@@ -602,7 +699,9 @@ def test_a_hard_label_weight_without_labels_is_refused() -> None:
         fused_linear_divergence(*random_case().models, hard_label_weight=0.5)
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([3]), torch.zeros(TOKENS + 1, dtype=torch.long), torch.tensor(3)])
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([3]), torch.zeros(TOKENS + 1, dtype=torch.long), torch.tensor(3)]
+)
 def test_labels_that_are_not_one_a_token_are_refused(labels: Tensor) -> None:
     """Regression: a single label broadcast over the batch, and surplus ones were dropped, both in silence."""
     case = random_case()

@@ -11,14 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from potstill.losses import DIVERGENCES, Head, forward_kl, fused_linear_cross_entropy, fused_linear_divergence
+from potstill.losses import (
+    DIVERGENCES,
+    Head,
+    forward_kl,
+    fused_linear_cross_entropy,
+    fused_linear_divergence,
+)
 
 cases = st.fixed_dictionaries(
     {
         "name": st.sampled_from(sorted(DIVERGENCES)),
         "tokens": st.integers(0, 9),
         "vocabulary": st.integers(1, 12),
-        "padding": st.tuples(st.integers(0, 3), st.integers(0, 3)),  # rows of the student's head and of the teacher's beyond it
+        "padding": st.tuples(
+            st.integers(0, 3), st.integers(0, 3)
+        ),  # rows of the student's head and of the teacher's beyond it
         "hidden": st.tuples(st.integers(1, 4), st.integers(1, 4)),
         "chunk_tokens": st.none() | st.integers(1, 10),
         "temperature": st.floats(0.3, 5),
@@ -37,13 +45,26 @@ def test_fused_equals_dense_whatever_is_drawn(case: dict[str, Any]) -> None:
 
     def drawn(*shape: int) -> Tensor:
         numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return numbers.round() if case["tied"] else numbers  # whole numbers: logits, and often the largest two, coincide
+        return (
+            numbers.round() if case["tied"] else numbers
+        )  # whole numbers: logits, and often the largest two, coincide
 
-    tokens, rows, (student_width, teacher_width) = case["tokens"], case["vocabulary"], case["hidden"]
+    tokens, rows, (student_width, teacher_width) = (
+        case["tokens"],
+        case["vocabulary"],
+        case["hidden"],
+    )
     hidden, weight = drawn(tokens, student_width), drawn(rows + case["padding"][0], student_width)
-    teacher_hidden, teacher_weight = drawn(tokens, teacher_width), drawn(rows + case["padding"][1], teacher_width)
+    teacher_hidden, teacher_weight = (
+        drawn(tokens, teacher_width),
+        drawn(rows + case["padding"][1], teacher_width),
+    )
     labels = torch.randint(rows, (tokens,), generator=generator)
-    weights = torch.randint(2, (tokens,), generator=generator).double() if case["masked"] else torch.ones(tokens).double()
+    weights = (
+        torch.randint(2, (tokens,), generator=generator).double()
+        if case["masked"]
+        else torch.ones(tokens).double()
+    )
     leaves = hidden.requires_grad_(), weight.requires_grad_()
 
     fused = fused_linear_divergence(
@@ -59,15 +80,22 @@ def test_fused_equals_dense_whatever_is_drawn(case: dict[str, Any]) -> None:
         chunk_tokens=case["chunk_tokens"],
     )
     logits = hidden @ weight[:rows].T
-    soft = DIVERGENCES[case["name"]](teacher_hidden @ teacher_weight[:rows].T, logits, temperature=case["temperature"])
+    soft = DIVERGENCES[case["name"]](
+        teacher_hidden @ teacher_weight[:rows].T, logits, temperature=case["temperature"]
+    )
     hard = F.cross_entropy(logits, labels, reduction="none")
     dense = (torch.lerp(soft, hard, case["hard_label_weight"]) * weights).sum()
 
     torch.testing.assert_close(fused, dense, rtol=1e-10, atol=1e-12)
-    p, q = ((z / case["temperature"]).softmax(-1) for z in (logits, teacher_hidden @ teacher_weight[:rows].T))
+    p, q = (
+        (z / case["temperature"]).softmax(-1)
+        for z in (logits, teacher_hidden @ teacher_weight[:rows].T)
+    )
     if case["name"] == "total_variation" and bool(((p - q).abs() < 1e-12).any()):
         return  # it has a kink there, and rounding chooses the side
-    for ours, exact in zip(torch.autograd.grad(fused, leaves), torch.autograd.grad(dense, leaves), strict=True):
+    for ours, exact in zip(
+        torch.autograd.grad(fused, leaves), torch.autograd.grad(dense, leaves), strict=True
+    ):
         torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-11)
 
 
@@ -95,14 +123,24 @@ def test_a_compiled_model_with_the_loss_in_it_learns_the_same() -> None:
     for compiled, plain in zip(*gradients, strict=True):
         torch.testing.assert_close(compiled, plain)
     inputs, teacher_hidden, teacher_weight = given_to_both
-    dense = forward_kl(teacher_hidden @ teacher_weight.T, student.head(torch.tanh(student.inner(inputs)))).sum()
+    dense = forward_kl(
+        teacher_hidden @ teacher_weight.T, student.head(torch.tanh(student.inner(inputs)))
+    ).sum()
     torch.testing.assert_close(student(*given_to_both), dense)
 
 
 def test_a_token_of_weight_nought_is_as_good_as_absent() -> None:
     torch.manual_seed(0)
-    hidden, weight, labels = torch.randn(6, 5), torch.randn(11, 5, requires_grad=True), torch.randint(11, (6,))
+    hidden, weight, labels = (
+        torch.randn(6, 5),
+        torch.randn(11, 5, requires_grad=True),
+        torch.randint(11, (6,)),
+    )
     kept = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
-    (masked,) = torch.autograd.grad(fused_linear_cross_entropy(hidden, weight, labels, weights=kept, chunk_tokens=4), weight)
-    (absent,) = torch.autograd.grad(fused_linear_cross_entropy(hidden[kept > 0], weight, labels[kept > 0]), weight)
+    (masked,) = torch.autograd.grad(
+        fused_linear_cross_entropy(hidden, weight, labels, weights=kept, chunk_tokens=4), weight
+    )
+    (absent,) = torch.autograd.grad(
+        fused_linear_cross_entropy(hidden[kept > 0], weight, labels[kept > 0]), weight
+    )
     torch.testing.assert_close(masked, absent)

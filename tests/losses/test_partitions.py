@@ -14,7 +14,6 @@ from potstill.losses import (
     fused_linear_divergence,
     fused_linear_topk,
 )
-from potstill.losses import DIVERGENCES
 from potstill.losses.cross_tokenizer import CellPartition
 from potstill.losses.partitions import TopKPartition, partition_loss
 
@@ -30,10 +29,17 @@ def random_case(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return teacher, student, torch.randint(V, (B,), generator=generator)
 
 
-def by_definition(name: str, masses: Tensor, logits: Tensor, cells: Tensor, observed: Tensor, weight: float) -> Tensor:
+def by_definition(
+    name: str, masses: Tensor, logits: Tensor, cells: Tensor, observed: Tensor, weight: float
+) -> Tensor:
     """The loss as its definition reads: sums over the tokens of each cell, one row and one cell at a time."""
     p = logits.softmax(-1)
-    pooled = torch.stack([torch.stack([p[i, cells[i] == c].sum() for c in range(masses.shape[1])]) for i in range(len(p))])
+    pooled = torch.stack(
+        [
+            torch.stack([p[i, cells[i] == c].sum() for c in range(masses.shape[1])])
+            for i in range(len(p))
+        ]
+    )
     own = torch.stack([pooled[i, cells[i, observed[i]]] for i in range(len(p))])
     within = own.log() - p.gather(1, observed[:, None]).squeeze(1).log()
     return DIVERGENCES[name](masses.log(), pooled.log()) + weight * within
@@ -47,19 +53,32 @@ def test_value_and_gradient_are_those_of_the_definition(name: str, weight: float
     partition = CellPartition(cells, 4)
     masses = partition.pool(teacher.softmax(-1))
     loss, gradient = partition_loss(
-        CLOSED_FORMS[name], masses, student.clone(), partition, observed, seen=cells[observed], within_weight=weight
+        CLOSED_FORMS[name],
+        masses,
+        student.clone(),
+        partition,
+        observed,
+        seen=cells[observed],
+        within_weight=weight,
     )
     leaf = student.clone().requires_grad_()
     expected = by_definition(name, masses[:, :4], leaf, cells.expand(B, V), observed, weight)
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), leaf)[0], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        gradient, torch.autograd.grad(expected.sum(), leaf)[0], rtol=1e-8, atol=1e-10
+    )
 
 
 @every_divergence
 def test_with_every_token_its_own_cell_it_is_logit_distillation(name: str) -> None:
     teacher, student, observed = random_case()
     loss, gradient = partition_loss(
-        CLOSED_FORMS[name], teacher.softmax(-1), student.clone(), _Singletons(), observed, seen=observed
+        CLOSED_FORMS[name],
+        teacher.softmax(-1),
+        student.clone(),
+        _Singletons(),
+        observed,
+        seen=observed,
     )
     expected_loss, expected_gradient = CLOSED_FORMS[name](teacher.clone(), student.clone())
     torch.testing.assert_close(loss, expected_loss, rtol=1e-9, atol=1e-12)
@@ -70,9 +89,15 @@ def test_with_one_cell_for_all_it_is_text_distillation() -> None:
     _, student, observed = random_case()
     partition = CellPartition(torch.zeros(V, dtype=torch.long), 1)
     masses = partition.pool(student.softmax(-1))
-    loss, gradient = partition_loss(CLOSED_FORMS["forward_kl"], masses, student.clone(), partition, observed, seen=observed * 0)
-    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(student, observed, reduction="none"))
-    torch.testing.assert_close(gradient, student.softmax(-1) - torch.nn.functional.one_hot(observed, V))
+    loss, gradient = partition_loss(
+        CLOSED_FORMS["forward_kl"], masses, student.clone(), partition, observed, seen=observed * 0
+    )
+    torch.testing.assert_close(
+        loss, torch.nn.functional.cross_entropy(student, observed, reduction="none")
+    )
+    torch.testing.assert_close(
+        gradient, student.softmax(-1) - torch.nn.functional.one_hot(observed, V)
+    )
 
 
 def test_where_nothing_is_known_it_is_text_distillation_whatever_the_masses() -> None:
@@ -81,11 +106,20 @@ def test_where_nothing_is_known_it_is_text_distillation_whatever_the_masses() ->
     known = torch.arange(B) % 2 == 0
     masses = partition.pool(teacher.softmax(-1)).masked_fill(~known[:, None], float("nan"))
     loss, gradient = partition_loss(
-        CLOSED_FORMS["forward_kl"], masses, student.clone(), partition, observed, seen=observed // 2, known=known, within_weight=0.5
+        CLOSED_FORMS["forward_kl"],
+        masses,
+        student.clone(),
+        partition,
+        observed,
+        seen=observed // 2,
+        known=known,
+        within_weight=0.5,
     )
     text = torch.nn.functional.cross_entropy(student, observed, reduction="none")
     torch.testing.assert_close(loss[~known], text[~known])
-    torch.testing.assert_close(gradient[~known], (student.softmax(-1) - torch.nn.functional.one_hot(observed, V))[~known])
+    torch.testing.assert_close(
+        gradient[~known], (student.softmax(-1) - torch.nn.functional.one_hot(observed, V))[~known]
+    )
 
 
 @every_divergence
@@ -94,8 +128,23 @@ def test_top_k_with_all_tokens_kept_is_the_whole_distribution(name: str) -> None
     log_q = (teacher_hidden @ teacher_head.T).log_softmax(-1)
     ids = torch.stack([torch.randperm(V) for _ in range(B)])
     results = [
-        with_gradients(fused_linear_topk, student_hidden, student_head, ids, log_q.gather(1, ids), labels, divergence=name),
-        with_gradients(fused_linear_divergence, student_hidden, student_head, teacher_hidden, teacher_head, divergence=name),
+        with_gradients(
+            fused_linear_topk,
+            student_hidden,
+            student_head,
+            ids,
+            log_q.gather(1, ids),
+            labels,
+            divergence=name,
+        ),
+        with_gradients(
+            fused_linear_divergence,
+            student_hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            divergence=name,
+        ),
     ]
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
@@ -113,11 +162,18 @@ def test_top_k_is_unbiased_and_cutting_off_or_renormalizing_is_not() -> None:
     for token in range(V):
         observed = torch.full((B,), token)
         _, gradient = partition_loss(
-            CLOSED_FORMS["forward_kl"], masses, student.clone(), partition, observed, seen=partition.cells[:, token]
+            CLOSED_FORMS["forward_kl"],
+            masses,
+            student.clone(),
+            partition,
+            observed,
+            seen=partition.cells[:, token],
         )
         mean += q[:, token : token + 1] * gradient
     torch.testing.assert_close(mean, whole, rtol=1e-9, atol=1e-12)
-    renormalized = torch.zeros_like(q).scatter(1, kept.indices, kept.values / kept.values.sum(-1, keepdim=True))
+    renormalized = torch.zeros_like(q).scatter(
+        1, kept.indices, kept.values / kept.values.sum(-1, keepdim=True)
+    )
     assert (student.softmax(-1) - renormalized - whole).abs().max() > 0.01
 
 
@@ -129,7 +185,13 @@ def test_coarser_cells_never_exceed_the_whole_divergence() -> None:
         masses = partition.pool(teacher.softmax(-1))
         seen = observed % count
         loss, _ = partition_loss(
-            CLOSED_FORMS["forward_kl"], masses, student.clone(), partition, observed, seen=seen, within_weight=0.0
+            CLOSED_FORMS["forward_kl"],
+            masses,
+            student.clone(),
+            partition,
+            observed,
+            seen=seen,
+            within_weight=0.0,
         )
         assert (loss <= whole + 1e-12).all()
 
@@ -155,14 +217,37 @@ def test_positions_without_a_target_are_cross_entropy_and_interiors_take_their_r
     cells = _ToyCells(torch.arange(V), torch.arange(V), V)
     nowhere = Places(torch.full((B,), -1), *(torch.zeros(B, dtype=torch.long) for _ in range(4)))
     got = with_gradients(
-        fused_linear_cells, student_hidden, student_head, teacher_hidden, teacher_head, cells=cells, places=nowhere, labels=labels
+        fused_linear_cells,
+        student_hidden,
+        student_head,
+        teacher_hidden,
+        teacher_head,
+        cells=cells,
+        places=nowhere,
+        labels=labels,
     )
-    for one, other in zip(got, with_gradients(fused_linear_cross_entropy, student_hidden, student_head, labels), strict=True):
+    for one, other in zip(
+        got,
+        with_gradients(fused_linear_cross_entropy, student_hidden, student_head, labels),
+        strict=True,
+    ):
         torch.testing.assert_close(one, other)
     # One interior: teacher tokens 2, 3, 4 go on, each to the cell of its own number.
-    inside = Places(torch.tensor([0]), torch.tensor([2]), torch.tensor([5]), torch.tensor([1]), torch.tensor([3]))
+    inside = Places(
+        torch.tensor([0]),
+        torch.tensor([2]),
+        torch.tensor([5]),
+        torch.tensor([1]),
+        torch.tensor([3]),
+    )
     loss = fused_linear_cells(
-        student_hidden[:1], student_head, teacher_hidden[:1], teacher_head, cells=cells, places=inside, labels=torch.tensor([3])
+        student_hidden[:1],
+        student_head,
+        teacher_hidden[:1],
+        teacher_head,
+        cells=cells,
+        places=inside,
+        labels=torch.tensor([3]),
     )
     q = (teacher_hidden[:1] @ teacher_head.T).softmax(-1)[:, 2:5]
     log_p = (student_hidden[:1] @ student_head.T).log_softmax(-1)[:, 2:5]
@@ -202,11 +287,16 @@ class _ToyCells:
 
 def heads() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    draw = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((B, 5), (V, 5), (B, 7), (V, 7))]
+    draw = [
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((B, 5), (V, 5), (B, 7), (V, 7))
+    ]
     return *draw, torch.randint(V, (B,), generator=generator)  # type: ignore[return-value]
 
 
-def with_gradients(loss, hidden: Tensor, head: Tensor, *args, **settings) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def with_gradients(
+    loss, hidden: Tensor, head: Tensor, *args, **settings
+) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
     hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     total = loss(hidden, head, *args, **settings)
     total.backward()

@@ -29,9 +29,15 @@ def one_process(rank: int, port: int, folder: str) -> None:
     mine = slice(rank * N // 2, (rank + 1) * N // 2)
     hidden = body(inputs[mine])
     # Each process divides by all tokens and multiplies by the processes, because gradients are averaged over these.
-    loss = 2 / N * fused_linear_divergence(hidden, head.weight, teacher[mine], teacher_head, labels=None)
+    loss = (
+        2
+        / N
+        * fused_linear_divergence(hidden, head.weight, teacher[mine], teacher_head, labels=None)
+    )
     loss.backward()
-    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {
+        name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None
+    }
     if rank == 0:
         torch.save(gradients, Path(folder) / "gradients.pt")
     dist.destroy_process_group()
@@ -53,13 +59,20 @@ def test_two_processes_with_a_sharded_head_get_the_gradients_of_one(tmp_path: Pa
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(port), str(tmp_path)]) for rank in range(2)]
+    processes = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(port), str(tmp_path)])
+        for rank in range(2)
+    ]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
     got = torch.load(tmp_path / "gradients.pt", weights_only=True)
     body, head = layers()
     inputs, teacher, teacher_head = data()
     (fused_linear_divergence(body(inputs), head.weight, teacher, teacher_head) / N).backward()
-    expected = {"0.weight": body.weight.grad, "0.bias": body.bias.grad, "1.weight": head.weight.grad}
+    expected = {
+        "0.weight": body.weight.grad,
+        "0.bias": body.bias.grad,
+        "1.weight": head.weight.grad,
+    }
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.alignment import shared_rows
+from potstill.commands.distill import DistillRecipe
 from potstill.comparison import (
     ANSWERS,
     UNTOUCHED,
@@ -37,14 +38,13 @@ from potstill.comparison import (
     read_answers,
 )
 from potstill.comparison.text_measures import measures_against
-from potstill.commands.distill import DistillRecipe
 from potstill.data import read_conversations, without_answer
 from potstill.data.conversations import with_reference
+from potstill.defaults import PASSES
+from potstill.distillation import check_pair, opener_of, run_distillation, split_data
 from potstill.errors import ConfigError, DataError, PotstillError, VocabularyMismatch
 from potstill.evaluation.held_out import last_question
 from potstill.generation import answer_prompts
-from potstill.defaults import PASSES
-from potstill.distillation import check_pair, opener_of, run_distillation, split_data
 from potstill.models import load_tokenizer
 from potstill.run_folder import RunFolder, write_json, write_whole
 from potstill.training import METHODS

@@ -55,9 +55,7 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
         if _required(item) and given.get(item.name) is None
     ]
     if missing:
-        spelled = ", ".join(
-            name.upper() if name in positional else _flag(name) for name in missing
-        )
+        spelled = ", ".join(name.upper() if name in positional else _flag(name) for name in missing)
         raise ConfigError(f"{command} needs {spelled}; potstill {command} --help shows all")
     return command, recipe(**given)
 

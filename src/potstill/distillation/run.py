@@ -1,6 +1,6 @@
 """The stages of a run in order. Each is kept, so the same call continues an interrupted run.
 
-    data → how many steps → training → student → evaluation → report
+data → how many steps → training → student → evaluation → report
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ from potstill.data.conversations import as_conversation
 from potstill.distillation.settings import DistillSettings, check_names
 from potstill.distillation.training import opener_of, split_data, train
 from potstill.errors import RunFolderError
-from potstill.evaluation import Evaluation, HeldOut, Tasks, as_table, fingerprint, gap_closed, summarize
+from potstill.evaluation import (
+    Evaluation,
+    HeldOut,
+    Tasks,
+    as_table,
+    fingerprint,
+    gap_closed,
+    summarize,
+)
 from potstill.evaluation.token_views import token_views
 from potstill.generation import answer_prompts
 from potstill.models import load_model

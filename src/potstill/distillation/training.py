@@ -241,7 +241,9 @@ def _arguments(run: RunFolder, settings: DistillSettings, **overrides: Any) -> D
     chosen: dict[str, Any] = {
         **{name: getattr(settings, name) for name in same_names},
         "output_dir": str(run.checkpoints),
-        "divergence": users_function(settings.divergence) if own_divergence else settings.divergence,
+        "divergence": users_function(settings.divergence)
+        if own_divergence
+        else settings.divergence,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
         "per_device_train_batch_size": settings.batch_size,

@@ -25,8 +25,8 @@ from potstill.alignment import (
 from potstill.data import read_conversations, tokenize_conversations
 from potstill.data.chat_templates import answer_spans, ensure_chat_template
 from potstill.data.conversations import Conversation
-from potstill.doctor.measured_text import PROBE, MeasuredText, measure_text, splits_alike
 from potstill.doctor.cost import CARDS, Cost, ModelSize, Plan, estimate, find_card, model_size
+from potstill.doctor.measured_text import PROBE, MeasuredText, measure_text, splits_alike
 from potstill.errors import ConfigError, VocabularyMismatch
 from potstill.evaluation.scores import score_tokens, summarize
 from potstill.models import load_config, load_generation_config, load_model, load_tokenizer

@@ -49,7 +49,10 @@ def make_dataset(
             print(f"{name}: damaged or missing; its answers are made again", flush=True)
         _answer_all(wanted(), len(keys), engine, store, folder)
         store.seal()
-        rows = (answered(request, parse_answer(row), sampling) for request, row in zip(wanted(), store.read(keys), strict=True))
+        rows = (
+            answered(request, parse_answer(row), sampling)
+            for request, row in zip(wanted(), store.read(keys), strict=True)
+        )
         counts = write_dataset(folder, rows, drop, choose=choose, similarity=similarity)
         store.note(answers=len(keys), counts=counts)
     write_whole(folder / "README.md", dataset_card(decides, counts))
@@ -68,7 +71,9 @@ def standard_filters(*, keep: Collection[str] = ()) -> dict[str, Filter]:
     return {name: is_bad for name, is_bad in every.items() if name not in keep}
 
 
-def _answer_all(wanted: Iterator[Request], count: int, engine: Engine, store: AnswerStore, folder: Path) -> None:
+def _answer_all(
+    wanted: Iterator[Request], count: int, engine: Engine, store: AnswerStore, folder: Path
+) -> None:
     """Request the units that are not stored; a unit is stored whole or not at all."""
     if count == len(store):
         return

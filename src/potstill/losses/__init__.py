@@ -44,6 +44,10 @@ def __getattr__(name: str) -> object:
         import importlib
         import warnings
 
-        warnings.warn(f"potstill.losses.{name} is now potstill.baselines.{name}", DeprecationWarning, stacklevel=2)
+        warnings.warn(
+            f"potstill.losses.{name} is now potstill.baselines.{name}",
+            DeprecationWarning,
+            stacklevel=2,
+        )
         return getattr(importlib.import_module("potstill.baselines"), name)
     raise AttributeError(f"module 'potstill.losses' has no attribute {name!r}")

@@ -80,7 +80,9 @@ def partition_loss(
     return loss, gradient.scatter_add_(-1, observed[:, None], -weight[:, None])
 
 
-def on_support(compare: Callable[[Tensor, Tensor], LossAndGradient]) -> Callable[[Tensor, Tensor], LossAndGradient]:
+def on_support(
+    compare: Callable[[Tensor, Tensor], LossAndGradient],
+) -> Callable[[Tensor, Tensor], LossAndGradient]:
     """D(t ‖ p over the cells that t has any mass on) − log p(those cells): for forward KL the same as D, for others finite.
 
     That the text stays on the teacher's support was seen, so it is learned as all that is seen: by cross-entropy. Inside, D
@@ -134,7 +136,11 @@ def fused_linear_topk(
 
     Raises: ValueError if shapes do not fit, as `potstill.losses.fused_linear_divergence` does, or if probabilities exceed 1 in sum.
     """
-    if ids.shape != log_probabilities.shape or ids.shape[:1] != student_hidden.shape[:1] or labels.shape != ids.shape[:1]:
+    if (
+        ids.shape != log_probabilities.shape
+        or ids.shape[:1] != student_hidden.shape[:1]
+        or labels.shape != ids.shape[:1]
+    ):
         raise ValueError(
             f"ids {tuple(ids.shape)}, log_probabilities {tuple(log_probabilities.shape)} and labels {tuple(labels.shape)} must be "
             f"[N, k], [N, k] and [N] for the {len(student_hidden)} hidden states"
@@ -143,7 +149,9 @@ def fused_linear_topk(
     kept = log_probabilities.to(torch.promote_types(log_probabilities.dtype, torch.float32)).exp()
     rest = 1 - kept.sum(-1, keepdim=True)
     if bool((rest < -1e-3).any()):
-        raise ValueError("log_probabilities: their exponentials exceed 1 in sum; give the teacher's own, not renormalized logits")
+        raise ValueError(
+            "log_probabilities: their exponentials exceed 1 in sum; give the teacher's own, not renormalized logits"
+        )
     if ids.shape[-1] == len(head):  # nothing is left over but rounding
         rest = torch.zeros_like(rest)
     masses = torch.cat([kept, rest.clamp_min(0)], -1)
@@ -152,6 +160,16 @@ def fused_linear_topk(
     def score(logits: Tensor, rows: slice) -> LossAndGradient:
         partition = TopKPartition(ids[rows], len(head))
         seen = partition.cells.gather(-1, labels[rows, None]).squeeze(-1)
-        return partition_loss(compare, masses[rows], logits, partition, labels[rows], seen=seen, within_weight=within_weight)
+        return partition_loss(
+            compare,
+            masses[rows],
+            logits,
+            partition,
+            labels[rows],
+            seen=seen,
+            within_weight=within_weight,
+        )
 
-    return fused_linear_loss(student_hidden, head, score, observed=labels, chunk_tokens=chunk_tokens)
+    return fused_linear_loss(
+        student_hidden, head, score, observed=labels, chunk_tokens=chunk_tokens
+    )

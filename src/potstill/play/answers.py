@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from potstill.data.chat_templates import answer_spans, render
-from potstill.sampling.batch import Batch, Row
 from potstill.generation.local import end_tokens
-from potstill.sampling.sampler import Sampling, sample_tokens, uniforms
 from potstill.play.players import Player
+from potstill.sampling.batch import Batch, Row
+from potstill.sampling.sampler import Sampling, sample_tokens, uniforms
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 import gradio as gr
 
 from potstill.errors import PotstillError
-from potstill.sampling.sampler import Sampling
 from potstill.play.answers import Candidate, next_tokens, stream_answers
 from potstill.play.players import Player
+from potstill.sampling.sampler import Sampling
 
 HINT = "<p>Choose a token of an answer to see what each model held likeliest there.</p>"
 MARKS = {ord(" "): "·", ord("\n"): "⏎", ord("\t"): "⇥"}  # blanks of a token, shown

@@ -33,7 +33,9 @@ class TeacherKind:
     """Open the tokenizer alone, to check a pair before weights are read."""
 
 
-LOCAL = TeacherKind("local", lambda source: True, open_local, lambda source, opener: opener.tokenizer(source))
+LOCAL = TeacherKind(
+    "local", lambda source: True, open_local, lambda source, opener: opener.tokenizer(source)
+)
 KINDS = [LOCAL]
 """The first kind that matches a source opens it; keep LOCAL last."""
 

@@ -134,7 +134,9 @@ class StatesTarget:
             logits = projection.logits(positions)
             compared = student_logits[:, : logits.shape[-1]]
             agrees = (logits.argmax(-1) == compared.argmax(-1)).float()
-            return BlockScores(forward_kl(logits, compared), agrees, *most_likely(logits, likeliest))
+            return BlockScores(
+                forward_kl(logits, compared), agrees, *most_likely(logits, likeliest)
+            )
 
         return scores
 
@@ -178,4 +180,12 @@ def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 LogitsTarget = StatesTarget
 """The earlier name of `StatesTarget`."""
 
-__all__ = ["BlockScores", "CellTarget", "LogitsTarget", "LossSettings", "StatesTarget", "Target", "most_likely"]
+__all__ = [
+    "BlockScores",
+    "CellTarget",
+    "LogitsTarget",
+    "LossSettings",
+    "StatesTarget",
+    "Target",
+    "most_likely",
+]

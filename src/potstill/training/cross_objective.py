@@ -29,7 +29,13 @@ from potstill.data import PairLayout, TokenCounts, tokenize_pairs
 from potstill.data.pairs import PLACES
 from potstill.losses import Places
 from potstill.models import cache_folder
-from potstill.models.heads import hidden_states, model_inputs, output_head, supervised, trainable_head
+from potstill.models.heads import (
+    hidden_states,
+    model_inputs,
+    output_head,
+    supervised,
+    trainable_head,
+)
 from potstill.protocols import Tokenizer
 from potstill.teachers import CellTarget, LossSettings, Teacher, single_device_model
 
@@ -101,7 +107,8 @@ ALIGNMENTS = {
     "alm": Alignment("likelihood of each aligned span of text", _common, _span_target),
     "uld": Alignment("sorted probabilities", _common, _sorted_target),
     "strict_topk": Alignment(
-        "tokens that both vocabularies have, where one covers one", lambda base, *_: StrictCells(base)
+        "tokens that both vocabularies have, where one covers one",
+        lambda base, *_: StrictCells(base),
     ),
     "last_token_padded": Alignment(
         "equal ids at the last position; kept to show what it gets wrong",

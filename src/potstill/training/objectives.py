@@ -18,7 +18,13 @@ from potstill.alignment import shared_rows
 from potstill.data import BatchLayout, PairLayout, TokenCounts, tokenize_conversations
 from potstill.errors import ConfigError
 from potstill.losses import fused_linear_cross_entropy
-from potstill.models.heads import carries_state, hidden_states, model_inputs, supervised, trainable_head
+from potstill.models.heads import (
+    carries_state,
+    hidden_states,
+    model_inputs,
+    supervised,
+    trainable_head,
+)
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.teachers import LossSettings, Teacher, as_teacher, single_device_model
 from potstill.training.cross_objective import CrossObjective, choose_cells
@@ -91,7 +97,9 @@ class LogitsObjective:
         """Return the divergence, summed over supervised tokens."""
         hidden, labels = supervised(hidden_states(student, model_inputs(batch)), batch["labels"])
         target = self.teacher.targets({**model_inputs(batch), "labels": batch["labels"]})
-        return target.summed_loss(hidden, trainable_head(student, rows=self.rows), labels, self.loss)
+        return target.summed_loss(
+            hidden, trainable_head(student, rows=self.rows), labels, self.loss
+        )
 
     def self_divergence(self, rows: list[dict[str, Any]]) -> Tensor | None:
         """Compare the teacher's hidden states by the student's path with its own targets."""
