@@ -231,7 +231,7 @@ def test_empty_cells_of_a_row_share_its_residual() -> None:
     token = torch.tensor([3, 3])
     seen = partition.cell_of(base.cells[token])
     loss, gradient = partition_loss(
-        CLOSED_FORMS["forward_kl"], masses, logits.clone(), partition, token, seen=seen
+        CLOSED_FORMS["forward_kl"], masses, logits.clone(), partition, token, observed_cells=seen
     )
     leaf = logits.clone().requires_grad_()
     first = leaf[0].softmax(-1)

@@ -58,7 +58,7 @@ def test_value_and_gradient_are_those_of_the_definition(name: str, weight: float
         student.clone(),
         partition,
         observed,
-        seen=cells[observed],
+        observed_cells=cells[observed],
         within_weight=weight,
     )
     leaf = student.clone().requires_grad_()
@@ -78,7 +78,7 @@ def test_with_every_token_its_own_cell_it_is_logit_distillation(name: str) -> No
         student.clone(),
         _Singletons(),
         observed,
-        seen=observed,
+        observed_cells=observed,
     )
     expected_loss, expected_gradient = CLOSED_FORMS[name](teacher.clone(), student.clone())
     torch.testing.assert_close(loss, expected_loss, rtol=1e-9, atol=1e-12)
@@ -90,7 +90,12 @@ def test_with_one_cell_for_all_it_is_text_distillation() -> None:
     partition = CellPartition(torch.zeros(V, dtype=torch.long), 1)
     masses = partition.pool(student.softmax(-1))
     loss, gradient = partition_loss(
-        CLOSED_FORMS["forward_kl"], masses, student.clone(), partition, observed, seen=observed * 0
+        CLOSED_FORMS["forward_kl"],
+        masses,
+        student.clone(),
+        partition,
+        observed,
+        observed_cells=observed * 0,
     )
     torch.testing.assert_close(
         loss, torch.nn.functional.cross_entropy(student, observed, reduction="none")
@@ -111,8 +116,8 @@ def test_where_nothing_is_known_it_is_text_distillation_whatever_the_masses() ->
         student.clone(),
         partition,
         observed,
-        seen=observed // 2,
-        known=known,
+        observed_cells=observed // 2,
+        has_target=known,
         within_weight=0.5,
     )
     text = torch.nn.functional.cross_entropy(student, observed, reduction="none")
@@ -167,7 +172,7 @@ def test_top_k_is_unbiased_and_cutting_off_or_renormalizing_is_not() -> None:
             student.clone(),
             partition,
             observed,
-            seen=partition.cells[:, token],
+            observed_cells=partition.cells[:, token],
         )
         mean += q[:, token : token + 1] * gradient
     torch.testing.assert_close(mean, whole, rtol=1e-9, atol=1e-12)
@@ -190,7 +195,7 @@ def test_coarser_cells_never_exceed_the_whole_divergence() -> None:
             student.clone(),
             partition,
             observed,
-            seen=seen,
+            observed_cells=seen,
             within_weight=0.0,
         )
         assert (loss <= whole + 1e-12).all()
@@ -257,7 +262,7 @@ def test_positions_without_a_target_are_cross_entropy_and_interiors_take_their_r
 
 def test_log_probabilities_beyond_one_are_refused() -> None:
     hidden, head, _, _, labels = heads()
-    with pytest.raises(ValueError, match="exceed 1 in sum"):
+    with pytest.raises(ValueError, match="sum to more than 1"):
         fused_linear_topk(hidden, head, torch.arange(2).expand(B, 2), torch.zeros(B, 2), labels)
 
 

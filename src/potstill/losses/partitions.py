@@ -1,21 +1,25 @@
-"""One principle: how much of the loss is known.
+"""Compute a loss from a target that is known over cells of the vocabulary only.
 
-b tokens in a block, N supervised tokens, V the student's vocabulary, C cells. A *partition* cuts the vocabulary into cells. The
-teacher's mass t_c on each cell is known, a token u was written, cell c(u) was seen to happen, and the loss is
+b tokens in a block, N supervised tokens, V the student's vocabulary, C cells. A *partition* divides
+the vocabulary into cells. t_c is the teacher's mass on cell c, u the token of the text, o the
+observed cell, and the loss is
 
-    D(t ‖ p over cells) − λ·(log p_u − log p_c(u))          p_c = Σ p over the tokens of cell c
+    D(t ‖ p over cells) − λ·(log p_u − log p_o)          p_c = Σ p over the tokens of cell c
 
-With every token its own cell it is logit distillation, with one cell for all it is text distillation, and between the two lie
-a server that keeps k log-probabilities (`fused_linear_topk`) and a teacher with another tokenizer (cross_tokenizer.py).
+If every token is its own cell, this is logit distillation; with one cell for all tokens, it is text
+distillation. In between are k log-probabilities from a server (`fused_linear_topk`) and a teacher
+with another tokenizer (cross_tokenizer.py).
 
-Nothing new has to be derived. D is any divergence of closed_forms.py over C symbols instead of V, log t and log p_c its logits. It
-gives G_c, the gradient with respect to cell c's logit, and within a cell the softmax hands it on in proportion:
+D is any divergence of closed_forms.py, over C cells instead of V tokens, with log t and log p_c as
+logits. It returns G_c, the gradient with respect to the logit of cell c; each token of the cell gets
+its share p(w|c):
 
-    ∂/∂s_w = p(w|c)·G_c + λ·([c = c(u)]·p(w|c) − [w = u])
+    ∂/∂s_w = p(w|c)·G_c + λ·([c = o]·p(w|c) − [w = u])
 
-For forward KL and λ = 1 that is p − t̃, where t̃(w) = t_c·p(w|c) + [w = u] − [c = c(u)]·p(w|c) is the *completed target*: the
-gradient of text, p − [w = u], and beside it something whose mean is nought when c(u) is drawn from t. So the mean is that of text
-distillation, even where c(u) is the cell of what the teacher said and u, in the student's spelling of it, lies in another.
+For forward KL and λ = 1 this is p − t̃ with the *completed target* t̃(w) = t_c·p(w|c) + [w = u] −
+[c = o]·p(w|c). It is the gradient of text distillation, p − [w = u], plus a term whose expectation
+is 0 if o is drawn from t. This holds even if o is the cell of the teacher's token and u, in the
+student's spelling of it, is in another cell.
 """
 
 from __future__ import annotations
@@ -32,16 +36,16 @@ from potstill.losses.projection import Head
 
 
 class Partition(Protocol):
-    """Which token is in which cell, for a block of b positions that need not all be cut alike."""
+    """The cell of each token, for a block of b positions; cells may differ between positions."""
 
     count: int
 
     def pool(self, values: Tensor) -> Tensor:
-        """Sums over cells: ``[b, V]`` → ``[b, C]``."""
+        """Sum over the tokens of each cell: ``[b, V]`` → ``[b, C]``."""
         ...
 
     def spread(self, values: Tensor) -> Tensor:
-        """Each token gets what its cell has: ``[b, C]`` → ``[b, V]``."""
+        """Give each token the value of its cell: ``[b, C]`` → ``[b, V]``."""
         ...
 
 
@@ -52,30 +56,31 @@ def partition_loss(
     partition: Partition,
     observed: Tensor,
     *,
-    seen: Tensor,
-    known: Tensor | None = None,
+    observed_cells: Tensor,
+    has_target: Tensor | None = None,
     within_weight: float = 1.0,
 ) -> LossAndGradient:
-    """Loss ``[b]`` in nats and its gradient ``[b, V]``.
+    """Return the loss ``[b]`` in nats and its gradient ``[b, V]``.
 
-    ``masses [b, C]`` is the teacher's distribution over cells, ``observed [b]`` the tokens that the text has, ``seen [b]`` the
-    cells that happened. Where ``known [b]`` is False nothing is known of the teacher: plain cross-entropy. ``within_weight`` is λ.
+    ``masses [b, C]`` is the teacher's distribution over cells, ``observed [b]`` the tokens of the
+    text, ``observed_cells [b]`` the cells o, ``within_weight`` is λ. Where ``has_target [b]`` is
+    False, the masses are ignored and the loss is cross-entropy.
     """
     p = student_logits.softmax(-1)
     tiny = torch.finfo(p.dtype).tiny
     pooled = partition.pool(p)
-    own = seen[:, None]
-    log_of_observed = p.gather(-1, observed[:, None]).clamp_min(tiny).log()
-    log_of_own = pooled.gather(-1, own).clamp_min(tiny).log()
+    columns = observed_cells[:, None]
+    log_p_observed = p.gather(-1, observed[:, None]).clamp_min(tiny).log()
+    log_p_cell = pooled.gather(-1, columns).clamp_min(tiny).log()
     between, gradient = compare(finite(masses.log()), finite(pooled.log()))
-    within = within_weight * (log_of_own - log_of_observed).squeeze(-1)
+    within = within_weight * (log_p_cell - log_p_observed).squeeze(-1)
     factor = gradient.div_(pooled.clamp_min(tiny))
-    factor.scatter_add_(-1, own, within_weight / pooled.gather(-1, own).clamp_min(tiny))
+    factor.scatter_add_(-1, columns, within_weight / pooled.gather(-1, columns).clamp_min(tiny))
     loss, weight = between + within, torch.full_like(between, within_weight)
-    if known is not None:
-        loss = torch.where(known, loss, -log_of_observed.squeeze(-1))
-        factor = torch.where(known[:, None], factor, 1.0)
-        weight = torch.where(known, weight, 1.0)
+    if has_target is not None:
+        loss = torch.where(has_target, loss, -log_p_observed.squeeze(-1))
+        factor = torch.where(has_target[:, None], factor, 1.0)
+        weight = torch.where(has_target, weight, 1.0)
     gradient = partition.spread(factor).mul_(p)
     return loss, gradient.scatter_add_(-1, observed[:, None], -weight[:, None])
 
@@ -83,10 +88,10 @@ def partition_loss(
 def on_support(
     compare: Callable[[Tensor, Tensor], LossAndGradient],
 ) -> Callable[[Tensor, Tensor], LossAndGradient]:
-    """D(t ‖ p over the cells that t has any mass on) − log p(those cells): for forward KL the same as D, for others finite.
+    """Return D(t ‖ p given S) − log p(S), where S is the set of cells with t_c > 0.
 
-    That the text stays on the teacher's support was seen, so it is learned as all that is seen: by cross-entropy. Inside, D
-    compares what is known.
+    For forward KL this equals D. For other divergences it is finite where D may be infinite. The
+    text shows that the token is in S, so p(S) is learned by cross-entropy; D compares the cells in S.
     """
 
     def restricted(log_masses: Tensor, log_pooled: Tensor) -> LossAndGradient:
@@ -100,7 +105,7 @@ def on_support(
 
 
 class TopKPartition:
-    """k tokens a row are their own cells, ``ids [b, k]``; the rest is the last cell, number k."""
+    """Each of the tokens ``ids [b, k]`` is a cell; all other tokens are cell number k."""
 
     def __init__(self, ids: Tensor, vocabulary: int) -> None:
         self.count = ids.shape[-1] + 1
@@ -128,48 +133,51 @@ def fused_linear_topk(
     chunk_tokens: int | None = None,
     **divergence_parameters: float,
 ) -> Tensor:
-    """The loss towards a teacher of whom k log-probabilities a token are kept, summed over tokens: a scalar in nats.
+    """Return the loss towards k teacher log-probabilities per token, summed: a scalar in nats.
 
-    ``ids [N, k]`` are distinct tokens, ``log_probabilities [N, k]`` the teacher's, ``labels [N]`` the tokens that the text has.
-    What the k leave over is one cell's mass, and inside it the text decides: when the text was sampled from the teacher, the mean
-    gradient is that of its whole distribution, which cutting off or renormalizing the k would not give. k = V is all of it.
+    ``ids [N, k]`` are distinct tokens, ``log_probabilities [N, k]`` the teacher's, ``labels [N]``
+    the tokens of the text. The remaining mass is one cell, in which the loss is cross-entropy. If
+    the text was sampled from the teacher, the expected gradient is that of the whole distribution;
+    dropping the rest or renormalizing would be biased. k = V is the whole distribution.
 
-    Raises: ValueError if shapes do not fit, as `potstill.losses.fused_linear_divergence` does, or if probabilities exceed 1 in sum.
+    Raises: ValueError if shapes do not fit, for an unknown divergence, or if the probabilities of a
+    token sum to more than 1.
     """
-    if (
-        ids.shape != log_probabilities.shape
-        or ids.shape[:1] != student_hidden.shape[:1]
-        or labels.shape != ids.shape[:1]
-    ):
-        raise ValueError(
-            f"ids {tuple(ids.shape)}, log_probabilities {tuple(log_probabilities.shape)} and labels {tuple(labels.shape)} must be "
-            f"[N, k], [N, k] and [N] for the {len(student_hidden)} hidden states"
-        )
     head = as_head(student_head)
+    _check_shapes(student_hidden, ids, log_probabilities, labels)
     kept = log_probabilities.to(torch.promote_types(log_probabilities.dtype, torch.float32)).exp()
     rest = 1 - kept.sum(-1, keepdim=True)
     if bool((rest < -1e-3).any()):
         raise ValueError(
-            "log_probabilities: their exponentials exceed 1 in sum; give the teacher's own, not renormalized logits"
+            "log_probabilities: the probabilities of a token sum to more than 1; give the teacher's "
+            "own log-probabilities, not renormalized ones"
         )
-    if ids.shape[-1] == len(head):  # nothing is left over but rounding
+    if ids.shape[-1] == len(head):  # the rest is only rounding error
         rest = torch.zeros_like(rest)
     masses = torch.cat([kept, rest.clamp_min(0)], -1)
     compare = closed_form(divergence, divergence_parameters)
 
-    def score(logits: Tensor, rows: slice) -> LossAndGradient:
-        partition = TopKPartition(ids[rows], len(head))
-        seen = partition.cells.gather(-1, labels[rows, None]).squeeze(-1)
+    def score(logits: Tensor, positions: slice) -> LossAndGradient:
+        partition, observed = TopKPartition(ids[positions], len(head)), labels[positions]
         return partition_loss(
             compare,
-            masses[rows],
+            masses[positions],
             logits,
             partition,
-            labels[rows],
-            seen=seen,
+            observed,
+            observed_cells=partition.cells.gather(-1, observed[:, None]).squeeze(-1),
             within_weight=within_weight,
         )
 
     return fused_linear_loss(
         student_hidden, head, score, observed=labels, chunk_tokens=chunk_tokens
     )
+
+
+def _check_shapes(hidden: Tensor, ids: Tensor, log_probabilities: Tensor, labels: Tensor) -> None:
+    n = hidden.shape[:1]
+    if ids.shape != log_probabilities.shape or ids.shape[:1] != n or labels.shape != n:
+        raise ValueError(
+            f"ids {tuple(ids.shape)}, log_probabilities {tuple(log_probabilities.shape)} and labels "
+            f"{tuple(labels.shape)} must be [N, k], [N, k] and [N] for the {len(hidden)} hidden states"
+        )
