@@ -122,7 +122,7 @@ def test_training_state_is_counted_by_the_parameter() -> None:
 
 
 def test_an_unknown_card_or_precision_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="known are a10, a100"):
+    with pytest.raises(ConfigError, match="use one of a10, a100"):
         find_card("abacus")
     assert find_card("H100") is CARDS["h100"]
     size = model_size(tiny_model().config)

@@ -1,4 +1,4 @@
-"""From pairs of folders to a verdict; nothing here has weights, save where they are asked for."""
+"""Examine pairs of model folders; they have weights only where a test needs them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from potstill import cli
 from potstill.commands.distill import DistillRecipe
 from potstill.commands.doctor import DoctorRecipe
 from potstill.doctor import examination
-from potstill.doctor.examination import Diagnosis, examine, quick_check
+from potstill.doctor.diagnosis import Diagnosis
+from potstill.doctor.examination import examine, quick_check
 from potstill.doctor.text import as_text
 from potstill.errors import ConfigError, OpaqueTokenizer, VocabularyMismatch
 
@@ -26,7 +27,7 @@ Folder = Callable[..., str]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    """Makes a folder with a configuration and a tokenizer, and no weights."""
+    """Return a function that makes a folder with a configuration and a tokenizer, no weights."""
 
     def make(
         name: str,
@@ -54,7 +55,7 @@ def data(tmp_path: Path) -> str:
 
 
 def word_tokenizer() -> Any:
-    """WordPiece, whose bytes cannot be recovered."""
+    """Return a WordPiece tokenizer, whose bytes cannot be recovered."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -63,7 +64,7 @@ def word_tokenizer() -> Any:
 
 
 def letters_tokenizer(letters: str) -> Any:
-    """Byte-level, with a few letters and nothing else."""
+    """Return a byte-level tokenizer of a few letters."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -77,7 +78,7 @@ def letters_tokenizer(letters: str) -> Any:
 
 
 def relabelled(tokenizer: Any) -> Any:
-    """The same tokenizer with two ids exchanged."""
+    """Return the same tokenizer with two ids exchanged."""
     import copy
 
     from tokenizers import Tokenizer
@@ -90,7 +91,7 @@ def relabelled(tokenizer: Any) -> Any:
     return other
 
 
-def test_padded_rows_are_no_obstacle_to_logits(folder: Folder, data: str) -> None:
+def test_padded_head_rows_still_allow_logits(folder: Folder, data: str) -> None:
     found = examine(
         folder("t", toy_tokenizer(), rows=320),
         folder("s", toy_tokenizer(), rows=272, layers=2),
@@ -104,7 +105,7 @@ def test_padded_rows_are_no_obstacle_to_logits(folder: Folder, data: str) -> Non
     assert found.notes == []
 
 
-def test_equal_sizes_with_other_ids_are_unsafe_for_logits_and_the_first_difference_is_named(
+def test_permuted_ids_are_unsafe_for_logits_and_the_first_difference_is_named(
     folder: Folder, data: str
 ) -> None:
     teacher, student = (
@@ -135,7 +136,7 @@ def test_different_tokenizers_are_measured_on_the_users_own_text(folder: Folder,
     assert text.teacher_tokens != text.tokens
 
 
-def test_a_teacher_with_little_to_say_about_the_text_is_not_worth_its_price(
+def test_text_is_chosen_if_too_few_positions_have_a_target(
     folder: Folder, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(examination, "ENOUGH_TARGETS", 1.01)
@@ -147,7 +148,7 @@ def test_a_teacher_with_little_to_say_about_the_text_is_not_worth_its_price(
     assert found.costs.keys() == {"text"}
 
 
-def test_without_data_the_vocabularies_decide_and_the_price_is_for_a_million_tokens(
+def test_without_data_the_vocabularies_decide_and_the_cost_is_for_a_million_tokens(
     folder: Folder,
 ) -> None:
     found = examine(
@@ -186,7 +187,7 @@ def test_the_planned_run_is_the_one_that_distill_would_make(folder: Folder, data
     assert "max-length" not in found.command
 
 
-def test_the_doctors_defaults_are_those_of_distill() -> None:
+def test_the_defaults_of_doctor_and_distill_are_the_same() -> None:
     parameters = inspect.signature(examine).parameters
     distills = {item.name: item.default for item in dataclasses.fields(DistillRecipe)}
     for item in dataclasses.fields(DoctorRecipe):
@@ -204,10 +205,12 @@ def test_a_turn_that_generation_would_not_stop_at_is_noted(folder: Folder) -> No
     )
     (note,) = found.notes
     assert "the student's chat template ends a turn with <|im_end|>" in note
-    assert "it would talk on" in note
+    assert "it would not stop" in note
 
 
-def test_what_is_cut_or_too_long_or_does_not_fit_is_noted(folder: Folder, data: str) -> None:
+def test_cut_conversations_short_contexts_and_missing_memory_are_noted(
+    folder: Folder, data: str
+) -> None:
     pair = folder("t", toy_tokenizer()), folder("s", toy_tokenizer(), layers=4)
     notes = "\n".join(examine(*pair, data=data, max_length=40).notes)
     assert "of 20 conversations are cut at --max-length" in notes
@@ -218,14 +221,12 @@ def test_what_is_cut_or_too_long_or_does_not_fit_is_noted(folder: Folder, data: 
 
 
 def across_words(tokenizer: Any) -> Any:
-    """With a token that ends one word and begins the next."""
+    """Add a token that ends one word and begins the next."""
     tokenizer.add_tokens(["he rain"])
     return tokenizer
 
 
-def test_a_pair_that_corresponds_badly_is_told_so_and_at_which_tokens(
-    folder: Folder, data: str
-) -> None:
+def test_a_badly_aligned_pair_gets_a_note_with_its_tokens(folder: Folder, data: str) -> None:
     teacher = folder("t", toy_tokenizer())
     found = examine(teacher, folder("alike", relabelled(toy_tokenizer()), layers=2), data=data)
     assert not any("less alike" in note for note in found.notes)
@@ -247,7 +248,7 @@ def test_the_same_tokens_split_differently_are_noted(folder: Folder, data: str) 
     assert "20 of 20 conversations" in note
 
 
-def test_quick_check_refuses_what_no_training_could_mend_and_remarks_on_the_dearer_way() -> None:
+def test_quick_check_raises_for_impossible_pairs_and_remarks_on_a_costlier_method() -> None:
     toy, other = toy_tokenizer(), sentencepiece_tokenizer()
     assert quick_check(toy, other, "text") is None
     assert quick_check(toy, toy, "logits") is None
@@ -266,11 +267,11 @@ def test_quick_check_refuses_what_no_training_could_mend_and_remarks_on_the_dear
     [
         ("opaque", "cannot be recovered"),
         ("nothing shared", "no token in common"),
-        ("lossy template", "loses what the assistant said"),
+        ("lossy template", "loses the assistant's text"),
         ("nothing alignable", "nothing to learn"),
         ("no template", "--chat-template plain"),
         ("no rows", "nothing to learn"),
-        ("unknown card", "known are a10"),
+        ("unknown card", "use one of a10"),
         ("unknown precision", "bf16, fp16, fp32"),
         ("weights without data", "give --data"),
         ("not a model", "no config.json there"),
@@ -324,7 +325,7 @@ def test_bad_input_is_one_line_and_status_2(
     assert says in line
 
 
-def test_the_page_fits_a_terminal_and_json_holds_the_same(
+def test_the_page_fits_a_terminal_and_json_has_the_same_content(
     folder: Folder, data: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     student = sentencepiece_tokenizer()
@@ -372,6 +373,6 @@ def test_the_teacher_is_scored_under_both_templates_when_asked(
     assert "under the student's" in as_text(found)
 
 
-def test_an_unknown_card_is_refused_before_anything_is_opened() -> None:
+def test_an_unknown_card_is_refused_before_any_model_is_opened() -> None:
     with pytest.raises(ConfigError, match="card 'abacus'"):
         examine("nobody/nothing", "nobody/nothing", card="abacus")

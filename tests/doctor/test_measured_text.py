@@ -6,7 +6,8 @@ import pytest
 
 from conftest import conversations, sentencepiece_tokenizer, toy_tokenizer
 from potstill.alignment import token_bytes
-from potstill.doctor.measured_text import MOST_MEASURED, measure_text, splits_alike
+from potstill.alignment.probe import splits_alike
+from potstill.doctor.measured_text import MOST_MEASURED, measure_text
 from potstill.errors import DataError
 
 
@@ -55,12 +56,12 @@ def test_a_large_data_set_is_sampled_evenly() -> None:
     assert MOST_MEASURED / 2 < found.conversations <= MOST_MEASURED
 
 
-def test_no_conversations_at_all_is_an_error_of_the_data() -> None:
+def test_no_conversations_is_a_data_error() -> None:
     with pytest.raises(DataError, match="nothing to learn"):
         measure_text([], toy_tokenizer(), toy_tokenizer(), same=True, max_length=200)
 
 
-def test_tokens_may_be_the_same_and_splits_not() -> None:
+def test_equal_tokens_can_still_split_a_text_differently() -> None:
     other = toy_tokenizer()
     assert splits_alike(toy_tokenizer(), other)
     other.add_tokens(["The year"])

@@ -6,7 +6,7 @@ import pytest
 
 from potstill.alignment import VocabularyComparison
 from potstill.doctor.cost import ModelSize, Plan, estimate
-from potstill.doctor.examination import Diagnosis, Side
+from potstill.doctor.diagnosis import Diagnosis, Side
 from potstill.doctor.measured_text import MeasuredText
 from potstill.doctor.text import as_text
 
@@ -43,7 +43,7 @@ def diagnosis() -> Diagnosis:
         plan=plan,
         costs={name: estimate(name, size, size, plan, card="h100") for name in ("text", "cross")},
         card="h100",
-        notes=["mend this " * 30],
+        notes=["fix this " * 30],
     )
 
 
@@ -51,7 +51,7 @@ def test_verdict_and_command_come_first_and_notes_last(diagnosis: Diagnosis) -> 
     lines = as_text(diagnosis).splitlines()
     assert lines[0] == "verdict   cross: because"
     assert lines[1] == "command   potstill distill t s"
-    assert lines[-1].strip().startswith("mend")
+    assert lines[-1].strip().startswith("fix")
     assert max(map(len, lines)) <= 120
 
 
@@ -63,7 +63,7 @@ def test_numbers_are_shown_in_units_that_can_be_read(diagnosis: Diagnosis, shown
     assert shown in as_text(diagnosis)
 
 
-def test_columns_stand_under_each_other_whatever_their_contents(diagnosis: Diagnosis) -> None:
+def test_columns_are_aligned_for_any_content(diagnosis: Diagnosis) -> None:
     lines = as_text(diagnosis).splitlines()
     place = next(line.index("student") for line in lines if line.lstrip().startswith("teacher "))
     table = [
@@ -75,8 +75,8 @@ def test_columns_stand_under_each_other_whatever_their_contents(diagnosis: Diagn
     assert all(line[place - 1] == " " and line[place] != " " for line in table)
 
 
-def test_without_data_or_card_the_page_says_what_it_could_tell(diagnosis: Diagnosis) -> None:
+def test_without_data_or_card_the_page_names_the_missing_flags(diagnosis: Diagnosis) -> None:
     costs = {name: dataclasses.replace(cost, hours=None) for name, cost in diagnosis.costs.items()}
     page = as_text(dataclasses.replace(diagnosis, text=None, card=None, costs=costs))
-    assert "--data tells" in page
-    assert "--card h100 tells the time" in page
+    assert "--data measures" in page
+    assert "--card h100 estimates the time" in page

@@ -1,13 +1,14 @@
-"""What a run will cost, told from two configurations: FLOPs, hours, memory and disk, before a weight is read.
+"""Estimate the cost of a run from two configurations: FLOPs, hours, memory and disk.
 
-T tokens of a conversation, N of them supervised; a model has P parameters, P_b of them in its body (a token meets only its own
-experts), a head of V × H, and L layers whose attention is A wide. One forward pass of a conversation is
+A conversation has T tokens, N of them supervised. A model has P parameters, P_b of them in its body
+(only the active experts count), a head of V × H, and L layers with attention width A. One forward
+pass of a conversation costs
 
-    2·P_b·T          every weight of the body multiplies and adds once a token
-    2·L·A·T²         causal attention: each token looks at T/2 others on average, with two products of width A
-    2·V·H·N          the head, at supervised positions alone
+    2·P_b·T          every body weight multiplies and adds once per token
+    2·L·A·T²         causal attention: T/2 tokens on average, two products of width A
+    2·V·H·N          the head, at supervised positions only
 
-and a backward pass twice that. The student pays three of its own, the teacher one (losses/fused.py projects nothing twice).
+and a backward pass twice that. The student pays three forward passes, the teacher one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from potstill.errors import ConfigError, ModelError
 
 @dataclass(frozen=True)
 class Card:
-    """An accelerator: dense peaks in FLOP/s and memory, from its maker's data sheet."""
+    """An accelerator: dense peak FLOP/s and memory, from its data sheet."""
 
     bf16_flops_per_second: float
     fp32_flops_per_second: float
@@ -41,93 +42,94 @@ CARDS = {
     "rtx3090": Card(71e12, 35.6e12, 24e9),
     "rtx4090": Card(165e12, 82.6e12, 24e9),
 }
-UTILISATION = 0.4
-"""The share of the peak that training reaches in practice; small models and short batches reach less."""
+UTILIZATION = 0.4
+"""Share of the peak that training reaches; small models and short batches reach less."""
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 ACTIVATION_BYTES = {"bf16": 12, "fp16": 12, "fp32": 17}
-"""Kept for the backward pass, for each number that a layer's products make of a token (no gradient checkpointing): measured on
-Llama, Qwen 3, Gemma 3 and GPT-2 with fused attention, 9 to 15 under bf16 autocast and 15 to 20 in fp32."""
+"""Kept for the backward pass per element of ``numbers_a_layer`` and token, without checkpointing.
+Measured on Llama, Qwen 3, Gemma 3 and GPT-2 with fused attention: 9 to 15 (bf16 autocast), 15 to 20
+(fp32)."""
 LOGITS_BYTES = 6 * 256 * 2**20
-"""The loss's chunks of logits on a GPU: half a dozen tensors at a time (losses/projection.py, GRADIENT_BYTES)."""
+"""The loss's logits on a GPU: six chunks of GRADIENT_BYTES (losses/projection.py)."""
 KEPT_CHECKPOINTS = 2
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What of a model's shape its cost depends on."""
+    """The dimensions of a model that its cost depends on."""
 
     parameters: int
-    """Every weight, tied ones once."""
+    """All weights; tied ones count once."""
     body_parameters: int
-    """Weights that a token meets between the embedding and the head."""
+    """Weights used per token between the embedding and the head."""
     vocabulary_rows: int
-    """V: rows of the head, padding included."""
+    """V: head rows, with padding."""
     hidden_size: int
     """H."""
     layers: int
     """L."""
     attention_width: int
-    """A: heads × width of a head."""
+    """A: number of heads × head width."""
     numbers_a_layer: int
-    """What one layer's products make of a token: residual stream, queries, keys, and the inner layer of the feed-forward part."""
+    """Elements per token and layer: residual stream, queries, keys, inner feed-forward layer."""
 
     def forward_flops(self, tokens: float, supervised: float) -> float:
-        """One conversation through the body, and its supervised tokens through the head."""
+        """Return the FLOPs of one conversation, with the head at supervised tokens only."""
         attention = 2 * self.layers * self.attention_width * tokens**2
-        return (
-            2 * self.body_parameters * tokens
-            + attention
-            + 2 * self.vocabulary_rows * self.hidden_size * supervised
-        )
+        head = 2 * self.vocabulary_rows * self.hidden_size * supervised
+        return 2 * self.body_parameters * tokens + attention + head
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, in the numbers that cost something. Token counts are means over conversations, cut at the length limit."""
+    """The size of a run. Token counts are means over conversations, cut at the length limit."""
 
     steps: int
     conversations_a_step: int
     tokens: float
     """In the student's tokenizer."""
     supervised: float
-    """Of these."""
+    """Supervised tokens, in the student's tokenizer."""
     teacher_tokens: float
-    """In the tokenizer the teacher reads."""
+    """In the tokenizer that the teacher reads."""
     teacher_supervised: float
     largest_batch_tokens: int
-    """Of a micro-batch, in the student's tokenizer: what memory must hold."""
+    """Student tokens of the largest micro-batch."""
     precision: str = "bf16"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a whole run; memory of one device that holds both models. Evaluation, a few percent, is not in it."""
+    """The cost of a run without evaluation (a few percent). Memory is of one device with both models."""
 
     student_flops: float
     teacher_flops: float
     hours: float | None
-    """On the named card, at `UTILISATION` of its peak."""
+    """On the named card, at `UTILIZATION` of its peak."""
     student_memory_bytes: float
-    """Weights, gradients and Adam's two moments in float32; and a copy of the weights in the precision of the products."""
+    """float32 weights, gradients and two Adam moments; and the weights in ``precision``."""
     activation_memory_bytes: float
-    """What the largest micro-batch leaves for the backward pass, and the chunks of logits."""
+    """Activations of the largest micro-batch, and the loss's logits."""
     teacher_memory_bytes: float
     disk_bytes: float
-    """The run's folder at its fullest: checkpoints with the optimizer's moments, and the trained student."""
+    """Largest size of the run folder: checkpoints with Adam's moments, and the student."""
 
     @property
     def flops(self) -> float:
-        """Of both models."""
+        """Return the FLOPs of both models."""
         return self.student_flops + self.teacher_flops
 
     @property
     def memory_bytes(self) -> float:
-        """At the peak of a step."""
+        """Return the peak memory of a step."""
         return self.student_memory_bytes + self.activation_memory_bytes + self.teacher_memory_bytes
 
 
 def model_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
-    """Measured on a model without storage (torch's meta device). Raises: ModelError if the configuration makes no causal model."""
+    """Measure a model on torch's meta device, without weights.
+
+    Raises: ModelError if no causal model can be built from the configuration.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -135,7 +137,7 @@ def model_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever an architecture's own code raises
+    except Exception as error:  # an architecture's code can raise any exception
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"{type(config).__name__}: no causal language model can be built from it ({reason})"
@@ -150,7 +152,7 @@ def model_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
         for name, parameter in model.named_parameters()
         if parameter is not head and id(parameter) not in looked_up
     )
-    heads = getattr(text, "num_attention_heads", None) or 0  # a recurrence has none
+    heads = getattr(text, "num_attention_heads", None) or 0  # recurrent models have none
     head_width = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
     key_heads = getattr(text, "num_key_value_heads", None) or heads
     inner = (
@@ -174,7 +176,10 @@ def model_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
 def estimate(
     method: str, teacher: ModelSize, student: ModelSize, plan: Plan, *, card: str | None = None
 ) -> Cost:
-    """The cost of ``plan`` by ``method`` (text, logits or cross). Raises: ConfigError for an unknown precision or card."""
+    """Return the cost of ``plan`` with ``method``: text, logits or cross.
+
+    Raises: ConfigError for an unknown precision or card.
+    """
     if plan.precision not in BYTES:
         raise ConfigError(
             f"precision {plan.precision!r} is not known; use one of {', '.join(BYTES)}"
@@ -200,7 +205,7 @@ def estimate(
         teacher_flops=teacher_flops,
         hours=None
         if card is None
-        else (student_flops + teacher_flops) / _flops_a_second(card, plan.precision) / 3600,
+        else (student_flops + teacher_flops) / _flops_per_second(card, plan.precision) / 3600,
         student_memory_bytes=student.parameters * (16 + copy_bytes),
         activation_memory_bytes=activations + LOGITS_BYTES,
         teacher_memory_bytes=teacher_memory,
@@ -210,21 +215,21 @@ def estimate(
 
 
 def find_card(name: str) -> Card:
-    """Raises: ConfigError for a card that `CARDS` does not list."""
+    """Return the card of this name. Raises: ConfigError if `CARDS` does not list it."""
     if name.lower() not in CARDS:
-        raise ConfigError(f"card {name!r} is not listed; known are {', '.join(CARDS)}")
+        raise ConfigError(f"card {name!r} is not known; use one of {', '.join(CARDS)}")
     return CARDS[name.lower()]
 
 
-def _flops_a_second(card: str, precision: str) -> float:
+def _flops_per_second(card: str, precision: str) -> float:
     found = find_card(card)
-    return UTILISATION * (
+    return UTILIZATION * (
         found.fp32_flops_per_second if precision == "fp32" else found.bf16_flops_per_second
     )
 
 
 def _active_expert_share(config: Any) -> float:
-    """Of a mixture of experts, the share of the experts that a token meets; 1 for a dense model."""
+    """Return the share of experts active for a token; 1 for a dense model."""
     chosen = getattr(config, "num_experts_per_tok", None)
     counts = (
         getattr(config, name, None)

@@ -1,19 +1,18 @@
-"""Can this teacher teach this student, how, and what will it cost? Answered before any compute is spent.
+"""Examine a teacher, a student and a planned run, before any compute is spent.
 
     potstill doctor TEACHER STUDENT --data answers.jsonl
 
-Read are two configurations, two tokenizers and the user's data; weights only on request. What is found is a `Diagnosis`, which
-doctor_text.py lays out for a terminal.
+This reads two configurations, two tokenizers and the data; weights only on request. The result is a
+`Diagnosis`, which doctor/text.py formats for a terminal.
 """
 
 from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from potstill.alignment import (
     VocabularyComparison,
@@ -22,91 +21,54 @@ from potstill.alignment import (
     stop_tokens,
     token_bytes,
 )
+from potstill.alignment.probe import PROBE
 from potstill.data import read_conversations, tokenize_conversations
 from potstill.data.chat_templates import answer_spans, ensure_chat_template
 from potstill.data.conversations import Conversation
-from potstill.doctor.cost import CARDS, Cost, ModelSize, Plan, estimate, find_card, model_size
-from potstill.doctor.measured_text import PROBE, MeasuredText, measure_text, splits_alike
+from potstill.defaults import EVAL_FRACTION, MAX_LENGTH, PASSES
+from potstill.doctor.cost import Plan, estimate, find_card, model_size
+from potstill.doctor.diagnosis import Diagnosis, Side
+from potstill.doctor.measured_text import MeasuredText, measure_text
+from potstill.doctor.notes import notes_on_pair, notes_on_run, notes_on_text
 from potstill.errors import ConfigError, VocabularyMismatch
 from potstill.evaluation.scores import score_tokens, summarize
-from potstill.models import load_config, load_generation_config, load_model, load_tokenizer
+from potstill.models import ModelOpener
+from potstill.protocols import CausalLM, Tokenizer
 
 TALK = [
     {"role": "user", "content": "Why does it rain?"},
     {"role": "assistant", "content": "Vapour cools and falls."},
 ]
 ENOUGH_TARGETS = 0.5
-"""With fewer positions than that, a loss across tokenizers is mostly plain cross-entropy, and the teacher not worth its price."""
-FEW_TARGETS, MANY_DISAGREEING = 0.97, 0.02
-"""Where a pair is worse than prose and code usually are, it is said why."""
+"""With fewer targets per position, a cross-tokenizer loss is mostly cross-entropy: use text."""
 SCORED_CONVERSATIONS = 32
-EPOCHS, HELD_OUT = 3, 0.1
-"""What `potstill distill` does by itself."""
 MILLION = 1_000_000
 
 
 @dataclass(frozen=True)
-class Side:
-    """What a run meets of one model."""
+class _Request:
+    """The arguments of `examine`."""
 
-    source: str
-    tokens: int
-    """In its tokenizer; the head may have more rows."""
-    size: ModelSize
-    chat_template: str | None
-    """its own, plain, or the path that was given; None without one."""
-    opening: str
-    """What the template writes before the user's first word."""
-    ends_turn: str | None
-    """The special token that the template ends an answer with."""
-    bos: str | None
-    eos: str | None
-    stops: list[str]
-    """Tokens at which its generation stops."""
-    context_tokens: int | None
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """Everything that was found; ``--json`` prints it."""
-
-    method: str
-    """The form of distillation to use: logits, cross or text."""
-    reason: str
-    command: str
-    teacher: Side
-    student: Side
-    vocabularies: VocabularyComparison
+    teacher: str
+    student: str
     data: str | None
-    text: MeasuredText | None
-    """The data, measured."""
-    teacher_bits_per_byte: dict[str, float] | None
-    """Of the answers' own bytes, under the teacher's own chat template and under the student's."""
-    plan: Plan
-    costs: dict[str, Cost]
-    """By text, and by ``method``."""
     card: str | None
-    notes: list[str]
-    """What should be known, or mended, before the run."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """All of it for machines, what follows from the counts included."""
-        found = asdict(self)
-        if self.text is not None:
-            found["text"] |= {
-                "with_target": self.text.with_target,
-                "disagreeing": self.text.disagreeing,
-            }
-        for name, cost in self.costs.items():
-            found["costs"][name] |= {"flops": cost.flops, "memory_bytes": cost.memory_bytes}
-        return found
+    opener: ModelOpener
+    with_weights: bool
+    max_steps: int | None
+    batch_size: int
+    gradient_accumulation_steps: int
+    max_length: int
+    precision: str
 
 
-def quick_check(teacher_tokenizer: Any, student_tokenizer: Any, method: str) -> str | None:
-    """Refuse what no training could mend, from tokenizers alone. Returns a remark where another method would do better.
+def quick_check(
+    teacher_tokenizer: Tokenizer, student_tokenizer: Tokenizer, method: str
+) -> str | None:
+    """Raise if training cannot work; return a remark if another method is better, else None.
 
-    Raises: VocabularyMismatch for logits across different tokenizers, and for two that share no bytes at all; OpaqueTokenizer if
-    a form across tokenizers needs bytes that cannot be recovered.
+    Raises: VocabularyMismatch for logits with different tokenizers, and if no token is shared;
+    OpaqueTokenizer if a cross-tokenizer method needs bytes that cannot be recovered.
     """
     if method == "text":
         return None
@@ -114,10 +76,14 @@ def quick_check(teacher_tokenizer: Any, student_tokenizer: Any, method: str) -> 
         shared_rows(teacher_tokenizer, student_tokenizer)
         return None
     if compare_vocabularies(teacher_tokenizer, student_tokenizer).first_difference is None:
-        return "teacher and student have the same tokenizer: cross works and teaches the same, --method logits is cheaper"
-    if set(filter(None, token_bytes(teacher_tokenizer))).isdisjoint(token_bytes(student_tokenizer)):
+        return (
+            "teacher and student have the same tokenizer: cross works and teaches the same, but "
+            "--method logits is cheaper"
+        )
+    known = set(filter(None, token_bytes(teacher_tokenizer)))
+    if known.isdisjoint(token_bytes(student_tokenizer)):
         raise VocabularyMismatch(
-            "teacher and student have no token in common, not one byte; distil text instead (--method text)"
+            "teacher and student have no token in common; use --method text instead"
         )
     return None
 
@@ -130,7 +96,7 @@ def examine(
     max_steps: int | None = None,
     batch_size: int = 8,
     gradient_accumulation_steps: int = 1,
-    max_length: int = 1024,
+    max_length: int = MAX_LENGTH,
     precision: str = "bf16",
     card: str | None = None,
     chat_template: str | None = None,
@@ -138,10 +104,11 @@ def examine(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> Diagnosis:
-    """Examine a pair, and the run that is planned for it. Weights are read only ``with_weights``, which needs ``data``.
+    """Examine a pair and its planned run. ``with_weights`` loads the teacher and needs ``data``.
 
-    Raises: ModelError, ConfigError; VocabularyMismatch if no bytes are shared and OpaqueTokenizer if they cannot be told;
-    ChatTemplateError for a template that loses the answer, DataError for data with nothing to learn.
+    Raises: ModelError, ConfigError; VocabularyMismatch if no token is shared; OpaqueTokenizer if
+    bytes cannot be recovered; ChatTemplateError for a template that loses the answer; DataError for
+    data without supervised tokens.
     """
     if card is not None:
         find_card(card)
@@ -149,95 +116,101 @@ def examine(
         raise ConfigError(
             "--with-weights scores the teacher on text, and there is none; give --data"
         )
-    conversations = list(read_conversations(data)) if data else []
-    tokenizers = [
-        load_tokenizer(source, trust_remote_code=trust_remote_code) for source in (teacher, student)
+    request = _Request(
+        teacher=teacher,
+        student=student,
+        data=data,
+        card=card,
+        opener=ModelOpener(device, "auto", chat_template, trust_remote_code),
+        with_weights=with_weights,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        max_length=max_length,
+        precision=precision,
+    )
+    return _diagnose(request, list(read_conversations(data)) if data else [])
+
+
+def _diagnose(request: _Request, conversations: list[Conversation]) -> Diagnosis:
+    sources = (request.teacher, request.student)
+    # Without the given template, to see which tokenizer has its own.
+    as_saved = replace(request.opener, chat_template=None)
+    tokenizers = teacher_tokenizer, student_tokenizer = [
+        as_saved.tokenizer(source) for source in sources
     ]
     vocabularies = compare_vocabularies(*tokenizers)
     same = vocabularies.first_difference is None
     if not same:
-        quick_check(tokenizers[0], tokenizers[1], "cross")
-    named = zip((teacher, student), tokenizers, strict=True)
+        quick_check(teacher_tokenizer, student_tokenizer, "cross")
     sides = [
-        _side(source, tokenizer, chat_template, trust_remote_code) for source, tokenizer in named
+        _side(source, tokenizer, request.opener)
+        for source, tokenizer in zip(sources, tokenizers, strict=True)
     ]
-    text = (
-        measure_text(conversations, *tokenizers, same=same, max_length=max_length) if data else None
-    )
+    text = None
+    if request.data:
+        text = measure_text(conversations, *tokenizers, same=same, max_length=request.max_length)
     method, reason = _verdict(sides, vocabularies, text)
-    settings: dict[str, Any] = {
-        "max_steps": max_steps,
-        "batch_size": batch_size,
-        "max_length": max_length,
-    }
-    settings |= {
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-        "precision": precision,
-        "chat_template": chat_template,
-    }
-    plan = _plan(text, settings, tokenizers)
+    plan = _plan(text, request, tokenizers)
+    teacher, student = sides
     costs = {
-        name: estimate(name, sides[0].size, sides[1].size, plan, card=card)
+        name: estimate(name, teacher.size, student.size, plan, card=request.card)
         for name in dict.fromkeys(("text", method))
     }
-    bits = None
-    if with_weights:
-        model, _ = load_model(teacher, device=device, trust_remote_code=trust_remote_code)
-        bits = _teacher_bits_per_byte(model, tokenizers, conversations, max_length)
-    about_run = _notes_on_run(sides, costs[method], card, text.longest if text else max_length)
+    bits_per_byte = None
+    if request.with_weights:
+        model = request.opener.model(request.teacher)
+        bits_per_byte = _teacher_bits_per_byte(model, tokenizers, conversations, request.max_length)
+    longest_tokens = text.longest if text else request.max_length
     return Diagnosis(
         method=method,
         reason=reason,
-        command=_command(
-            teacher, student, data, method, {**settings, "trust_remote_code": trust_remote_code}
-        ),
-        teacher=sides[0],
-        student=sides[1],
+        command=_command(request, method),
+        teacher=teacher,
+        student=student,
         vocabularies=vocabularies,
-        data=data,
+        data=request.data,
         text=text,
-        teacher_bits_per_byte=bits,
+        teacher_bits_per_byte=bits_per_byte,
         plan=plan,
         costs=costs,
-        card=card,
+        card=request.card,
         notes=[
-            *_notes_on_pair(sides, method),
-            *_notes_on_text(text, tokenizers, method),
-            *about_run,
+            *notes_on_pair(sides, method),
+            *notes_on_text(text, tokenizers, method),
+            *notes_on_run(sides, costs[method], request.card, longest_tokens),
         ],
     )
 
 
-def _side(source: str, tokenizer: Any, chat_template: str | None, trust_remote_code: bool) -> Side:
-    """Gives the tokenizer the chat template if it has none, as a run does. Raises: ChatTemplateError if it loses the answer."""
-    config = load_config(source, trust_remote_code=trust_remote_code)
-    template = "its own" if tokenizer.chat_template else chat_template
-    ensure_chat_template(tokenizer, chat_template)
+def _side(source: str, tokenizer: Tokenizer, opener: ModelOpener) -> Side:
+    """Describe one model; set the given chat template if the tokenizer has none, as a run does.
+
+    Raises: ChatTemplateError if the template loses the answer.
+    """
+    config = opener.config(source)
+    template = "its own" if tokenizer.chat_template else opener.chat_template
+    ensure_chat_template(tokenizer, opener.chat_template)
     opening, ends_turn = "", None
     if tokenizer.chat_template:
         rendered, _ = answer_spans(tokenizer, TALK)
         opening, _, closing = rendered.partition(TALK[0]["content"])
-        after = tokenizer.encode(closing.partition(TALK[1]["content"])[2], add_special_tokens=False)
+        closing = closing.partition(TALK[1]["content"])[2]
+        after = tokenizer.encode(closing, add_special_tokens=False)
         ends = stop_tokens(tokenizer)
         ends_turn = next((tokenizer.convert_ids_to_tokens(i) for i in after if i in ends), None)
-    stops = (
-        load_generation_config(source, trust_remote_code=trust_remote_code).eos_token_id
-        or tokenizer.eos_token_id
-    )
+    stops = opener.generation_config(source).eos_token_id or tokenizer.eos_token_id
+    stop_ids = stops if isinstance(stops, list) else [stops]
     return Side(
         source=source,
         tokens=len(tokenizer),
-        size=model_size(config, trust_remote_code=trust_remote_code),
+        size=model_size(config, trust_remote_code=opener.trust_remote_code),
         chat_template=template,
         opening=opening,
         ends_turn=ends_turn,
         bos=tokenizer.bos_token,
         eos=tokenizer.eos_token,
-        stops=[
-            tokenizer.convert_ids_to_tokens(i)
-            for i in (stops if isinstance(stops, list) else [stops])
-            if i is not None
-        ],
+        stops=[tokenizer.convert_ids_to_tokens(i) for i in stop_ids if i is not None],
         context_tokens=getattr(config.get_text_config(), "max_position_embeddings", None),
     )
 
@@ -245,148 +218,98 @@ def _side(source: str, tokenizer: Any, chat_template: str | None, trust_remote_c
 def _verdict(
     sides: Sequence[Side], vocabularies: VocabularyComparison, text: MeasuredText | None
 ) -> tuple[str, str]:
-    """The method, and the reason in one line."""
+    """Return the method, and the reason in one line."""
     if vocabularies.first_difference is None:
         rows, other_rows = (side.size.vocabulary_rows for side in sides)
         reason = "equal ids are equal tokens, so the whole distributions can be compared"
         if rows != other_rows:
-            reason += f"; the heads of {rows} and {other_rows} rows are cut to the {vocabularies.shared_rows} shared"
+            shared = vocabularies.shared_rows
+            reason += f"; the heads of {rows} and {other_rows} rows are cut to the {shared} shared"
         return "logits", reason
     first, teacher_token, student_token = vocabularies.first_difference
-    unsafe = f"logits would be unsafe (id {first} is {teacher_token!r} in the teacher's, {student_token!r} in the student's)"
+    unsafe = (
+        f"logits would be unsafe (id {first} is {teacher_token!r} in the teacher's, "
+        f"{student_token!r} in the student's)"
+    )
     if text is None:
         share = vocabularies.shared_tokens / vocabularies.student_tokens
-        return "cross", f"{unsafe}; {share:.0%} of the student's tokens are the teacher's, too"
+        return "cross", f"{unsafe}; the teacher has {share:.0%} of the student's tokens"
+    where = "of the positions in your text"
     if text.with_target < ENOUGH_TARGETS:
-        return (
-            "text",
-            f"{unsafe}, and cross would reach only {text.with_target:.0%} of the positions in your text",
-        )
+        return "text", f"{unsafe}, and cross would reach only {text.with_target:.0%} {where}"
     return (
         "cross",
-        f"{unsafe}; across tokenizers the teacher reaches {text.with_target:.1%} of the positions in your text",
+        f"{unsafe}; across tokenizers the teacher reaches {text.with_target:.1%} {where}",
     )
 
 
-def _plan(text: MeasuredText | None, settings: dict[str, Any], tokenizers: Sequence[Any]) -> Plan:
-    """The run that `potstill distill` would make of these settings; without data, one over a million of the student's tokens."""
-    batch, length, precision = settings["batch_size"], settings["max_length"], settings["precision"]
-    a_step = batch * settings["gradient_accumulation_steps"]
+def _plan(text: MeasuredText | None, request: _Request, tokenizers: Sequence[Tokenizer]) -> Plan:
+    """Return the run of `potstill distill`; without data, a run over a million student tokens."""
+    length, batch_tokens = request.max_length, request.batch_size * request.max_length
+    step_conversations = request.batch_size * request.gradient_accumulation_steps
     if text is None:
-        lengths = [
-            len(tokenizer.encode(PROBE, add_special_tokens=False)) for tokenizer in tokenizers
-        ]
+        lengths = [len(one.encode(PROBE, add_special_tokens=False)) for one in tokenizers]
         teacher_tokens = length * lengths[0] / lengths[1]
-        steps = settings["max_steps"] or -(-MILLION // (a_step * length))
         return Plan(
-            steps, a_step, length, length, teacher_tokens, teacher_tokens, batch * length, precision
+            steps=request.max_steps or -(-MILLION // (step_conversations * length)),
+            conversations_a_step=step_conversations,
+            tokens=length,
+            supervised=length,
+            teacher_tokens=teacher_tokens,
+            teacher_supervised=teacher_tokens,
+            largest_batch_tokens=batch_tokens,
+            precision=request.precision,
         )
-    training = text.of - max(1, round(text.of * HELD_OUT))
-    steps = settings["max_steps"] or EPOCHS * -(-training // a_step)
+    training = text.of - max(1, round(text.of * EVAL_FRACTION))
     per_conversation = 1 / text.conversations
     return Plan(
-        steps=steps,
-        conversations_a_step=a_step,
+        steps=request.max_steps or PASSES * -(-training // step_conversations),
+        conversations_a_step=step_conversations,
         tokens=text.tokens * per_conversation,
         supervised=text.supervised_tokens * per_conversation,
         teacher_tokens=text.teacher_tokens * per_conversation,
         teacher_supervised=text.teacher_supervised_tokens * per_conversation,
-        largest_batch_tokens=batch * text.longest,
-        precision=precision,
+        largest_batch_tokens=request.batch_size * text.longest,
+        precision=request.precision,
     )
 
 
 def _teacher_bits_per_byte(
-    teacher: Any, tokenizers: Sequence[Any], conversations: Sequence[Conversation], length: int
+    teacher: CausalLM,
+    tokenizers: Sequence[Tokenizer],
+    conversations: Sequence[Conversation],
+    max_length: int,
 ) -> dict[str, float]:
-    """How well the teacher foresees the answers when it reads them as it is used to, and as the student will be asked."""
+    """Score the answers with the teacher, under its own chat template and the student's."""
     tokenizer, student_tokenizer = tokenizers
-    # Marked as cut off, answers are scored without the end token, which is the template's.
+    templates = {"own": tokenizer.chat_template, "student's": student_tokenizer.chat_template}
+    # Marked as cut off, answers are scored without the end token, which belongs to the template.
     chosen = [{**row, "cut_off": True} for row in conversations[:SCORED_CONVERSATIONS]]
     bits = {}
-    for name, template in (
-        ("own", tokenizer.chat_template),
-        ("student's", student_tokenizer.chat_template),
-    ):
+    for name, template in templates.items():
         tokenizer.chat_template = template
-        dataset, _ = tokenize_conversations(chosen, tokenizer, max_length=length)
-        bits[name] = summarize(score_tokens(teacher, dataset, pad_token_id=tokenizer.pad_token_id))[
-            "bits_per_byte"
-        ]
+        dataset, _ = tokenize_conversations(chosen, tokenizer, max_length=max_length)
+        scores = score_tokens(teacher, dataset, pad_token_id=tokenizer.pad_token_id)
+        bits[name] = summarize(scores)["bits_per_byte"]
     return bits
 
 
-def _command(
-    teacher: str, student: str, data: str | None, method: str, settings: dict[str, Any]
-) -> str:
-    """What to type, flags only where they are not the default."""
-    defaults = inspect.signature(examine).parameters  # which are those of `potstill distill`
-    words = ["potstill", "distill", teacher, student, "--data", data or "DATA", "--method", method]
-    words += ["--output-dir", f"runs/{Path(student).name}"]
+def _command(request: _Request, method: str) -> str:
+    """Return the `potstill distill` command, with flags only where they are not the default."""
+    defaults = inspect.signature(examine).parameters  # the same as those of `potstill distill`
+    words = ["potstill", "distill", request.teacher, request.student]
+    words += ["--data", request.data or "DATA", "--method", method]
+    words += ["--output-dir", f"runs/{Path(request.student).name}"]
+    settings = {
+        "max_steps": request.max_steps,
+        "batch_size": request.batch_size,
+        "max_length": request.max_length,
+        "gradient_accumulation_steps": request.gradient_accumulation_steps,
+        "precision": request.precision,
+        "chat_template": request.opener.chat_template,
+        "trust_remote_code": request.opener.trust_remote_code,
+    }
     for name, value in settings.items():
         if value != defaults[name].default:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return shlex.join(words)
-
-
-def _notes_on_pair(sides: Sequence[Side], method: str) -> Iterator[str]:
-    teacher, student = sides
-    for who, side in (("teacher", teacher), ("student", student)):
-        if side.ends_turn and side.ends_turn not in side.stops:
-            yield (
-                f"the {who}'s chat template ends a turn with {side.ends_turn}, and its generation stops only at "
-                f"{', '.join(side.stops)}: it would talk on; add that token to eos_token_id in generation_config.json"
-            )
-        if side.chat_template and not side.ends_turn:
-            yield f"the {who}'s chat template ends an answer with no special token, so nothing teaches the student to stop"
-        if not side.chat_template:
-            yield f"the {who} has no chat template: conversations need --chat-template plain, or a Jinja file"
-    if student.size.parameters >= teacher.size.parameters:
-        yield "the student is not smaller than the teacher"
-    if method == "logits" and teacher.opening != student.opening:
-        yield "the chat templates differ, and the teacher will read the student's: --with-weights shows what that costs it"
-
-
-def _notes_on_text(
-    text: MeasuredText | None, tokenizers: Sequence[Any], method: str
-) -> Iterator[str]:
-    split = "split differently by two tokenizers of the same tokens: the teacher will read what it is not used to"
-    if text is None:
-        if method == "logits" and not splits_alike(*tokenizers):
-            yield f"some text is {split}"
-        return
-    measured = text.conversations + text.dropped + text.not_alignable
-    for count, what in (
-        (text.shortened, "are cut at --max-length, their ends never seen"),
-        (text.dropped, "have no answer within --max-length and are left out"),
-        (text.split_differently, f"are {split}"),
-        (
-            text.not_alignable,
-            "are left out: for the two tokenizers or chat templates the answer is not the same bytes",
-        ),
-    ):
-        if count:
-            yield f"{count} of {measured} conversations {what}"
-    if text.with_target < FEW_TARGETS or text.disagreeing > MANY_DISAGREEING:
-        worst = ", ".join(f"{token!r} {count}×" for token, count in text.untaught[:3])
-        yield (
-            f"the two tokenizers cut this text less alike than prose and code usually are; without a target most often: {worst}"
-            + (
-                f" ({text.untaught_blank:.0%} of all are runs of blanks and line breaks)"
-                if text.untaught_blank > 0.1
-                else ""
-            )
-        )
-
-
-def _notes_on_run(
-    sides: Sequence[Side], cost: Cost, card: str | None, longest: int
-) -> Iterator[str]:
-    for who, side in zip(("teacher", "student"), sides, strict=True):
-        if side.context_tokens is not None and longest > side.context_tokens:
-            yield f"conversations of up to {longest} tokens are longer than the {side.context_tokens} that the {who} can read"
-    room = float("inf") if card is None else CARDS[card.lower()].memory_bytes
-    if cost.memory_bytes - cost.activation_memory_bytes > room:
-        yield f"both models with the optimizer's state do not fit on one {card}: use several with FSDP, or train adapters (LoRA)"
-    elif cost.memory_bytes > room:
-        yield f"the run does not fit on one {card}: lower --batch-size, and raise --gradient-accumulation-steps by as much"

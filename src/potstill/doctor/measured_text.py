@@ -1,7 +1,7 @@
-"""At how many of the student's positions in the user's own text a teacher has something to say.
+"""Count the student's positions in the data at which the teacher gives a target.
 
-Two vocabularies may share four fifths of their tokens and a text still be cut differently at every second place, or share few and
-be cut alike. So the text is tokenized as a run would do it, and counted.
+Shared tokens do not answer this: two vocabularies can share most tokens and split a text differently,
+or share few and split it alike. So the text is tokenized as in a run.
 """
 
 from __future__ import annotations
@@ -14,98 +14,91 @@ from typing import Any
 from potstill.alignment import PieceCells, VocabularyCells, token_bytes
 from potstill.data import IGNORED, tokenize_conversations, tokenize_pairs
 from potstill.data.conversations import Conversation
+from potstill.protocols import Tokenizer
 
-PROBE = "The year 2026, they said:\n\tif x != 'été': print(42)  # 雨 and 🌧️\r\n\n  Rain isn't dry."
-"""A little of everything that tokenizers split differently."""
 MOST_MEASURED = 500
-"""Conversations, spread evenly over the data: shares are then known to a tenth of a percent."""
+"""Conversations, spread evenly over the data; shares are then accurate to about 0.1 %."""
 
 
 @dataclass(frozen=True)
 class MeasuredText:
-    """The user's conversations in the tokens of both. Sums over those that were measured."""
+    """Counts over the measured conversations, in the tokens of both models."""
 
     conversations: int
-    """Measured, and usable."""
+    """Measured and usable."""
     of: int
-    """In the data."""
+    """Conversations in the data."""
     shortened: int
-    """Cut at the length limit."""
+    """Conversations cut at the length limit."""
     dropped: int
-    """With no answer within the length limit."""
+    """Conversations without an answer within the length limit."""
     tokens: int
     """The student's, prompts included."""
     teacher_tokens: int
-    """Those that the teacher reads; as many where the tokenizers are the same."""
+    """Tokens that the teacher reads; the student's if the tokenizers are the same."""
     supervised_tokens: int
-    """The student's positions to learn."""
+    """The student's supervised tokens."""
     teacher_supervised_tokens: int
     longest: int
-    """The student's tokens of the longest conversation."""
+    """Student tokens of the longest conversation."""
     answer_bytes: int
     roots: int
-    """Of the supervised: with a target, where both tokenizations have a boundary (all, where the tokenizers are the same)."""
+    """Supervised tokens with a target at a boundary of both tokenizations."""
     one_to_one: int
-    """Of the supervised: a single token over exactly the bytes of a single teacher token."""
+    """Supervised tokens that cover the same bytes as one teacher token."""
     interiors: int = 0
-    """Of the supervised: with a target, inside a teacher token."""
+    """Supervised tokens with a target inside a teacher token."""
     disagreeing_roots: int = 0
-    """Of the roots: with another token than the piece that the teacher's begins with."""
+    """Roots where the student's token is not the first piece of the teacher's."""
     split_differently: int = 0
-    """Conversations that tokenizers of the same tokens nevertheless split into different ids."""
+    """Conversations with different ids, although the tokenizers have the same tokens."""
     not_alignable: int = 0
-    """Conversations whose answers are other bytes under the two chat templates."""
+    """Conversations whose answers have different bytes under the two chat templates."""
     shared_tokens: int | None = None
-    """Of the supervised: tokens whose bytes are one teacher token; None where the tokenizers are the same."""
+    """Supervised tokens that are also teacher tokens; None if the tokenizers are the same."""
     untaught: list[tuple[str, int]] = field(default_factory=list)
-    """The tokens most often without a target, and how often."""
+    """The most frequent tokens without a target, with counts."""
     untaught_blank: float = 0.0
-    """Of the tokens without a target, the share that are blanks and line breaks alone."""
+    """Share of spaces and line breaks among the tokens without a target."""
 
     @property
     def with_target(self) -> float:
-        """The share of the student's positions at which the teacher's distribution says something."""
+        """Return the share of supervised tokens with a target."""
         return (self.roots + self.interiors) / max(1, self.supervised_tokens)
 
     @property
     def disagreeing(self) -> float:
-        """The share of roots at which the text spells otherwise."""
+        """Return the share of roots that disagree."""
         return self.disagreeing_roots / max(1, self.roots)
 
 
 def measure_text(
     conversations: Sequence[Conversation],
-    teacher_tokenizer: Any,
-    student_tokenizer: Any,
+    teacher_tokenizer: Tokenizer,
+    student_tokenizer: Tokenizer,
     *,
     same: bool,
     max_length: int,
 ) -> MeasuredText:
-    """Tokenize some of the conversations as a run would, and count what can be taught.
+    """Tokenize at most `MOST_MEASURED` conversations as a run would, and count targets.
 
-    Raises: ChatTemplateError for a template that loses an answer; DataError if nothing is left to learn or to align.
+    Raises: ChatTemplateError for a template that loses an answer; DataError if no supervised or
+    alignable tokens remain.
     """
     chosen = conversations[:: max(1, -(-len(conversations) // MOST_MEASURED))]
+    tokenizers = (teacher_tokenizer, student_tokenizer)
     if same:
         dataset, counts = tokenize_conversations(chosen, student_tokenizer, max_length=max_length)
-        everything = counts.supervised_tokens
-        taught: dict[str, Any] = {"roots": everything, "one_to_one": everything}
-        taught |= {"teacher_tokens": counts.tokens, "teacher_supervised_tokens": everything}
-        taught["split_differently"] = sum(
-            not _split_alike(row, teacher_tokenizer, student_tokenizer) for row in chosen
-        )
+        supervised = counts.supervised_tokens
+        targets: dict[str, Any] = {"roots": supervised, "one_to_one": supervised}
+        targets |= {"teacher_tokens": counts.tokens, "teacher_supervised_tokens": supervised}
+        targets["split_differently"] = sum(not _split_alike(row, *tokenizers) for row in chosen)
     else:
-        cells = PieceCells(VocabularyCells(teacher_tokenizer, student_tokenizer))
-        dataset, counts = tokenize_pairs(
-            chosen, teacher_tokenizer, student_tokenizer, cells, max_length=max_length
-        )
-        taught = _taught_across(
-            dataset, token_bytes(teacher_tokenizer), token_bytes(student_tokenizer)
-        )
-        taught |= {
-            name: getattr(counts, name)
-            for name in ("roots", "interiors", "disagreeing_roots", "not_alignable")
-        }
+        cells = PieceCells(VocabularyCells(*tokenizers))
+        dataset, counts = tokenize_pairs(chosen, *tokenizers, cells, max_length=max_length)
+        targets = _count_targets(dataset, *map(token_bytes, tokenizers))
+        names = ("roots", "interiors", "disagreeing_roots", "not_alignable")
+        targets |= {name: getattr(counts, name) for name in names}
     return MeasuredText(
         conversations=counts.conversations,
         of=len(conversations),
@@ -115,29 +108,19 @@ def measure_text(
         supervised_tokens=counts.supervised_tokens,
         longest=max(map(len, dataset["input_ids"])),
         answer_bytes=sum(dataset["answer_bytes"]),
-        **taught,
+        **targets,
     )
 
 
-def splits_alike(teacher_tokenizer: Any, student_tokenizer: Any) -> bool:
-    """Whether two tokenizers of the same tokens also split a text alike (merges and rules between words may differ)."""
-    ids = [
-        tokenizer.encode(PROBE, add_special_tokens=False)
-        for tokenizer in (teacher_tokenizer, student_tokenizer)
-    ]
-    return bool(ids[0] == ids[1])
-
-
-def _taught_across(
+def _count_targets(
     dataset: Any, teacher_tokens: list[bytes | None], student_tokens: list[bytes | None]
 ) -> dict[str, Any]:
     known = set(filter(None, teacher_tokens))
     shared = one_to_one = 0
     untaught: Counter[bytes] = Counter()
+    columns = ("input_ids", "labels", "teacher_index", "depth")
     for row in dataset:
-        for u, label, k, depth in zip(
-            row["input_ids"], row["labels"], row["teacher_index"], row["depth"], strict=True
-        ):
+        for u, label, k, depth in zip(*(row[name] for name in columns), strict=True):
             if label == IGNORED:
                 continue
             string = student_tokens[u]
@@ -147,28 +130,20 @@ def _taught_across(
             elif depth == 0:
                 one_to_one += string == teacher_tokens[row["teacher_input_ids"][k]]
     blank = sum(count for string, count in untaught.items() if string.isspace())
+    labels = [label for row_labels in dataset["teacher_labels"] for label in row_labels]
+    most = [(string.decode(errors="replace"), count) for string, count in untaught.most_common(5)]
     return {
         "teacher_tokens": sum(map(len, dataset["teacher_input_ids"])),
-        "teacher_supervised_tokens": sum(
-            label != IGNORED for labels in dataset["teacher_labels"] for label in labels
-        ),
+        "teacher_supervised_tokens": sum(label != IGNORED for label in labels),
         "shared_tokens": shared,
         "one_to_one": one_to_one,
-        "untaught": [
-            (string.decode(errors="replace"), count) for string, count in untaught.most_common(5)
-        ],
+        "untaught": most,
         "untaught_blank": blank / max(1, untaught.total()),
     }
 
 
-def _split_alike(conversation: Conversation, *tokenizers: Any) -> bool:
-    texts = (
-        [conversation["text"]]
-        if "text" in conversation
-        else [turn["content"] for turn in conversation["messages"]]
-    )
-    ids = [
-        [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        for tokenizer in tokenizers
-    ]
+def _split_alike(conversation: Conversation, *tokenizers: Tokenizer) -> bool:
+    turns = conversation.get("messages", ())
+    texts = [conversation["text"]] if "text" in conversation else [t["content"] for t in turns]
+    ids = [[one.encode(text, add_special_tokens=False) for text in texts] for one in tokenizers]
     return bool(ids[0] == ids[1])

@@ -1,23 +1,21 @@
-"""A `Diagnosis` as a terminal shows it: a verdict and a command first, then what they rest on, a screenful."""
+"""Format a `Diagnosis` for a terminal: verdict and command first, then the evidence."""
 
 from __future__ import annotations
 
 import textwrap
 
-from potstill.doctor.cost import CARDS, UTILISATION
-from potstill.doctor.examination import Diagnosis, Side
+from potstill.doctor.cost import CARDS, UTILIZATION
+from potstill.doctor.diagnosis import Diagnosis, Side
 
 WIDTH = 120
 LABEL, COLUMN = 28, 26
 
 
 def as_text(diagnosis: Diagnosis) -> str:
-    """The whole report."""
+    """Return the whole page."""
+    verdict = _field("verdict", f"{diagnosis.method}: {diagnosis.reason}")
     parts = [
-        [
-            *_field("verdict", f"{diagnosis.method}: {diagnosis.reason}"),
-            f"{'command':<10}{diagnosis.command}",
-        ],
+        [*verdict, f"{'command':<10}{diagnosis.command}"],
         _models(diagnosis),
         _positions(diagnosis),
         _costs(diagnosis),
@@ -27,110 +25,92 @@ def as_text(diagnosis: Diagnosis) -> str:
 
 
 def _models(diagnosis: Diagnosis) -> list[str]:
-    teacher, student = diagnosis.teacher, diagnosis.student
-    compared = diagnosis.vocabularies
-    share = compared.shared_tokens / max(1, compared.student_tokens)
-    rows = [
-        ("parameters", *(_count(side.size.parameters) for side in (teacher, student))),
-        (
-            "tokens / rows of the head",
-            *(f"{side.tokens} / {side.size.vocabulary_rows}" for side in (teacher, student)),
-        ),
-        (
-            "begin, end of a sequence",
-            *(f"{side.bos or '–'}  {side.eos or '–'}" for side in (teacher, student)),
-        ),
-        ("chat template", *(side.chat_template or "none" for side in (teacher, student))),
-        ("  opens with", *(_opening(side) for side in (teacher, student))),
-        ("  ends a turn with", *(side.ends_turn or "–" for side in (teacher, student))),
-        ("generation stops at", *(", ".join(side.stops) or "–" for side in (teacher, student))),
-        ("context, tokens", *(str(side.context_tokens or "–") for side in (teacher, student))),
-    ]
-    text = diagnosis.text
+    compared, text = diagnosis.vocabularies, diagnosis.text
+    columns = [_properties(side) for side in (diagnosis.teacher, diagnosis.student)]
     if text is not None:
-        bytes_a_token = [
-            text.answer_bytes / max(1, count)
-            for count in (text.teacher_supervised_tokens, text.supervised_tokens)
-        ]
-        rows.insert(2, ("bytes a token, your text", *(f"{value:.2f}" for value in bytes_a_token)))
-    lines = [_row("", "teacher", "student"), *(_row(*row) for row in rows)]
+        counts = (text.teacher_supervised_tokens, text.supervised_tokens)
+        for column, count in zip(columns, counts, strict=True):
+            column["bytes per token, your text"] = f"{text.answer_bytes / max(1, count):.2f}"
+    lines = [_row("", "teacher", "student")]
+    lines += [_row(label, value, columns[1][label]) for label, value in columns[0].items()]
+    share = compared.shared_tokens / max(1, compared.student_tokens)
     in_common = f"{compared.shared_tokens} tokens in common, {share:.0%} of the student's"
     lines.append(_row("the two vocabularies", f"{compared.relation}: {in_common}", ""))
     if diagnosis.teacher_bits_per_byte is not None:
         own, students = diagnosis.teacher_bits_per_byte.values()
-        scores = (
-            f"{own:.3f} bits a byte under its own chat template, {students:.3f} under the student's"
-        )
+        scores = f"{own:.3f} bits per byte under its own chat template"
+        scores += f", {students:.3f} under the student's"
         lines.append(_row("the teacher on the answers", scores, ""))
     return lines
 
 
+def _properties(side: Side) -> dict[str, str]:
+    return {
+        "parameters": _count(side.size.parameters),
+        "tokens / rows of the head": f"{side.tokens} / {side.size.vocabulary_rows}",
+        "begin, end of a sequence": f"{side.bos or '–'}  {side.eos or '–'}",
+        "chat template": side.chat_template or "none",
+        "  opens with": _opening(side),
+        "  ends a turn with": side.ends_turn or "–",
+        "generation stops at": ", ".join(side.stops) or "–",
+        "context, tokens": str(side.context_tokens or "–"),
+    }
+
+
 def _positions(diagnosis: Diagnosis) -> list[str]:
-    """At how many of the student's positions each form teaches more than the text does."""
+    """Return the share of the student's positions at which each method has a target."""
     text = diagnosis.text
     if text is None:
-        return ["No data was given: --data tells how much of your own text corresponds."]
+        return ["No data was given; --data measures how many of your tokens have a target."]
     total, count = text.supervised_tokens, text.conversations
-    head = f"{total} positions to learn in {count} conversations" + (
-        f" of {text.of}" if text.of > count else ""
-    )
-    lines = [f"{head}; the teacher says more than the text's next token at"]
+    of = f" of {text.of}" if text.of > count else ""
+    lines = [f"{total} supervised tokens in {count} conversations{of}; the teacher has a target at"]
     if diagnosis.vocabularies.first_difference is None:
-        lines.append(_share("logits", text.roots, total, ""))
-    else:
-        lines += [
-            _share(
-                "cross",
-                text.roots + text.interiors,
-                total,
-                f"{text.interiors} of them inside a teacher token",
-            ),
-            _share(
-                "one to one",
-                text.one_to_one,
-                total,
-                "single tokens over the same bytes, all that strict matching would teach",
-            ),
-            _share(
-                "the last",
-                count,
-                total,
-                "one position a conversation, all that padding logits at the end would teach",
-            ),
-            _share(
-                "disagree",
-                text.disagreeing_roots,
-                text.roots,
-                "of the boundaries of both: spelled differently there",
-            ),
-        ]
-    return lines
+        return [*lines, _share("logits", text.roots, total, "")]
+    inside = f"{text.interiors} of them inside a teacher token"
+    strict = "single tokens over the same bytes: the targets of strict matching"
+    last = "one position per conversation: the targets of padded last logits"
+    disagree = "of the common boundaries: the two tokenizers spell differently there"
+    return [
+        *lines,
+        _share("cross", text.roots + text.interiors, total, inside),
+        _share("one to one", text.one_to_one, total, strict),
+        _share("the last", count, total, last),
+        _share("disagree", text.disagreeing_roots, text.roots, disagree),
+    ]
 
 
 def _costs(diagnosis: Diagnosis) -> list[str]:
     plan, card = diagnosis.plan, diagnosis.card
     conversations = f"{plan.conversations_a_step} conversations of {plan.tokens:.0f} tokens"
-    lines = [f"{plan.steps} steps of {conversations}, {plan.precision}"]
-    lines.append(
-        f"  {'':<8}{'student':>10}{'activations':>13}{'teacher':>10}{'= memory':>10}{'disk':>10}{'compute':>13}{card or '':>12}"
-    )
+    titles = ("", "student", "activations", "teacher", "= memory", "disk", "compute", card or "")
+    lines = [f"{plan.steps} steps of {conversations}, {plan.precision}", _cost_row(*titles)]
     for method, cost in diagnosis.costs.items():
-        memory = (
-            f"{_bytes(cost.student_memory_bytes):>10}{_bytes(cost.activation_memory_bytes):>13}"
+        cells = (
+            method,
+            _bytes(cost.student_memory_bytes),
+            _bytes(cost.activation_memory_bytes),
+            _bytes(cost.teacher_memory_bytes) if cost.teacher_memory_bytes else "–",
+            _bytes(cost.memory_bytes),
+            _bytes(cost.disk_bytes),
+            _flops(cost.flops),
+            "" if cost.hours is None else _time(cost.hours),
         )
-        memory += f"{_bytes(cost.teacher_memory_bytes) if cost.teacher_memory_bytes else '–':>10}{_bytes(cost.memory_bytes):>10}"
-        hours = "" if cost.hours is None else _time(cost.hours)
-        lines.append(
-            f"  {method:<8}{memory}{_bytes(cost.disk_bytes):>10}{_flops(cost.flops):>13}{hours:>12}"
-        )
+        lines.append(_cost_row(*cells))
     if card is None:
-        lines.append("  --card h100 tells the time")
-    else:
-        memory = _bytes(CARDS[card.lower()].memory_bytes)
-        lines.append(
-            f"  on one {card} of {memory} at {UTILISATION:.0%} of its peak, which models below a billion parameters do not reach"
-        )
+        return [*lines, "  --card h100 estimates the time"]
+    memory = _bytes(CARDS[card.lower()].memory_bytes)
+    lines.append(
+        f"  on one {card} of {memory} at {UTILIZATION:.0%} of its peak, which models below a "
+        "billion parameters do not reach"
+    )
     return lines
+
+
+def _cost_row(method: str, *cells: str) -> str:
+    widths = (10, 13, 10, 10, 10, 13, 12)
+    numbers = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    return f"  {method:<8}{numbers}"
 
 
 def _field(label: str, text: str) -> list[str]:
@@ -167,19 +147,12 @@ def _bytes(count: float) -> str:
 
 
 def _flops(count: float) -> str:
-    unit, size = next(
-        (unit, size)
-        for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9))
-        if count >= size or unit == "G"
-    )
+    units = (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9))
+    unit, size = next(((unit, size) for unit, size in units if count >= size), units[-1])
     return f"{count / size:.3g} {unit}FLOP"
 
 
 def _time(hours: float) -> str:
-    return (
-        f"{hours:.1f} h"
-        if hours >= 1
-        else f"{hours * 60:.1f} min"
-        if hours >= 1 / 60
-        else f"{hours * 3600:.1f} s"
-    )
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{hours * 60:.1f} min" if hours >= 1 / 60 else f"{hours * 3600:.1f} s"
