@@ -1,7 +1,7 @@
-"""The fused loss is the dense loss, value and gradient, for every chunk size and every kind of head.
+"""The fused loss equals the dense loss in value and gradient, for every chunk size and every head.
 
-7 supervised tokens, 11 symbols, hidden size 5 (student) and 6 (teacher). The oracle is autograd through a plain
-product and the dense divergences, whose own tests stand on sums by hand.
+7 supervised tokens, vocabulary 11, hidden size 5 (student) and 6 (teacher). The reference is
+autograd through one matrix product and the dense divergences (tested in test_divergences.py).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from potstill.losses import (
 
 TOKENS, VOCABULARY, STUDENT_HIDDEN, TEACHER_HIDDEN = 7, 11, 5, 6
 every_divergence = pytest.mark.parametrize("name", DIVERGENCES)
-# One token, not a divisor of 7, all of them, more than all, and the library's own choice.
+# One token, not a divisor of 7, all tokens, more than all, and the default.
 every_chunk = pytest.mark.parametrize("chunk_tokens", [1, 3, TOKENS, 100, None])
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for each other cost these tiny tensors many times their work."""
+    """Use one thread: on a busy machine, threads slow down such small tensors."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -55,19 +55,15 @@ class Case:
 
 
 def random_case(dtype: torch.dtype = torch.float64, tokens: int = TOKENS, seed: int = 0) -> Case:
-    """A student that wants gradients and, as a trap, a teacher that would accept them."""
+    """Return a case whose tensors all require gradients, the teacher's too."""
     generator = torch.Generator().manual_seed(seed)
 
     def leaf(*shape: int) -> Tensor:
-        return (
-            torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        )
+        numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return numbers.to(dtype).requires_grad_()
 
-    weight, bias, teacher_weight = (
-        leaf(VOCABULARY, STUDENT_HIDDEN),
-        leaf(VOCABULARY),
-        leaf(VOCABULARY, TEACHER_HIDDEN),
-    )
+    weight, bias = leaf(VOCABULARY, STUDENT_HIDDEN), leaf(VOCABULARY)
+    teacher_weight = leaf(VOCABULARY, TEACHER_HIDDEN)
     labels = torch.randint(VOCABULARY, (tokens,), generator=generator)
     return Case(
         leaf(tokens, STUDENT_HIDDEN),
@@ -87,7 +83,7 @@ def dense(
     name: str = "forward_kl",
     **options: float,
 ) -> Tensor:
-    """The plain way: all the logits at once, in float32 or wider."""
+    """Return the dense loss from all logits at once, in float32 or wider."""
     teacher_logits = teacher_hidden.detach() @ teacher_head.detach().T
     return DIVERGENCES[name](teacher_logits, hidden @ weight.T, **options).sum()
 
@@ -99,7 +95,7 @@ def assert_same(
     tolerance: float = 1e-12,
     absolute: float = 1e-14,
 ) -> None:
-    """Both losses and their gradients by ``wanted``, within ``tolerance`` of the gradient's norm plus ``absolute``."""
+    """Compare two losses, and their gradients up to ``tolerance`` · norm + ``absolute``."""
     torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
     gradients = torch.autograd.grad(actual, wanted)
     for gradient, exact, leaf in zip(
@@ -126,14 +122,12 @@ def test_fused_equals_dense_in_float64(name: str, chunk_tokens: int | None) -> N
     ("dtype", "tolerance"),
     [
         (torch.float32, 1e-5),  # epsilon 1e-7, sums of tens of terms
-        (
-            torch.bfloat16,
-            1e-2,
-        ),  # epsilon 8e-3: dense and fused both round the logits' gradient and the products
+        # epsilon 8e-3: dense and fused both round the products and the logits' gradient
+        (torch.bfloat16, 1e-2),
         (torch.float16, 2e-3),  # epsilon 1e-3
     ],
 )
-def test_fused_equals_dense_in_narrower_types(
+def test_fused_equals_dense_in_narrower_dtypes(
     name: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     case = random_case(dtype)
@@ -165,25 +159,31 @@ def test_extreme_temperatures_stay_finite_and_accurate_in_float32(
     )
     wide = [tensor.double() for tensor in case.models]
     expected = dense(*wide, name, temperature=temperature)
-    # Cold, p is nearly certain and the gradient a difference of logarithms of about 500, which float32 rounds by 3e-5,
-    # over a temperature of 1e-2. Hot, q − p is a difference of nearly equal numbers.
+    # At 1e-2 the gradient is a difference of logarithms of about 500, which float32 rounds by 3e-5,
+    # divided by the temperature. At 1e2, q − p is a difference of nearly equal numbers.
     assert_same(
         fused, expected, (case.hidden, case.weight), tolerance=1e-3, absolute=3e-5 / temperature
     )
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    ("name", "divergence_parameters"),
     [
         ("jensen_shannon", {"teacher_weight": 0.2}),
         ("skew_forward_kl", {"skew": 0.4}),
         ("skew_reverse_kl", {"skew": 0.4}),
     ],
 )
-def test_the_divergences_own_parameter_reaches_it(name: str, shape: dict[str, float]) -> None:
+def test_the_divergences_own_parameter_is_used(
+    name: str, divergence_parameters: dict[str, float]
+) -> None:
     case = random_case()
-    fused = fused_linear_divergence(*case.models, divergence=name, chunk_tokens=3, **shape)
-    assert_same(fused, dense(*case.models, name, **shape), (case.hidden, case.weight))
+    fused = fused_linear_divergence(
+        *case.models, divergence=name, chunk_tokens=3, **divergence_parameters
+    )
+    assert_same(
+        fused, dense(*case.models, name, **divergence_parameters), (case.hidden, case.weight)
+    )
 
 
 @every_divergence
@@ -209,7 +209,7 @@ def test_gradients_agree_with_finite_differences(name: str) -> None:
 
 
 @every_chunk
-def test_cross_entropy_equals_torchs(chunk_tokens: int | None) -> None:
+def test_cross_entropy_equals_that_of_torch(chunk_tokens: int | None) -> None:
     case = random_case()
     fused = fused_linear_cross_entropy(
         case.hidden, case.weight, case.labels, chunk_tokens=chunk_tokens
@@ -219,7 +219,7 @@ def test_cross_entropy_equals_torchs(chunk_tokens: int | None) -> None:
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_hard_labels_mix_cross_entropy_in_at_their_weight(weight: float) -> None:
+def test_hard_label_weight_is_the_share_of_cross_entropy(weight: float) -> None:
     case = random_case()
     fused = fused_linear_divergence(
         *case.models, temperature=2.0, labels=case.labels, hard_label_weight=weight, chunk_tokens=3
@@ -229,16 +229,17 @@ def test_hard_labels_mix_cross_entropy_in_at_their_weight(weight: float) -> None
     assert_same(fused, expected, (case.hidden, case.weight))
 
 
-def test_any_score_can_be_chunked() -> None:
-    """The mechanism under both losses: here Σ of squared logits, weighted by the token's place in the batch."""
+def test_fused_linear_loss_accepts_any_score() -> None:
+    """The score is the sum of squared logits, multiplied by the position in the batch."""
     case = random_case()
-    place = torch.arange(TOKENS, dtype=torch.float64)
+    factor = torch.arange(TOKENS, dtype=torch.float64)
 
-    def score(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        return place[rows] * logits.square().sum(-1), 2 * place[rows, None] * logits
+    def score(logits: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
+        chosen = factor[positions]
+        return chosen * logits.square().sum(-1), 2 * chosen[:, None] * logits
 
     fused = fused_linear_loss(case.hidden, Head(case.weight), score, chunk_tokens=3)
-    expected = (place[:, None] * (case.hidden @ case.weight.T).square()).sum()
+    expected = (factor[:, None] * (case.hidden @ case.weight.T).square()).sum()
     assert_same(fused, expected, (case.hidden, case.weight))
 
 
@@ -263,7 +264,7 @@ def test_the_sum_over_micro_batches_equals_one_batch(name: str) -> None:
     assert_same(torch.stack(parts).sum(), whole, (case.hidden, case.weight))
 
 
-def test_one_token_is_a_batch() -> None:
+def test_a_batch_of_one_token_equals_the_dense_loss() -> None:
     case = random_case(tokens=1)
     assert_same(
         fused_linear_divergence(*case.models), dense(*case.models), (case.hidden, case.weight)
@@ -272,9 +273,7 @@ def test_one_token_is_a_batch() -> None:
 
 @every_divergence
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_empty_batch_gives_a_zero_that_carries_zero_gradients(
-    name: str, dtype: torch.dtype
-) -> None:
+def test_an_empty_batch_gives_zero_loss_and_zero_gradients(name: str, dtype: torch.dtype) -> None:
     case = random_case(dtype, tokens=0)
     head = Head(case.weight, case.bias)
     loss = fused_linear_divergence(
@@ -287,7 +286,7 @@ def test_an_empty_batch_gives_a_zero_that_carries_zero_gradients(
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
-def test_an_empty_batch_of_labels_gives_a_zero_that_carries_zero_gradients() -> None:
+def test_cross_entropy_of_an_empty_batch_is_zero_with_zero_gradients() -> None:
     case = random_case(tokens=0)
     loss = fused_linear_cross_entropy(case.hidden, case.weight, case.labels)
     assert loss.item() == 0
@@ -299,7 +298,7 @@ def test_an_empty_batch_of_labels_gives_a_zero_that_carries_zero_gradients() -> 
 # Heads.
 
 
-def test_head_bias_takes_part_and_gets_its_gradient() -> None:
+def test_the_head_bias_is_added_and_gets_its_gradient() -> None:
     case = random_case()
     teacher_bias = torch.linspace(-1, 1, VOCABULARY, dtype=torch.float64, requires_grad=True)
     fused = fused_linear_divergence(
@@ -315,7 +314,7 @@ def test_head_bias_takes_part_and_gets_its_gradient() -> None:
 
 
 @pytest.mark.parametrize(("scale", "softcap"), [(0.25, None), (1.0, 2.0), (3.0, 2.0)])
-def test_scale_comes_before_softcap_and_both_are_differentiated(
+def test_scale_is_applied_before_softcap_and_both_are_differentiated(
     scale: float, softcap: float | None
 ) -> None:
     case = random_case()
@@ -337,7 +336,7 @@ def test_scale_comes_before_softcap_and_both_are_differentiated(
 
 
 @every_divergence
-def test_rows_beyond_the_cut_are_absent_and_get_zero_gradient(name: str) -> None:
+def test_vocabulary_rows_beyond_the_cut_are_absent_and_get_zero_gradient(name: str) -> None:
     case = random_case()
     fused = fused_linear_divergence(
         case.hidden,
@@ -354,7 +353,7 @@ def test_rows_beyond_the_cut_are_absent_and_get_zero_gradient(name: str) -> None
     assert_same(fused, expected, (case.hidden, case.weight, case.bias))
 
 
-def test_heads_of_two_sizes_compare_on_the_rows_they_share() -> None:
+def test_heads_of_two_sizes_are_compared_on_their_shared_rows() -> None:
     case = random_case()
     padded = torch.cat([case.teacher_weight, torch.zeros(4, TEACHER_HIDDEN, dtype=torch.float64)])
     fused = fused_linear_divergence(
@@ -364,7 +363,7 @@ def test_heads_of_two_sizes_compare_on_the_rows_they_share() -> None:
 
 
 @every_divergence
-def test_rows_at_minus_infinity_in_both_biases_count_as_cut(name: str) -> None:
+def test_a_bias_of_minus_infinity_in_both_heads_equals_a_cut(name: str) -> None:
     case = random_case()
     mask = torch.zeros(VOCABULARY, dtype=torch.float64)
     mask[8:] = -math.inf
@@ -383,7 +382,7 @@ def test_rows_at_minus_infinity_in_both_biases_count_as_cut(name: str) -> None:
 
 
 def test_gradients_of_a_tied_weight_add_up() -> None:
-    """The weight embeds the tokens as well: its gradient is the sum of both uses."""
+    """The weight is also the embedding: its gradient is the sum of both uses."""
     case = random_case()
     ids = torch.tensor([1, 4, 4, 0, 10, 2, 7])
     hidden = torch.tanh(F.embedding(ids, case.weight))
@@ -408,7 +407,7 @@ def test_the_teacher_gets_no_gradient() -> None:
     assert case.weight.grad is not None
 
 
-def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_keep_theirs() -> None:
+def test_a_frozen_head_gets_no_gradient_but_the_hidden_states_do() -> None:
     case = random_case()
     case.weight.requires_grad_(False)
     fused_linear_divergence(*case.models).backward()
@@ -417,7 +416,7 @@ def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_keep_theirs() -> N
     torch.testing.assert_close(case.hidden.grad, expected)
 
 
-def test_hidden_states_without_gradient_leave_the_heads_own() -> None:
+def test_the_head_gets_its_gradient_if_the_hidden_states_need_none() -> None:
     case = random_case()
     case.hidden.requires_grad_(False)
     fused_linear_divergence(*case.models).backward()
@@ -426,7 +425,7 @@ def test_hidden_states_without_gradient_leave_the_heads_own() -> None:
     torch.testing.assert_close(case.weight.grad, expected)
 
 
-def test_nothing_to_train_gives_a_loss_without_a_graph() -> None:
+def test_without_trainable_tensors_the_loss_has_no_graph() -> None:
     case = random_case()
     case.hidden.requires_grad_(False), case.weight.requires_grad_(False)
     loss = fused_linear_divergence(*case.models)
@@ -434,7 +433,7 @@ def test_nothing_to_train_gives_a_loss_without_a_graph() -> None:
     torch.testing.assert_close(loss, dense(*case.models))
 
 
-# Work.
+# FLOPs.
 
 STUDENT_PRODUCT = 2 * TOKENS * VOCABULARY * STUDENT_HIDDEN
 TEACHER_PRODUCT = 2 * TOKENS * VOCABULARY * TEACHER_HIDDEN
@@ -448,7 +447,7 @@ def flops(call: Callable[[], Tensor]) -> int:
     return counter.get_total_flops()
 
 
-def test_nothing_is_projected_twice() -> None:
+def test_the_cost_is_three_student_products_and_one_teacher_product() -> None:
     case = random_case()
     work = flops(lambda: fused_linear_divergence(*case.models, chunk_tokens=3))
     assert work == 3 * STUDENT_PRODUCT + TEACHER_PRODUCT
@@ -461,8 +460,8 @@ def test_a_frozen_head_costs_no_weight_gradient() -> None:
     assert work == 2 * STUDENT_PRODUCT + TEACHER_PRODUCT
 
 
-def test_without_gradients_only_the_logits_are_made() -> None:
-    """Regression: under no_grad the gradients of leaves that require them were still made, and thrown away."""
+def test_under_no_grad_only_logits_are_computed() -> None:
+    """Regression: under no_grad the gradients were computed and then discarded."""
     case = random_case()
     with torch.no_grad():
         work = flops(lambda: fused_linear_divergence(*case.models, chunk_tokens=3))
@@ -470,18 +469,18 @@ def test_without_gradients_only_the_logits_are_made() -> None:
     assert work == STUDENT_PRODUCT + TEACHER_PRODUCT
 
 
-def test_no_tensor_of_all_logits_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensor_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case()
-    seen: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, ...]] = []
     to_logits = Head.to_logits
 
-    def spy(head: Head, product: Tensor) -> Tensor:
-        seen.append(tuple(product.shape))
+    def recorded(head: Head, product: Tensor) -> Tensor:
+        shapes.append(tuple(product.shape))
         return to_logits(head, product)
 
-    monkeypatch.setattr(Head, "to_logits", spy)
+    monkeypatch.setattr(Head, "to_logits", recorded)
     fused_linear_divergence(*case.models, chunk_tokens=3)
-    assert seen == [(3, VOCABULARY)] * 4 + [(1, VOCABULARY)] * 2
+    assert shapes == [(3, VOCABULARY)] * 4 + [(1, VOCABULARY)] * 2
 
 
 # Backward.
@@ -492,22 +491,17 @@ def test_the_incoming_gradient_scales_every_gradient(factor: float) -> None:
     case = random_case()
     head = Head(case.weight, case.bias)
     leaves = case.hidden, case.weight, case.bias
-    plain = torch.autograd.grad(
-        fused_linear_divergence(case.hidden, head, case.teacher_hidden, case.teacher_weight), leaves
-    )
-    scaled = torch.autograd.grad(
-        fused_linear_divergence(case.hidden, head, case.teacher_hidden, case.teacher_weight)
-        * factor,
-        leaves,
-    )
-    for once, more in zip(plain, scaled, strict=True):
-        torch.testing.assert_close(more, once * factor)
+    models = case.hidden, head, case.teacher_hidden, case.teacher_weight
+    plain = torch.autograd.grad(fused_linear_divergence(*models), leaves)
+    scaled = torch.autograd.grad(fused_linear_divergence(*models) * factor, leaves)
+    for gradient, scaled_gradient in zip(plain, scaled, strict=True):
+        torch.testing.assert_close(scaled_gradient, gradient * factor)
 
 
 def test_a_loss_scale_beyond_float16_gives_finite_gradients() -> None:
-    """Regression: GradScaler's first scale, 65 536, is infinite in float16, and 0 · inf is NaN."""
+    """Regression: GradScaler's initial scale 65 536 is infinite in float16, and 0 · inf is NaN."""
     case = random_case(torch.float16)
-    # Distributions this close have gradients that stay below float16's 65 504 when scaled.
+    # So flat distributions have gradients that stay below float16's 65 504 when scaled.
     nearly_flat = case.weight * 1e-2, case.teacher_hidden, case.teacher_weight * 1e-2
     loss = fused_linear_divergence(case.hidden, *nearly_flat)
     for gradient in torch.autograd.grad(loss * 2.0**16, (case.hidden, case.weight)):
@@ -515,7 +509,7 @@ def test_a_loss_scale_beyond_float16_gives_finite_gradients() -> None:
         assert gradient.any()
 
 
-def test_backward_can_be_run_again_on_a_retained_graph() -> None:
+def test_backward_runs_twice_on_a_retained_graph() -> None:
     case = random_case()
     loss = fused_linear_divergence(*case.models)
     (first,) = torch.autograd.grad(loss, case.hidden, retain_graph=True)
@@ -523,19 +517,19 @@ def test_backward_can_be_run_again_on_a_retained_graph() -> None:
     assert torch.equal(first, second)
 
 
-def test_gradients_are_scaled_where_they_stand_unless_the_graph_is_kept() -> None:
-    """A second weight gradient would be the largest tensor of a step."""
+def test_gradients_are_scaled_in_place_unless_the_graph_is_retained() -> None:
+    """A copy of the weight gradient would be the largest tensor of a step."""
     case = random_case()
     loss = fused_linear_divergence(*case.models) / 3
-    made = loss.grad_fn.next_functions[0][0].saved_tensors[1].data_ptr()  # type: ignore[union-attr]
+    stored = loss.grad_fn.next_functions[0][0].saved_tensors[1].data_ptr()  # type: ignore[union-attr]
     (kept,) = torch.autograd.grad(loss, case.weight, retain_graph=True)
     (given,) = torch.autograd.grad(loss, case.weight)
-    assert given.data_ptr() == made != kept.data_ptr()
+    assert given.data_ptr() == stored != kept.data_ptr()
     assert torch.equal(kept, given)
 
 
-def test_differentiating_twice_is_refused() -> None:
-    """Regression: with a constant incoming gradient the first derivative came without a graph and nobody complained."""
+def test_differentiating_twice_raises() -> None:
+    """Regression: a constant incoming gradient gave a derivative without a graph and no error."""
     case = random_case()
     with pytest.raises(RuntimeError, match="differentiated twice"):
         torch.autograd.grad(fused_linear_divergence(*case.models), case.hidden, create_graph=True)
@@ -545,23 +539,21 @@ def test_differentiating_twice_is_refused() -> None:
         )
 
 
-def test_a_label_beyond_the_shared_rows_counts_only_in_the_divergence() -> None:
-    """Regression: the student's own added token, of which the teacher knows nothing, was looked up out of range."""
+def test_a_label_beyond_the_shared_rows_gets_the_divergence_alone() -> None:
+    """Regression: a token that only the student has was looked up out of range."""
     case = random_case()
-    student, teacher = (
-        Head(weight, rows=VOCABULARY - 2) for weight in (case.weight, case.teacher_weight)
-    )
+    student, teacher = (Head(w, rows=VOCABULARY - 2) for w in (case.weight, case.teacher_weight))
     labels = case.labels.clamp(max=VOCABULARY - 3)
     beyond = labels.clone()
     beyond[0] = VOCABULARY - 1
     models = case.hidden, student, case.teacher_hidden, teacher
-    mixed = fused_linear_divergence(*models, labels=beyond, hard_label_weight=0.4)
+    together = fused_linear_divergence(*models, labels=beyond, hard_label_weight=0.4)
     first = (case.hidden[:1], student, case.teacher_hidden[:1], teacher)
     rest = (case.hidden[1:], student, case.teacher_hidden[1:], teacher)
     apart = fused_linear_divergence(*first) + fused_linear_divergence(
         *rest, labels=labels[1:], hard_label_weight=0.4
     )
-    assert_same(mixed, apart, (case.hidden, case.weight))
+    assert_same(together, apart, (case.hidden, case.weight))
 
 
 # Precision.
@@ -573,14 +565,14 @@ def test_bfloat16_autocast_with_float32_weights_stays_close_to_float32(name: str
     with torch.autocast("cpu", dtype=torch.bfloat16):
         fused = fused_linear_divergence(*case.models, divergence=name, chunk_tokens=3)
     assert fused.dtype == torch.float32
-    # Hidden states, weights, logits and the logits' gradient are rounded once each, by up to 4e-3 of themselves;
-    # a logit of 6 then moves by 0.02, and total variation's gradient flips where q and p nearly tie.
+    # Hidden states, weights, logits and the logits' gradient are each rounded by up to 0.4 %. A logit
+    # of 6 moves by 0.02, and total variation's gradient changes sign where q and p are nearly equal.
     assert_same(fused, dense(*case.models, name), (case.hidden, case.weight), 5e-2)
 
 
 @every_divergence
-def test_autocast_rounds_the_products_and_nothing_after_them(name: str) -> None:
-    """Regression: it took the dot products of float32 logits for matrix products, and reverse KL's gradient was 2 % off."""
+def test_autocast_rounds_the_matrix_products_only(name: str) -> None:
+    """Regression: it also rounded dot products of logits, a 2 % error in reverse KL's gradient."""
     case = random_case(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = fused_linear_divergence(*case.models, divergence=name)
@@ -596,8 +588,8 @@ def test_autocast_rounds_the_products_and_nothing_after_them(name: str) -> None:
     torch.testing.assert_close(cast_gradient.bfloat16(), gradient)
 
 
-def test_autocast_takes_bfloat16_hidden_states_against_a_float32_head() -> None:
-    """What a transformer under autocast hands over: its last layer's output is bfloat16, its head's weight float32."""
+def test_autocast_accepts_bfloat16_hidden_states_and_a_float32_head() -> None:
+    """A transformer under autocast returns bfloat16 hidden states; its head weight is float32."""
     case = random_case(torch.float32)
     hidden = case.hidden.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -607,8 +599,8 @@ def test_autocast_takes_bfloat16_hidden_states_against_a_float32_head() -> None:
     assert_same(loss, dense(*case.models), (case.hidden, case.weight), 5e-2)
 
 
-def test_weight_gradients_of_many_bfloat16_chunks_add_up_in_float32() -> None:
-    """In bfloat16 the sum would stall: past 256 times its size, one more token's gradient rounds away."""
+def test_weight_gradients_of_many_bfloat16_chunks_are_summed_in_float32() -> None:
+    """A bfloat16 sum stops growing at 256 times the size of its terms."""
     one = random_case(torch.bfloat16, tokens=1)
     many = 600
     loss = fused_linear_divergence(
@@ -633,29 +625,25 @@ def test_float16_hidden_states_give_finite_loss_and_gradients() -> None:
         assert gradient.isfinite().all()
 
 
-def test_a_narrow_teacher_beside_a_wide_student_is_compared_in_float32() -> None:
+def test_a_bfloat16_teacher_and_a_float32_student_are_compared_in_float32() -> None:
     case = random_case(torch.float32)
     teacher_hidden, teacher_weight = case.teacher_hidden.bfloat16(), case.teacher_weight.bfloat16()
     fused = fused_linear_divergence(
         case.hidden, case.weight, teacher_hidden, teacher_weight, chunk_tokens=3
     )
-    assert_same(
-        fused,
-        dense(case.hidden, case.weight, teacher_hidden, teacher_weight),
-        (case.hidden, case.weight),
-        1e-5,
-    )
+    expected = dense(case.hidden, case.weight, teacher_hidden, teacher_weight)
+    assert_same(fused, expected, (case.hidden, case.weight), 1e-5)
 
 
-# Refusals.
+# Errors.
 
 
-def test_an_unknown_divergence_is_refused_by_naming_the_known() -> None:
+def test_an_unknown_divergence_raises_with_the_known_names() -> None:
     with pytest.raises(ValueError, match="forward_kl, reverse_kl"):
         fused_linear_divergence(*random_case().models, divergence="kl")
 
 
-def test_heads_of_unequal_rows_are_refused() -> None:
+def test_heads_of_unequal_rows_raise() -> None:
     case = random_case()
     with pytest.raises(ValueError, match="8 rows and teacher head 11"):
         fused_linear_divergence(
@@ -663,7 +651,7 @@ def test_heads_of_unequal_rows_are_refused() -> None:
         )
 
 
-def test_hidden_states_of_unequal_tokens_are_refused() -> None:
+def test_hidden_states_of_unequal_tokens_raise() -> None:
     case = random_case()
     with pytest.raises(ValueError, match="7 tokens and teacher_hidden 6"):
         fused_linear_divergence(
@@ -673,13 +661,13 @@ def test_hidden_states_of_unequal_tokens_are_refused() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
 @pytest.mark.parametrize("tokens", [0, TOKENS])
-def test_a_temperature_that_is_not_positive_is_refused(temperature: float, tokens: int) -> None:
+def test_a_temperature_that_is_not_positive_raises(temperature: float, tokens: int) -> None:
     with pytest.raises(ValueError, match="temperature"):
         fused_linear_divergence(*random_case(tokens=tokens).models, temperature=temperature)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_a_mixing_parameter_at_its_ends_is_refused(value: float) -> None:
+def test_a_mixture_parameter_of_0_or_1_raises(value: float) -> None:
     case = random_case()
     with pytest.raises(ValueError, match="teacher_weight"):
         fused_linear_divergence(*case.models, divergence="jensen_shannon", teacher_weight=value)
@@ -688,13 +676,13 @@ def test_a_mixing_parameter_at_its_ends_is_refused(value: float) -> None:
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1, math.nan])
-def test_a_hard_label_weight_outside_the_unit_interval_is_refused(weight: float) -> None:
+def test_a_hard_label_weight_outside_the_unit_interval_raises(weight: float) -> None:
     case = random_case()
     with pytest.raises(ValueError, match="hard_label_weight"):
         fused_linear_divergence(*case.models, labels=case.labels, hard_label_weight=weight)
 
 
-def test_a_hard_label_weight_without_labels_is_refused() -> None:
+def test_a_hard_label_weight_without_labels_raises() -> None:
     with pytest.raises(ValueError, match="needs labels"):
         fused_linear_divergence(*random_case().models, hard_label_weight=0.5)
 
@@ -702,8 +690,8 @@ def test_a_hard_label_weight_without_labels_is_refused() -> None:
 @pytest.mark.parametrize(
     "labels", [torch.tensor([3]), torch.zeros(TOKENS + 1, dtype=torch.long), torch.tensor(3)]
 )
-def test_labels_that_are_not_one_a_token_are_refused(labels: Tensor) -> None:
-    """Regression: a single label broadcast over the batch, and surplus ones were dropped, both in silence."""
+def test_labels_of_another_length_than_the_hidden_states_raise(labels: Tensor) -> None:
+    """Regression: one label was broadcast, extra labels were dropped, both without an error."""
     case = random_case()
     with pytest.raises(ValueError, match="one id for each of the 7"):
         fused_linear_divergence(*case.models, labels=labels, hard_label_weight=0.5)
@@ -712,7 +700,7 @@ def test_labels_that_are_not_one_a_token_are_refused(labels: Tensor) -> None:
 
 
 @pytest.mark.parametrize("chunk_tokens", [0, -1])
-def test_a_chunk_without_tokens_is_refused(chunk_tokens: int) -> None:
-    """Regression: a negative chunk made an empty loop and so a loss of 0."""
+def test_a_chunk_size_below_one_raises(chunk_tokens: int) -> None:
+    """Regression: a negative chunk size gave an empty loop and a loss of 0."""
     with pytest.raises(ValueError, match="chunk_tokens"):
         fused_linear_divergence(*random_case().models, chunk_tokens=chunk_tokens)

@@ -1,4 +1,4 @@
-"""The fused loss is the dense loss, whatever is drawn: shapes, chunks, ties, masked tokens, temperature, share of cross-entropy."""
+"""The fused loss equals the dense loss for random shapes, chunks, masks and settings."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ cases = st.fixed_dictionaries(
         "name": st.sampled_from(sorted(DIVERGENCES)),
         "tokens": st.integers(0, 9),
         "vocabulary": st.integers(1, 12),
-        "padding": st.tuples(
-            st.integers(0, 3), st.integers(0, 3)
-        ),  # rows of the student's head and of the teacher's beyond it
+        # extra rows of the student's head and of the teacher's
+        "padding": st.tuples(st.integers(0, 3), st.integers(0, 3)),
         "hidden": st.tuples(st.integers(1, 4), st.integers(1, 4)),
         "chunk_tokens": st.none() | st.integers(1, 10),
         "temperature": st.floats(0.3, 5),
@@ -40,31 +39,23 @@ cases = st.fixed_dictionaries(
 
 @settings(max_examples=150, deadline=None)
 @given(case=cases)
-def test_fused_equals_dense_whatever_is_drawn(case: dict[str, Any]) -> None:
+def test_fused_equals_dense_for_random_cases(case: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(case["seed"])
 
     def drawn(*shape: int) -> Tensor:
         numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return (
-            numbers.round() if case["tied"] else numbers
-        )  # whole numbers: logits, and often the largest two, coincide
+        return numbers.round() if case["tied"] else numbers  # whole numbers give equal logits
 
     tokens, rows, (student_width, teacher_width) = (
-        case["tokens"],
-        case["vocabulary"],
-        case["hidden"],
+        case[k] for k in ("tokens", "vocabulary", "hidden")
     )
     hidden, weight = drawn(tokens, student_width), drawn(rows + case["padding"][0], student_width)
-    teacher_hidden, teacher_weight = (
-        drawn(tokens, teacher_width),
-        drawn(rows + case["padding"][1], teacher_width),
-    )
+    teacher_hidden = drawn(tokens, teacher_width)
+    teacher_weight = drawn(rows + case["padding"][1], teacher_width)
     labels = torch.randint(rows, (tokens,), generator=generator)
-    weights = (
-        torch.randint(2, (tokens,), generator=generator).double()
-        if case["masked"]
-        else torch.ones(tokens).double()
-    )
+    weights = torch.ones(tokens).double()
+    if case["masked"]:
+        weights = torch.randint(2, (tokens,), generator=generator).double()
     leaves = hidden.requires_grad_(), weight.requires_grad_()
 
     fused = fused_linear_divergence(
@@ -79,20 +70,15 @@ def test_fused_equals_dense_whatever_is_drawn(case: dict[str, Any]) -> None:
         weights=weights,
         chunk_tokens=case["chunk_tokens"],
     )
-    logits = hidden @ weight[:rows].T
-    soft = DIVERGENCES[case["name"]](
-        teacher_hidden @ teacher_weight[:rows].T, logits, temperature=case["temperature"]
-    )
+    logits, teacher_logits = hidden @ weight[:rows].T, teacher_hidden @ teacher_weight[:rows].T
+    soft = DIVERGENCES[case["name"]](teacher_logits, logits, temperature=case["temperature"])
     hard = F.cross_entropy(logits, labels, reduction="none")
     dense = (torch.lerp(soft, hard, case["hard_label_weight"]) * weights).sum()
 
     torch.testing.assert_close(fused, dense, rtol=1e-10, atol=1e-12)
-    p, q = (
-        (z / case["temperature"]).softmax(-1)
-        for z in (logits, teacher_hidden @ teacher_weight[:rows].T)
-    )
+    p, q = ((z / case["temperature"]).softmax(-1) for z in (logits, teacher_logits))
     if case["name"] == "total_variation" and bool(((p - q).abs() < 1e-12).any()):
-        return  # it has a kink there, and rounding chooses the side
+        return  # its gradient jumps where p = q, and rounding decides the sign
     for ours, exact in zip(
         torch.autograd.grad(fused, leaves), torch.autograd.grad(dense, leaves), strict=True
     ):
@@ -100,7 +86,7 @@ def test_fused_equals_dense_whatever_is_drawn(case: dict[str, Any]) -> None:
 
 
 class _Student(torch.nn.Module):
-    """Two layers and a head, with the loss inside its forward pass."""
+    """A small model whose forward pass returns the loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,31 +97,31 @@ class _Student(torch.nn.Module):
         return fused_linear_divergence(hidden, self.head.weight, teacher_hidden, teacher_weight)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch.compile's own, at every version others
-def test_a_compiled_model_with_the_loss_in_it_learns_the_same() -> None:
+@pytest.mark.filterwarnings("ignore")  # the warnings of torch.compile differ between versions
+def test_a_compiled_model_that_contains_the_loss_gets_the_same_gradients() -> None:
     torch.manual_seed(0)
-    student, given_to_both = _Student(), (torch.randn(7, 5), torch.randn(7, 4), torch.randn(11, 4))
+    student, inputs_and_teacher = (
+        _Student(),
+        (torch.randn(7, 5), torch.randn(7, 4), torch.randn(11, 4)),
+    )
     gradients = []
     for model in (student, torch.compile(student, backend="aot_eager")):
         student.zero_grad()
-        model(*given_to_both).backward()
+        model(*inputs_and_teacher).backward()
         gradients.append([parameter.grad.clone() for parameter in student.parameters()])  # type: ignore[union-attr]
     for compiled, plain in zip(*gradients, strict=True):
         torch.testing.assert_close(compiled, plain)
-    inputs, teacher_hidden, teacher_weight = given_to_both
+    inputs, teacher_hidden, teacher_weight = inputs_and_teacher
     dense = forward_kl(
         teacher_hidden @ teacher_weight.T, student.head(torch.tanh(student.inner(inputs)))
     ).sum()
-    torch.testing.assert_close(student(*given_to_both), dense)
+    torch.testing.assert_close(student(*inputs_and_teacher), dense)
 
 
-def test_a_token_of_weight_nought_is_as_good_as_absent() -> None:
+def test_a_token_of_weight_zero_equals_a_missing_token() -> None:
     torch.manual_seed(0)
-    hidden, weight, labels = (
-        torch.randn(6, 5),
-        torch.randn(11, 5, requires_grad=True),
-        torch.randint(11, (6,)),
-    )
+    hidden, weight = torch.randn(6, 5), torch.randn(11, 5, requires_grad=True)
+    labels = torch.randint(11, (6,))
     kept = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
     (masked,) = torch.autograd.grad(
         fused_linear_cross_entropy(hidden, weight, labels, weights=kept, chunk_tokens=4), weight
