@@ -1,13 +1,13 @@
-"""A run's folder: what stands where, and the rule that nothing in it is half-written.
+"""The folder of a run: the names of its files; every file is written whole or not at all.
 
 RUN_DIR/
-  config.yaml        everything resolved: enough to run it again
+  config.yaml        every setting of the run, defaults included
   student/           the student, a Hugging Face folder
-  metrics.jsonl      one row a logged step
-  evaluation.json    teacher, before, after, samples, gap closed
-  report.html        the page
-  checkpoints/       to go on from after an interrupt
-  data/              text the run made itself (the demo's)
+  metrics.jsonl      one row per logged step
+  evaluation.json    measures of the teacher, the student before and after; sample answers
+  report.html        the report
+  checkpoints/       the state from which an interrupted run continues
+  data/              text that the run made itself (demo)
 """
 
 from __future__ import annotations
@@ -35,103 +35,102 @@ class RunFolder:
         self.checkpoints, self.data = self.path / "checkpoints", self.path / "data"
 
     def refuse_other(self, config: dict[str, Any], *, but: Collection[str] = ()) -> None:
-        """Raises: RunFolderError if the folder holds anything but a run begun with ``config``, naming what differs.
+        """Accept a missing or empty folder, or a run with these settings; keys in ``but`` may differ.
 
-        What ``but`` names may have changed since.
+        Raises: RunFolderError that names the setting that differs, or the folder that is no run.
         """
         if self.config.is_file():
-            begun = self.read_config()
+            stored = self.read_config()
             for key, value in config.items():
-                planned = key == "max_steps" and value is None  # found out by the run itself
-                if begun.get(key) != value and not planned and key not in but:
+                planned = key == "max_steps" and value is None  # the run computes it later
+                if stored.get(key) != value and not planned and key not in but:
                     raise RunFolderError(
-                        f"{self.path}: holds a run with {key} {begun.get(key)}, not {value}; give another --output-dir, or "
-                        "delete the folder"
+                        f"{self.path}: holds a run with {key} {stored.get(key)}, not {value}; "
+                        "give another --output-dir, or delete the folder"
                     )
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise RunFolderError(
-                f"{self.path}: not empty, and not a run of potstill's; give another --output-dir"
+                f"{self.path}: not empty, and not a run of potstill; give another --output-dir"
             )
 
     def begin(self, config: dict[str, Any]) -> None:
-        """Make the folder, with its settings in it; or replace the settings of a run that has begun."""
+        """Create the folder and write its settings, or replace the settings of an existing run."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
     def note_data(self, fingerprints: dict[str, str]) -> None:
-        """Keep what the data were, beside the checkpoints that only they can go on from."""
+        """Store the fingerprints of the data next to the checkpoints."""
         self.checkpoints.mkdir(exist_ok=True)
         write_json(self.checkpoints / "data.json", fingerprints)
 
     def refuse_other_data(self, fingerprints: dict[str, str]) -> None:
-        """Raises: RunFolderError if the run began with data of other fingerprints."""
+        """Compare with the stored fingerprints. Raises: RunFolderError if one differs."""
         file = self.checkpoints / "data.json"
-        noted = json.loads(file.read_bytes()) if file.is_file() else {}
-        for name, now in fingerprints.items():
-            if noted.get(name, now) != now:
+        stored = json.loads(file.read_bytes()) if file.is_file() else {}
+        for name, current in fingerprints.items():
+            if stored.get(name, current) != current:
                 raise RunFolderError(
-                    f"{self.path}: the conversations of this run ({name}) have changed since it began, so it cannot go on; give "
-                    "the same data, or another --output-dir"
+                    f"{self.path}: the conversations of this run ({name}) have changed since it "
+                    "began, so it cannot continue; give the same data, or another --output-dir"
                 )
 
     def planned_steps(self) -> int | None:
-        """The steps that an earlier call planned from its budget in seconds."""
+        """Return the steps that an earlier call computed from its budget in seconds."""
         return self.read_config().get("max_steps") if self.config.is_file() else None
 
     def read_config(self) -> dict[str, Any]:
-        """The run's settings. Raises: RunFolderError if there are none, or they are damaged."""
+        """Return the run's settings. Raises: RunFolderError if the file is missing or damaged."""
         try:
             config = yaml.safe_load(self.config.read_bytes())
         except OSError as error:
             raise RunFolderError(
-                f"{self.path}: no readable config.yaml there, so not a run; give a run's folder"
+                f"{self.path}: no readable config.yaml, so not a run; give the folder of a run"
             ) from error
         except (yaml.YAMLError, ValueError) as error:
-            raise RunFolderError(
-                f"{self.config}: damaged (not YAML); mend it by hand, or run again into another folder"
-            ) from error
+            raise RunFolderError(self._damaged_config("not YAML")) from error
         if not isinstance(config, dict):
-            raise RunFolderError(
-                f"{self.config}: damaged (no settings); mend it by hand, or run again into another folder"
-            )
+            raise RunFolderError(self._damaged_config("no settings"))
         return config
 
+    def _damaged_config(self, reason: str) -> str:
+        return f"{self.config}: damaged ({reason}); fix it by hand, or run again in another folder"
+
     def read_evaluation(self) -> dict[str, Any]:
-        """What was measured at the end. Raises: RunFolderError if nothing was, or the file is damaged."""
+        """Return evaluation.json. Raises: RunFolderError if the file is missing or damaged."""
+        rerun = "delete it and run the same command again"
         try:
             evaluation = json.loads(self.evaluation.read_bytes())
         except OSError as error:
             raise RunFolderError(
-                f"{self.path}: no evaluation.json there; let the run come to its end, with its own command"
+                f"{self.path}: no evaluation.json there; finish the run with its own command"
             ) from error
         except (ValueError, RecursionError) as error:
-            raise RunFolderError(
-                f"{self.evaluation}: damaged (not JSON); delete it and give the run's command again"
-            ) from error
+            raise RunFolderError(f"{self.evaluation}: damaged (not JSON); {rerun}") from error
         if not isinstance(evaluation, dict):
-            raise RunFolderError(
-                f"{self.evaluation}: damaged (no JSON object); delete it and give the run's command again"
-            )
+            raise RunFolderError(f"{self.evaluation}: damaged (no JSON object); {rerun}")
         return evaluation
 
     def read_metrics(self) -> tuple[list[dict[str, Any]], int]:
-        """The logged rows, and how many lines were not one: a run that was cut off leaves half a line."""
+        """Return the logged rows, and how many lines could not be read."""
         return read_rows(self.metrics)
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end; unfinished ones are deleted."""
+        """Return the newest complete checkpoint, and delete incomplete ones that are newer."""
         found = sorted(
             self.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1])
         )
         for folder in reversed(found):
-            if (folder / "trainer_state.json").is_file():  # what the Trainer writes last
+            if (folder / "trainer_state.json").is_file():  # the Trainer writes it last
                 return folder
             shutil.rmtree(folder)
         return None
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The JSON objects of a file's lines, and how many lines are none: a run that was cut off leaves half a line."""
+    """Return the JSON objects of a JSON Lines file, and how many lines are not objects.
+
+    An interrupted run can leave half a line. A missing file has no rows.
+    """
     rows, unreadable = [], 0
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
@@ -146,20 +145,20 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is either there whole or not there."""
+    """Write a file completely or not at all."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_whole`, as JSON."""
+    """Write ``value`` as JSON, completely or not at all."""
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``path`` when all is written, and vanishes if something goes wrong."""
+    """Yield a temporary folder that is renamed to ``path`` at the end, or deleted on an error."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

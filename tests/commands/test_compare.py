@@ -1,4 +1,4 @@
-"""Whole comparisons of tiny models: trained, interrupted, gone on with; and runs that cannot be compared."""
+"""Whole comparisons of tiny models: trained, interrupted, continued, and refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from potstill.distillation import run as pipeline
 
 @pytest.fixture
 def place(pair_folder: Path) -> Path:
-    """A teacher, a student, and data to train on and to hold out."""
+    """Make a teacher, a student, training data and held-out data."""
     write_rows(
         pair_folder / "data.jsonl", [{**row, "reference": "a on the"} for row in conversations(16)]
     )
@@ -41,7 +41,7 @@ def comparison(output: str = "out") -> dict[str, Any]:
     return read
 
 
-def test_methods_are_trained_measured_and_told_apart(
+def test_methods_are_trained_measured_and_compared(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("sacrebleu")
@@ -57,7 +57,7 @@ def test_methods_are_trained_measured_and_told_apart(
     )
     assert {"stops", "loops", "length_words", "chrf"} <= found["methods"]["text"].keys()
     assert found["teacher"]["length_words"] == (3 + 6 + 9) / 3
-    for seed in (0, 1):  # what one run's own evaluation says is what the comparison says of it
+    for seed in (0, 1):  # the comparison has the values of each run's own evaluation
         config = pipeline.RunFolder(f"out/text-seed{seed}").read_config()
         assert (config["method"], config["seed"], config["max_steps"]) == ("text", seed, 4)
     runs = [
@@ -82,9 +82,7 @@ def test_methods_are_trained_measured_and_told_apart(
         assert f">{heading}</h2>" in page
 
 
-def test_what_tasks_found_stands_in_the_table(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_task_scores_are_in_the_table(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare("--methods", "text,logits", "--answers", "0") == 0
     assert comparison()["tasks"] == {}
     for number, folder in enumerate(("out/text-seed0", "out/logits-seed0")):
@@ -112,7 +110,7 @@ def test_what_tasks_found_stands_in_the_table(
     assert "quiz acc" in (place / "again" / "comparison.html").read_text()
 
 
-def test_an_interrupted_comparison_goes_on_and_keeps_what_is_finished(
+def test_an_interrupted_comparison_continues_and_keeps_finished_runs(
     place: Path, interrupt_at: Any
 ) -> None:
     with interrupt_at(2, method="logits"):
@@ -128,7 +126,7 @@ def test_an_interrupted_comparison_goes_on_and_keeps_what_is_finished(
     assert len((place / "out" / "logits-seed0" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_across_tokenizers_the_verdict_is_in_bits_a_byte(
+def test_across_tokenizers_the_verdict_is_in_bits_per_byte(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("POTSTILL_CACHE", str(place / "cache"))
@@ -159,7 +157,7 @@ def test_a_method_can_be_added_later_and_another_budget_cannot(
     assert "holds a run with max_steps 4, not 5" in capsys.readouterr().err
 
 
-def test_recipes_are_compared_as_they_are(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_are_compared_unchanged(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = {
         "teacher": "teacher",
         "student": "student",
@@ -182,33 +180,18 @@ def test_recipes_are_compared_as_they_are(place: Path, capsys: pytest.CaptureFix
     assert comparison()["answers"] == 0
     assert cli.main([*arguments, "forward.yaml,long.yaml"]) == 2
     assert (
-        "forward and long cannot be compared: max_steps is 2 in the one and 9 in the other"
+        "forward and long cannot be compared: max_steps is 2 in forward and 9 in long"
         in capsys.readouterr().err
     )
 
 
 def distill(output: str, *more: str) -> str:
-    assert (
-        cli.main(
-            [
-                "distill",
-                "teacher",
-                "student",
-                *DATA,
-                "--output-dir",
-                output,
-                *FLAGS,
-                "--max-steps",
-                "2",
-                *more,
-            ]
-        )
-        == 0
-    )
+    pair = ["distill", "teacher", "student", *DATA, "--output-dir", output]
+    assert cli.main([*pair, *FLAGS, "--max-steps", "2", *more]) == 0
     return output
 
 
-def test_finished_runs_are_compared_without_a_model(
+def test_finished_runs_are_compared_without_opening_a_model(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distill("one"), distill("two", "--method", "text")
@@ -217,7 +200,7 @@ def test_finished_runs_are_compared_without_a_model(
     assert set(comparison()["methods"]) == {"one", "two", "untouched"}
 
 
-def test_runs_that_cannot_be_compared_are_refused_by_what_differs(
+def test_runs_that_cannot_be_compared_are_refused_and_the_difference_is_named(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(runs: str) -> str:
@@ -232,21 +215,21 @@ def test_runs_that_cannot_be_compared_are_refused_by_what_differs(
     distill("seeded", "--seed", "1")
     distill("else", "--eval-data", "other.jsonl")
     assert (
-        "budget max_steps × batch_size × gradient_accumulation_steps is 16 in the one and 24"
+        "budget max_steps × batch_size × gradient_accumulation_steps is 16 in the first and 24"
         in refused("one,longer")
     )
     assert "held-out data (fingerprint)" in refused("one,else")
-    assert "the seeds are 0 in the one and 1 in the other" in refused("one,seeded")
-    assert "one method alone" in refused("one")
+    assert "the seeds are 0 in the first and 1 in the second" in refused("one,seeded")
+    assert "only one method" in refused("one")
     assert "one: seed 0, 0 is there more than once" in refused("one,one,seeded")
     evaluation = json.loads((place / "else" / "evaluation.json").read_text())
     for damage, says in {
         "{": "damaged (not JSON)",
         "[]": "damaged (no JSON object)",
-        json.dumps({**evaluation, "conversations": None}): "damaged (its sums a conversation)",
+        json.dumps({**evaluation, "conversations": None}): "damaged (sums per conversation)",
         json.dumps(
             {name: value for name, value in evaluation.items() if name != "conversations"}
-        ): "no sums a conversation",
+        ): "no sums per conversation",
     }.items():
         (place / "else" / "evaluation.json").write_text(damage)
         assert says in refused("one,else")
@@ -266,7 +249,7 @@ def test_runs_that_cannot_be_compared_are_refused_by_what_differs(
         (["--seeds", "1,1"], "each once"),
         (
             ["--data", "held_out.jsonl", "--methods", "reference"],
-            "12 of 12 conversations to train on have no reference",
+            "12 of 12 training conversations have no reference",
         ),
         (["--text-measures", "bleurt"], "'bleurt' is not known"),
         (["--trainer", '{"optimiser": "sgd"}'], "trainer.optimiser"),
@@ -285,7 +268,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
     assert sorted(place.rglob("*")) == there
 
 
-def test_without_anything_to_compare_it_says_what_it_needs(
+def test_without_anything_to_compare_the_error_names_what_is_needed(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["compare", "--output-dir", "out"]) == 2
@@ -294,7 +277,7 @@ def test_without_anything_to_compare_it_says_what_it_needs(
     )
 
 
-def test_what_a_model_or_a_prompt_says_is_escaped_in_the_page() -> None:
+def test_texts_of_models_and_prompts_are_escaped_in_the_page() -> None:
     from potstill.comparison.page import as_html
 
     evil = "<script>alert(1)</script>"

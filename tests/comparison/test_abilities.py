@@ -1,4 +1,4 @@
-"""Tasks beside each other: means over seeds, only of the same questions, and which way is better."""
+"""Task scores: means over seeds, only for equal questions, and which direction is better."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(after: float, *, questions: int = 40) -> FinishedRun:
     )
 
 
-def test_a_method_has_the_mean_over_its_seeds_and_the_interval_of_one() -> None:
+def test_a_method_has_the_mean_over_its_seeds_and_the_interval_of_one_run() -> None:
     found = abilities({"logits": [run(0.6), run(0.8)], "text": [run(0.5), run(0.5)]}, "untouched")
     assert list(found) == ["teacher", "untouched", "logits", "text"]
     figures, ends = in_figures(found["logits"])
@@ -35,7 +35,7 @@ def test_a_method_has_the_mean_over_its_seeds_and_the_interval_of_one() -> None:
     assert found["untouched"]["quiz acc"][0] == 0.3
 
 
-def test_runs_that_were_not_asked_the_same_are_not_laid_side_by_side() -> None:
+def test_runs_with_different_questions_are_not_compared() -> None:
     without = FinishedRun(Path(), {}, {})
     for other in (run(0.5, questions=20), without):
         assert abilities({"logits": [run(0.6)], "text": [other]}, "untouched") == {}
@@ -43,5 +43,5 @@ def test_runs_that_were_not_asked_the_same_are_not_laid_side_by_side() -> None:
     assert directions({"text": [without]}) == {}
 
 
-def test_less_may_be_better() -> None:
+def test_lower_is_better_for_perplexity() -> None:
     assert directions({"logits": [run(0.6)]}) == {"quiz acc": "higher", "quiz perplexity": "lower"}

@@ -1,16 +1,16 @@
-"""What the page of a comparison says on top, and how it draws who is ahead."""
+"""The verdict at the top of a comparison's page, and the plot of the pairs."""
 
 from typing import Any
 
 import pytest
 
-from potstill.comparison.page import _advantages, verdict
+from potstill.comparison.page import _pair_positions, verdict
 
 
 def pair(one: str, other: str, difference: float, half_width: float = 0.1) -> dict[str, Any]:
     certain = abs(difference) > half_width
     ends = [difference - half_width, difference + half_width]
-    said = (
+    words = (
         f"{one} better than {other}" if certain else f"no difference seen between {one} and {other}"
     )
     differences = {
@@ -19,7 +19,7 @@ def pair(one: str, other: str, difference: float, half_width: float = 0.1) -> di
     return {
         "one": one,
         "other": other,
-        "verdict": said,
+        "verdict": words,
         "certain": certain,
         "differences": differences,
     }
@@ -33,7 +33,7 @@ def compared(*pairs: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_on_top_stands_the_best_against_the_next_and_then_against_the_untouched_student() -> None:
+def test_the_verdict_is_the_best_against_the_second_then_against_the_untouched_student() -> None:
     found = verdict(
         compared(
             pair("logits", "text", -0.5),
@@ -51,20 +51,19 @@ def test_on_top_stands_the_best_against_the_next_and_then_against_the_untouched_
     ("best", "difference", "tone"),
     [("logits", -0.5, "good"), ("logits", -0.05, "open"), ("untouched", -0.5, "bad")],
 )
-def test_it_is_good_news_only_if_a_method_is_certainly_ahead(
+def test_the_tone_is_good_only_if_a_method_is_certainly_better(
     best: str, difference: float, tone: str
 ) -> None:
     other = "text" if best == "untouched" else "untouched"
     assert verdict(compared(pair(best, other, difference))).tone == tone
 
 
-def test_all_pairs_are_drawn_on_one_line_with_no_difference_in_one_place() -> None:
-    drawn = _advantages(
+def test_all_pairs_share_one_axis_and_its_zero() -> None:
+    drawn = _pair_positions(
         compared(pair("a", "b", -0.05), pair("a", "c", -0.9), pair("b", "c", -0.85))
     )
-    for one, ahead in zip(
-        drawn, (0.05, 0.9, 0.85), strict=True
-    ):  # the line goes from 0.05 behind to 1 ahead
+    # The axis goes from 0.05 behind to 1 ahead.
+    for one, ahead in zip(drawn, (0.05, 0.9, 0.85), strict=True):
         assert one["zero"] == pytest.approx(100 * 0.05 / 1.05)
         assert one["at"] == pytest.approx(100 * (0.05 + ahead) / 1.05)
     assert all(0 <= one["low"] <= one["at"] <= one["high"] <= 100 for one in drawn)

@@ -1,3 +1,5 @@
+"""Measures of an answer as text."""
+
 from __future__ import annotations
 
 import sys
@@ -15,11 +17,11 @@ def answer(text: str, **more: object) -> dict[str, object]:
     }
 
 
-def test_an_answer_that_the_limit_cut_off_did_not_stop() -> None:
+def test_an_answer_that_the_token_limit_cut_off_did_not_stop() -> None:
     assert (stops(answer("Because.")), stops(answer("Becau", cut_off=True))) == (1.0, 0.0)
 
 
-def test_an_answer_that_says_the_same_again_and_again_loops() -> None:
+def test_an_answer_that_repeats_the_same_words_loops() -> None:
     assert (
         loops(answer("the rain falls " * 12)),
         loops(answer("The rain falls on the hills.")),
@@ -28,7 +30,7 @@ def test_an_answer_that_says_the_same_again_and_again_loops() -> None:
 
 
 @pytest.mark.parametrize("name", ["chrf", "rouge_l"])
-def test_the_same_text_scores_100_and_another_less_in_any_script(name: str) -> None:
+def test_equal_texts_score_100_and_different_texts_less_in_any_script(name: str) -> None:
     pytest.importorskip("sacrebleu")
     pytest.importorskip("rouge_score")
     score = measures_against([name])[name]
@@ -44,7 +46,7 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence() -> None:
     ) == pytest.approx(100 * 2 * 2 / (3 + 4))
 
 
-def test_an_unknown_measure_and_an_absent_library_are_one_line(
+def test_an_unknown_measure_or_a_missing_library_is_a_config_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(ConfigError, match="'bleurt' is not known; use one of chrf, rouge_l"):

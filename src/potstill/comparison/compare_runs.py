@@ -1,4 +1,4 @@
-"""What finished runs say of one another: each method's measures, the verdict for each pair, and where a student became worse."""
+"""Compute what comparison.json holds: measures per method, a verdict per pair, and regressions."""
 
 from __future__ import annotations
 
@@ -17,49 +17,51 @@ from potstill.evaluation.scores import measure_ratios
 from potstill.generation.words import words
 
 UNTOUCHED = "untouched"
-WORST = 5
+WORST_PROMPTS = 5
 
-Entrants = dict[str, list[FinishedRun]]
+RunsByMethod = dict[str, list[FinishedRun]]
 Answers = list[dict[str, Any]]
+RatiosByMeasure = dict[str, dict[str, Ratios]]
+"""By measure, then by method: one row per seed, one column per conversation."""
 
 
 def compare_runs(
-    entrants: Entrants, *, untouched_answers: Answers | None = None, text_measures: list[str]
+    runs: RunsByMethod, *, untouched_answers: Answers | None = None, text_measures: list[str]
 ) -> dict[str, Any]:
-    """What comparison.json holds, of methods by name, each with a run for every seed.
+    """Return the content of comparison.json; ``runs`` holds one run per seed for each method.
 
-    The verdicts speak of KL where all students have the teacher's tokens, else of bits per byte, which any two tokenizers allow.
+    The verdicts use KL if all students have the teacher's tokenizer, else bits per byte, which
+    are comparable across tokenizers.
     Raises: RunFolderError if the runs cannot be compared; ConfigError as `measures_against`.
     """
-    entrants = {name: sorted(runs, key=lambda run: run.seed) for name, runs in entrants.items()}
-    runs = [run for each in entrants.values() for run in each]
-    refuse_unlike(runs)
-    seeds = _same_seeds(entrants)
-    ratios = _measured(entrants) | _answered(entrants, untouched_answers, text_measures)
+    runs = {name: sorted(each, key=lambda run: run.seed) for name, each in runs.items()}
+    flat = [run for each in runs.values() for run in each]
+    refuse_unlike(flat)
+    seeds = _same_seeds(runs)
+    ratios = _token_ratios(runs) | _answer_ratios(runs, untouched_answers, text_measures)
     deciding = "kl_nats_per_token" if "kl_nats_per_token" in ratios else "bits_per_byte"
-    able = abilities(entrants, UNTOUCHED)
+    able = abilities(runs, UNTOUCHED)
     names = sorted(ratios[deciding], key=lambda name: ratios[deciding][name].value)  # best first
     return {
         "measure": deciding,
-        "conversations": len(runs[0].conversations["prompts"]),
+        "conversations": len(flat[0].conversations["prompts"]),
         "answers": ratios["stops"][names[0]].numerator.shape[1] if "stops" in ratios else 0,
         "seeds": seeds,
         "notes": _notes(ratios, seeds),
-        "tasks": directions(entrants) if able else {},
-        "teacher": _teacher(runs[0], able.get("teacher", {}), answered="stops" in ratios),
+        "tasks": directions(runs) if able else {},
+        "teacher": _teacher(flat[0], able.get("teacher", {}), answered="stops" in ratios),
         "methods": {
-            name: _method(name, entrants.get(name, []), ratios, able.get(name, {}))
-            for name in names
+            name: _method(name, runs.get(name, []), ratios, able.get(name, {})) for name in names
         },
         "pairs": [
             _pair(one, other, ratios, deciding) for one, other in itertools.combinations(names, 2)
         ],
-        "regressions": _became_worse(entrants, ratios[deciding], deciding),
+        "regressions": _regressions(runs, ratios[deciding], deciding),
     }
 
 
-def _same_seeds(entrants: Entrants) -> list[int]:
-    seeds = {name: [run.seed for run in runs] for name, runs in entrants.items()}
+def _same_seeds(runs: RunsByMethod) -> list[int]:
+    seeds = {name: [run.seed for run in each] for name, each in runs.items()}
     (first, expected), *rest = seeds.items()
     if len(set(expected)) < len(expected):
         raise RunFolderError(
@@ -68,44 +70,47 @@ def _same_seeds(entrants: Entrants) -> list[int]:
     for name, found in rest:
         if found != expected:
             raise RunFolderError(
-                f"{first} and {name} cannot be compared: the seeds are {_listed(expected)} in the one and {_listed(found)} in the "
-                "other; train both with the same"
+                f"{first} and {name} cannot be compared: the seeds are {_listed(expected)} in the "
+                f"first and {_listed(found)} in the second; train both with the same"
             )
     return expected
 
 
-def _measured(entrants: Entrants) -> dict[str, dict[str, Ratios]]:
-    """Each measure of each method, and of the student before, where all runs have it and mean the same by it."""
-    runs = [run for each in entrants.values() for run in each]
-    columns = {
+def _token_ratios(runs: RunsByMethod) -> RatiosByMeasure:
+    """Return the measures that all runs have and that are the same quantity in all of them.
+
+    The untouched student is included if all runs started from the same student.
+    """
+    flat = [run for each in runs.values() for run in each]
+    measured = {
         name: [measure_ratios(run.conversations["after"]) for run in each]
-        for name, each in entrants.items()
+        for name, each in runs.items()
     }
-    if len({run.config.get("student") for run in runs}) == 1:
-        first = next(iter(entrants.values()))
-        columns[UNTOUCHED] = [measure_ratios(run.conversations["before"]) for run in first]
+    if len({run.config.get("student") for run in flat}) == 1:
+        first = next(iter(runs.values()))
+        measured[UNTOUCHED] = [measure_ratios(run.conversations["before"]) for run in first]
     usable = [
         name
         for name in TOKEN_MEASURES
-        if (name == "bits_per_byte" or same_tokens(runs))
-        and all(row[name] for rows in columns.values() for row in rows)
+        if (name == "bits_per_byte" or same_tokens(flat))
+        and all(one[name] for seeds in measured.values() for one in seeds)
     ]
     return {
         measure: {
             name: Ratios(
-                *(np.stack(part) for part in zip(*(row[measure] for row in rows), strict=True))
+                *(np.stack(part) for part in zip(*(one[measure] for one in seeds), strict=True))
             )
-            for name, rows in columns.items()
+            for name, seeds in measured.items()
         }
         for measure in usable
     }
 
 
-def _answered(
-    entrants: Entrants, untouched: Answers | None, text_measures: list[str]
-) -> dict[str, dict[str, Ratios]]:
-    """What the answers say, where every run was asked the same prompts."""
-    answers = {name: [run.answers() for run in runs] for name, runs in entrants.items()}
+def _answer_ratios(
+    runs: RunsByMethod, untouched: Answers | None, text_measures: list[str]
+) -> RatiosByMeasure:
+    """Return the measures of the answers; empty if not all runs answered the same prompts."""
+    answers = {name: [run.answers() for run in each] for name, each in runs.items()}
     if untouched:
         answers[UNTOUCHED] = [untouched] * len(next(iter(answers.values())))
     asked = {
@@ -117,10 +122,10 @@ def _answered(
         return {}
     functions = {"stops": stops, "loops": loops, "length_words": length_words}
     for name, against in measures_against(text_measures).items():
-        functions[name] = lambda row, against=against: against(
+        functions[name] = lambda row, against=against: against(  # type: ignore[misc]
             row["messages"][-1]["content"], row["teacher"]
-        )  # type: ignore[misc]
-    measured: dict[str, dict[str, Ratios]] = {}
+        )
+    measured: RatiosByMeasure = {}
     for measure, function in functions.items():
         for name, each in answers.items():
             values = np.array([[function(row) for row in rows or []] for rows in each])
@@ -129,7 +134,7 @@ def _answered(
 
 
 def _teacher(run: FinishedRun, able: Abilities, *, answered: bool) -> dict[str, Any]:
-    """The teacher's own measures, and how long its answers are to the prompts that the students answered, too."""
+    """Return the teacher's measures, and the mean length of its answers to the same prompts."""
     values = {name: run.evaluation["teacher"].get(name) for name in TOKEN_MEASURES}
     rows = (run.answers() or []) if answered else []
     if rows:
@@ -139,19 +144,13 @@ def _teacher(run: FinishedRun, able: Abilities, *, answered: bool) -> dict[str, 
 
 
 def _method(
-    name: str, runs: list[FinishedRun], ratios: dict[str, dict[str, Ratios]], able: Abilities
+    name: str, runs: list[FinishedRun], ratios: RatiosByMeasure, able: Abilities
 ) -> dict[str, Any]:
-    values = {
-        measure: by_name[name].value for measure, by_name in ratios.items() if name in by_name
-    }
-    ends = {
-        measure: list(interval(by_name[name]))
-        for measure, by_name in ratios.items()
-        if name in by_name
-    }
+    own = {measure: by_name[name] for measure, by_name in ratios.items() if name in by_name}
+    ends = {measure: list(interval(ratio)) for measure, ratio in own.items()}
     figures, ends_of_figures = in_figures(able)
     return {
-        **values,
+        **{measure: ratio.value for measure, ratio in own.items()},
         **figures,
         "ci95": ends | ends_of_figures,
         "steps": [run.config.get("max_steps") for run in runs],
@@ -159,56 +158,56 @@ def _method(
     }
 
 
-def _pair(
-    one: str, other: str, ratios: dict[str, dict[str, Ratios]], deciding: str
-) -> dict[str, Any]:
+def _pair(one: str, other: str, ratios: RatiosByMeasure, deciding: str) -> dict[str, Any]:
     differences = {
         measure: paired_difference(by_name[one], by_name[other])
         for measure, by_name in ratios.items()
         if one in by_name and other in by_name
     }
-    said = verdict(one, other, differences[deciding], MEASURES[deciding])
-    as_json = {
-        name: {"difference": d.value, "ci95": [d.low, d.high], "certain": d.certain}
-        for name, d in differences.items()
-    }
     return {
         "one": one,
         "other": other,
-        "verdict": said,
+        "verdict": verdict(one, other, differences[deciding], MEASURES[deciding]),
         "certain": differences[deciding].certain,
-        "differences": as_json,
+        "differences": {
+            name: {"difference": d.value, "ci95": [d.low, d.high], "certain": d.certain}
+            for name, d in differences.items()
+        },
     }
 
 
-def _became_worse(entrants: Entrants, ratios: dict[str, Ratios], deciding: str) -> dict[str, Any]:
+def _regressions(runs: RunsByMethod, ratios: dict[str, Ratios], deciding: str) -> dict[str, Any]:
+    """Return by method the share of prompts that became worse, and the worst of them."""
     if UNTOUCHED not in ratios:
         return {}
     worse = {}
-    for name, runs in entrants.items():
-        prompts = runs[0].conversations["prompts"]
+    for name, each in runs.items():
+        prompts = each[0].conversations["prompts"]
         found = regressions(ratios[UNTOUCHED], ratios[name], MEASURES[deciding])
         worst = [
-            {"prompt": prompts[i], "before": was, "after": now} for i, was, now in found[:WORST]
+            {"prompt": prompts[i], "before": before, "after": after}
+            for i, before, after in found[:WORST_PROMPTS]
         ]
         worse[name] = {"share": len(found) / len(prompts), "worst": worst}
     return worse
 
 
-def _notes(ratios: dict[str, dict[str, Ratios]], seeds: list[int]) -> list[str]:
+def _notes(ratios: RatiosByMeasure, seeds: list[int]) -> list[str]:
     notes = []
     if "kl_nats_per_token" not in ratios:
-        notes.append("The tokenizers differ: only bits a byte mean the same in all runs.")
+        notes.append("The tokenizers differ: only bits per byte can be compared between runs.")
     if "stops" not in ratios:
         notes.append(
-            "Not every run kept answers to the same prompts, so nothing is said of the text."
+            "Not every run has answers to the same prompts, so the answers are not compared."
         )
     if len(seeds) == 1:
         notes.append(
-            "One seed: the intervals speak of other conversations, not of another training; give --seeds 0,1,2."
+            "One seed: the intervals cover the choice of conversations, but not the randomness of "
+            "training; give --seeds 0,1,2."
         )
     notes.append(
-        "Each interval is a 95 % one by itself: of twenty pairs without any difference, about one will seem to have one."
+        "Each interval is a 95 % interval by itself: of twenty pairs without any difference, about "
+        "one will seem to have one."
     )
     return notes
 

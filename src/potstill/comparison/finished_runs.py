@@ -1,6 +1,6 @@
-"""Runs that have come to their end, as they stand in their folders, and whether they can be compared at all.
+"""Open finished runs from their folders, and check that they can be compared.
 
-A run's evaluation.json keeps what each conversation adds up to, so nothing here opens a model.
+evaluation.json stores sums per conversation, so no model is opened here.
 """
 
 from __future__ import annotations
@@ -27,103 +27,104 @@ class FinishedRun:
 
     @property
     def conversations(self) -> dict[str, Any]:
-        """What each held-out conversation adds up to, before and after."""
-        kept: dict[str, Any] = self.evaluation["conversations"]
-        return kept
+        """Return the sums of each held-out conversation, before and after training."""
+        sums: dict[str, Any] = self.evaluation["conversations"]
+        return sums
 
     @property
     def seed(self) -> int:
-        """Of the data's order."""
+        """Return the seed of the run."""
         return int(self.config.get("seed", 0))
 
     def answers(self) -> list[dict[str, Any]] | None:
-        """What the student answered to held-out prompts, if it was asked. Raises: RunFolderError."""
+        """Return the student's answers to held-out prompts, if any. Raises: RunFolderError."""
         return read_answers(self.folder)
 
 
 def read_answers(folder: Path) -> list[dict[str, Any]] | None:
-    """Answers beside the teacher's, as `potstill compare` keeps them; None if there are none. Raises: RunFolderError."""
+    """Return the answers that `potstill compare` wrote, or None if there is no such file.
+
+    Raises: RunFolderError if the file is damaged.
+    """
     path = folder / ANSWERS
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        if all(
-            isinstance(row[name], str) for row in rows for name in ("prompt", "teacher")
-        ) and all(row["messages"] for row in rows):
+        texts = [row[name] for row in rows for name in ("prompt", "teacher")]
+        if all(isinstance(text, str) for text in texts) and all(row["messages"] for row in rows):
             return rows
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
         pass
-    raise RunFolderError(f"{path}: damaged; delete it, and `potstill compare` asks again")
+    raise RunFolderError(f"{path}: damaged; delete it, and `potstill compare` makes it again")
 
 
 def open_run(folder: str | Path) -> FinishedRun:
-    """A run's settings and measurements. Raises: RunFolderError if it is no run, is not finished, or is damaged."""
+    """Open a run. Raises: RunFolderError if it is no run, is not finished, or is damaged."""
     run = RunFolder(folder)
     opened = FinishedRun(run.path, run.read_config(), run.read_evaluation())
+    rerun = "delete it and run the same command again"
     if "conversations" not in opened.evaluation:
-        raise RunFolderError(
-            f"{run.evaluation}: keeps no sums a conversation; delete it and give the run's command again"
-        )
-    try:
-        columns = [
-            pair
-            for when in ("before", "after")
-            for pair in measure_ratios(opened.conversations[when]).values()
-            if pair
-        ]
-        sizes = {len(column) for pair in columns for column in pair} | {
-            len(opened.conversations["prompts"])
-        }
-        whole = (
-            len(sizes) == 1 and min(sizes) > 0 and isinstance(opened.evaluation["teacher"], dict)
-        )
-    except (KeyError, TypeError, ValueError, AttributeError):
-        whole = False
-    if not whole:
-        raise RunFolderError(
-            f"{run.evaluation}: damaged (its sums a conversation); delete it and give the run's command again"
-        )
+        raise RunFolderError(f"{run.evaluation}: has no sums per conversation; {rerun}")
+    if not _has_whole_sums(opened):
+        raise RunFolderError(f"{run.evaluation}: damaged (sums per conversation); {rerun}")
     return opened
 
 
+def _has_whole_sums(run: FinishedRun) -> bool:
+    """Return True if every column of sums has one value per prompt."""
+    try:
+        sizes = {len(run.conversations["prompts"])}
+        for when in ("before", "after"):
+            for pair in measure_ratios(run.conversations[when]).values():
+                sizes |= {len(column) for column in pair or ()}
+        return len(sizes) == 1 and min(sizes) > 0 and isinstance(run.evaluation["teacher"], dict)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+
+
 def refuse_unlike(runs: list[FinishedRun]) -> None:
-    """Raises: RunFolderError if two of the runs had another teacher, other data or another budget, naming what differs."""
+    """Check that all runs had the same teacher, data and budget.
+
+    Raises: RunFolderError that names what differs.
+    """
     first = runs[0]
     for run in runs[1:]:
-        for (what, one), other in zip(_alike(first).items(), _alike(run).values(), strict=True):
+        for (what, one), other in zip(
+            _required_equal(first).items(), _required_equal(run).values(), strict=True
+        ):
             if one != other:
                 raise RunFolderError(
-                    f"{first.folder} and {run.folder} cannot be compared: {what} is {_short(one)} in the one and {_short(other)} "
-                    "in the other; train both with the same"
+                    f"{first.folder} and {run.folder} cannot be compared: {what} is {_short(one)} "
+                    f"in the first and {_short(other)} in the second; train both with the same"
                 )
 
 
-def _alike(run: FinishedRun) -> dict[str, Any]:
-    """What must be the same in all runs of a comparison, each with its name for an error."""
+def _required_equal(run: FinishedRun) -> dict[str, Any]:
+    """Return what must be equal in all runs of a comparison, by its name in an error message."""
     config, kept = run.config, run.conversations
     seconds = config.get("seconds")
-    seen = [
+    steps, batch, accumulation = (
         config.get(name) or 1 for name in ("max_steps", "batch_size", "gradient_accumulation_steps")
-    ]
+    )
+    conversations = None if seconds else steps * batch * accumulation
     return {
         "teacher": config.get("teacher"),
         "the held-out data (fingerprint)": kept.get("fingerprint"),
         "the training data (fingerprint of its prompts)": kept.get("train_prompts"),
         "seconds": seconds,
-        "the budget max_steps × batch_size × gradient_accumulation_steps": None
-        if seconds
-        else seen[0] * seen[1] * seen[2],
-        "the tokenizer's cut, bytes of text within max_length,": sum(kept["after"]["bytes"]),
+        "the budget max_steps × batch_size × gradient_accumulation_steps": conversations,
+        "the text within max_length, in bytes,": sum(kept["after"]["bytes"]),
     }
 
 
 def same_tokens(runs: list[FinishedRun]) -> bool:
-    """Whether all students cut the text into as many tokens everywhere: else nats a token mean something else in each."""
-    return all(
-        run.conversations["after"]["tokens"] == runs[0].conversations["after"]["tokens"]
-        for run in runs
-    )
+    """Return True if all students split the held-out text into equally many tokens.
+
+    Otherwise nats per token of two students are different quantities.
+    """
+    first = runs[0].conversations["after"]["tokens"]
+    return all(run.conversations["after"]["tokens"] == first for run in runs)
 
 
 def _short(value: Any) -> str:

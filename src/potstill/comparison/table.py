@@ -1,4 +1,4 @@
-"""A comparison as a table: of text for the terminal, and of cells for the page."""
+"""Lay a comparison out as a table: text for the terminal, cells for the page."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from potstill.report.formatting import ends, figure
 
 
 def as_text(comparison: Mapping[str, Any]) -> str:
-    """The table, a verdict for each pair, and how often each method made the student worse.
+    """Return the table, a verdict per pair, and how often each method made the student worse.
 
-    >>> print(as_text({"methods": {"logits": {"bits_per_byte": 0.8}, "text": {"bits_per_byte": 0.9}}, "teacher": {}, "seeds": [0],
-    ...     "conversations": 60, "answers": 0, "regressions": {}, "notes": [],
-    ...     "pairs": [{"verdict": "logits better than text by 0.100 ± 0.020 bits a byte"}]}))
+    >>> methods = {"logits": {"bits_per_byte": 0.8}, "text": {"bits_per_byte": 0.9}}
+    >>> pairs = [{"verdict": "logits better than text by 0.100 ± 0.020 bits a byte"}]
+    >>> print(as_text({"methods": methods, "teacher": {}, "seeds": [0], "conversations": 60,
+    ...     "answers": 0, "regressions": {}, "notes": [], "pairs": pairs}))
     60 held-out conversations, seed 0
     <BLANKLINE>
             bits/byte
@@ -40,7 +41,7 @@ def as_text(comparison: Mapping[str, Any]) -> str:
 
 
 def headings(comparison: Mapping[str, Any]) -> dict[str, Measure]:
-    """The measures there are, and the tasks'."""
+    """Return the measures that at least one method has, and those of the tasks."""
     methods = comparison["methods"].values()
     tasks = {
         name: Measure(name, name, "", better)
@@ -54,29 +55,29 @@ def headings(comparison: Mapping[str, Any]) -> dict[str, Measure]:
 
 
 def rows(comparison: Mapping[str, Any]) -> dict[str, list[tuple[str, list[str]]]]:
-    """By method, the teacher on top and the best first: of each measure the figure, and its interval's ends if it has one."""
+    """Return by model, teacher first, then best first: value and interval of each measure."""
     teacher = comparison["teacher"]
-    everybody = {**({"teacher": teacher} if teacher else {}), **comparison["methods"]}
+    models = {**({"teacher": teacher} if teacher else {}), **comparison["methods"]}
     return {
-        who: [
+        model: [
             (shown(values.get(name), name), ends(_interval(values, name), name))
             for name in headings(comparison)
         ]
-        for who, values in everybody.items()
+        for model, values in models.items()
     }
 
 
 def shown(value: float | None, measure: str) -> str:
-    """A figure, or a dash for what was not measured."""
+    """Return the printed value, or a dash if it was not measured."""
     return "–" if value is None else figure(value, measure)
 
 
 def basis(comparison: Mapping[str, Any]) -> str:
-    """On what the comparison stands."""
+    """Return in words how many conversations, answers and seeds were compared."""
     seeds, answers = comparison["seeds"], comparison["answers"]
-    said = f"{comparison['conversations']} held-out conversations"
-    said += f", {answers} of them answered" if answers else ""
-    return f"{said}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    text = f"{comparison['conversations']} held-out conversations"
+    text += f", {answers} of them answered" if answers else ""
+    return f"{text}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def _interval(values: Mapping[str, Any], measure: str) -> list[float]:

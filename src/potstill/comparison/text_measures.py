@@ -1,7 +1,8 @@
-"""What can be said of an answer as text: how near it is to the teacher's, how long it is, and how it ends.
+"""Measure the text of an answer: similarity to the teacher's answer, length, and how it ends.
 
-An answer is ``{"messages": […, the answer], "cut_off": …}``. Each measure is a number an answer, so that methods can be compared
-answer by answer. chrF and ROUGE-L are counted by the libraries whose figures are the ones papers print.
+An answer is ``{"messages": […, the answer], "cut_off": …}``. Each measure is one number per answer,
+so that methods can be compared answer by answer. chrF and ROUGE-L come from the libraries that
+papers use.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ Row = dict[str, Any]
 
 
 def stops(row: Row) -> float:
-    """1 if the answer came to its own end, 0 if the limit of tokens cut it off."""
+    """Return 1 if the answer ended by itself, 0 if the token limit cut it off."""
     return float(not row.get("cut_off"))
 
 
 def loops(row: Row) -> float:
-    """1 if a run of words repeats itself without end (potstill.generation.filters)."""
+    """Return 1 if some words are repeated many times in a row (`filters.repetition_loop`)."""
     return float(repetition_loop(row))
 
 
 def length_words(row: Row) -> float:
-    """Its words."""
+    """Return the number of words."""
     return float(len(words(row["messages"][-1]["content"])))
 
 
 def measures_against(names: list[str]) -> dict[str, Callable[[str, str], float]]:
-    """Functions of an answer and the teacher's, each between 0 and 100, by name: ``chrf``, ``rouge_l``.
+    """Return functions of (answer, teacher's answer) by name (``chrf``, ``rouge_l``), 0 to 100.
 
-    Raises: ConfigError for a name not known, or if the library behind it is not installed.
+    Raises: ConfigError for an unknown name, or if the library behind it is not installed.
     """
     for name in names:
         if name not in _AGAINST:
@@ -50,7 +51,7 @@ def measures_against(names: list[str]) -> dict[str, Callable[[str, str], float]]
 
 
 def _chrf() -> Callable[[str, str], float]:
-    """Character n-grams to 6, F2. Source: Popović 2015, chrF."""
+    """Return chrF: F2 of character n-grams up to 6. Source: Popović 2015."""
     from sacrebleu.metrics import CHRF
 
     metric = CHRF()
@@ -58,7 +59,10 @@ def _chrf() -> Callable[[str, str], float]:
 
 
 def _rouge_l() -> Callable[[str, str], float]:
-    """Longest common subsequence of words, F1. Source: Lin 2004, ROUGE. Words are ours: the library's own drop all but a to z."""
+    """Return ROUGE-L: F1 of the longest common subsequence of words. Source: Lin 2004.
+
+    The library's own tokenizer drops all characters but a to z and 0 to 9, so ours is used.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
@@ -67,7 +71,7 @@ def _rouge_l() -> Callable[[str, str], float]:
 
 class _Words:
     def tokenize(self, text: str) -> list[str]:
-        """What rouge-score asks of a tokenizer."""
+        """Split a text into words; rouge-score calls this."""
         return words(text)
 
 
