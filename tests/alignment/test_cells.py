@@ -1,4 +1,4 @@
-"""The cells against a second implementation that follows their definition word by word, on toys and by enumeration."""
+"""Compare the cells with a direct implementation of their definition, by enumeration."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAIRS = {
 
 
 def spelled(tokenizer: Any, string: bytes, dummy: str = "") -> tuple[int, ...]:
-    """The tokens of bytes as in the middle of a text, by tokenizing them behind a letter that merges with nothing."""
+    """Return the tokens of bytes inside a text: tokenize them after a letter that never merges."""
     tokens = token_bytes(tokenizer)
     if string in tokens:
         return (max(i for i, token in enumerate(tokens) if token == string),)
@@ -43,7 +43,7 @@ def spelled(tokenizer: Any, string: bytes, dummy: str = "") -> tuple[int, ...]:
 
 
 def cell_heads(teacher: Any, student: Any) -> tuple[list[bytes | None], list[bytes | None]]:
-    """For each teacher and student id the bytes of the shared token that heads its cell, by the recursive definition."""
+    """Return the head of the cell of each teacher and student id, by the recursive definition."""
     t, s = token_bytes(teacher), token_bytes(student)
 
     def head(string: bytes) -> bytes:
@@ -61,7 +61,7 @@ def cell_heads(teacher: Any, student: Any) -> tuple[list[bytes | None], list[byt
 
 
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
-def test_cells_are_those_of_the_definition(pair: tuple[Any, Any]) -> None:
+def test_cells_match_their_definition(pair: tuple[Any, Any]) -> None:
     cells = VocabularyCells(*pair)
     for found, heads in zip(
         (cells.teacher_cells, cells.student_cells), cell_heads(*pair), strict=True
@@ -122,7 +122,7 @@ def test_a_root_is_one_index_add_over_the_teachers_cells(pair: tuple[Any, Any]) 
     torch.testing.assert_close(mass / mass.sum(), cells.target(q), rtol=0, atol=1e-12)
 
 
-def test_nothing_goes_on_after_a_prefix_that_is_no_tokens_beginning() -> None:
+def test_a_prefix_that_starts_no_token_has_an_empty_range_and_no_target() -> None:
     cells = VocabularyCells(*PAIRS["letters"])
     end = cells.segmentation[0]
     while any(
@@ -160,7 +160,7 @@ def _shared_mass(cells: VocabularyCells, q: torch.Tensor) -> torch.Tensor:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 6), st.integers(0, 8))
-def test_relabelling_either_vocabulary_changes_nothing(
+def test_renumbering_either_vocabulary_changes_nothing(
     teacher_shift: int, student_shift: int
 ) -> None:
     merges = ("a b", "ab c", "c c", "b c"), ("b c", "a bc", "a a", "c c", "cc a")
@@ -237,6 +237,6 @@ def test_cells_are_the_same_after_saving_and_loading(tmp_path: Path) -> None:
         assert same, name
 
 
-def test_vocabularies_without_a_byte_in_common_are_refused() -> None:
+def test_vocabularies_without_a_shared_token_are_refused() -> None:
     with pytest.raises(VocabularyMismatch, match="no token in common"):
         VocabularyCells(letters("ab"), letters("cd"))

@@ -35,7 +35,7 @@ def aligned(
 
 
 def expected(pair: Any, teacher_ids: list[int], student_ids: list[int]) -> list[tuple[int, int]]:
-    """(teacher index, depth) of each student token by the definitions, searched for without any cleverness."""
+    """Return (teacher index, depth) of each student token by brute force."""
     cells = CELLS[pair]
     t, s = (
         [len(strings[i] or b"") for i in ids]
@@ -130,7 +130,7 @@ def test_any_text_aligns_and_every_root_is_at_the_same_byte(text: str) -> None:
             assert (b" " * dummy + before) == b"".join(s[u] or b"" for u in student_ids[:i])
 
 
-def test_the_ends_of_turns_are_bridged() -> None:
+def test_end_tokens_of_turns_are_aligned() -> None:
     teacher_ids, student_ids = (
         [*BYTES[0].encode("xthe"), 265],
         [*BYTES[1].encode("xthe", add_special_tokens=False), 2],
@@ -141,7 +141,7 @@ def test_the_ends_of_turns_are_bridged() -> None:
     assert (found.start[-1], found.stop[-1]) == CELLS[BYTES].prefix_range()
 
 
-def test_the_end_is_not_bridged_where_a_template_puts_a_blank_before_it() -> None:
+def test_end_tokens_are_not_aligned_if_a_template_adds_a_space_before_one() -> None:
     teacher_ids, student_ids = (
         [*BYTES[0].encode("xt"), 265],
         [*BYTES[1].encode("xt ", add_special_tokens=False), 2],
@@ -151,28 +151,26 @@ def test_the_end_is_not_bridged_where_a_template_puts_a_blank_before_it() -> Non
     assert found.teacher_index == [-1, 0, 1, -1, -1]
 
 
-def test_what_one_template_writes_before_the_answer_has_no_target() -> None:
+def test_text_that_one_template_adds_before_the_answer_has_no_target() -> None:
     teacher_ids, student_ids = BYTES[0].encode("x the"), BYTES[1].encode("<0A>\nx the")
     found = aligned(BYTES, teacher_ids, student_ids)
     assert found is not None
     assert [k for k in found.teacher_index if k >= 0] == list(range(len(teacher_ids)))
 
 
-def test_an_empty_answer_teaches_to_end() -> None:
+def test_an_empty_answer_gives_the_end_token_a_target() -> None:
     found = aligned(BYTES, [265], [2])
     assert found is not None
     assert found.teacher_index == [0]
 
 
-def test_texts_that_differ_turns_that_are_missing_and_special_tokens_in_a_text_cannot_be_aligned() -> (
-    None
-):
+def test_different_texts_missing_turns_and_inner_special_tokens_give_none() -> None:
     assert aligned(BYTES, BYTES[0].encode("the"), BYTES[1].encode("thy")) is None
     assert aligned(BYTES, BYTES[0].encode("the"), []) is None
     assert aligned(BYTES, BYTES[0].encode("a<|im_end|>b"), BYTES[1].encode("a<|im_end|>b")) is None
 
 
-def test_turns_are_aligned_each_with_its_own() -> None:
+def test_each_turn_is_aligned_with_the_same_turn() -> None:
     teacher_ids, student_ids = [120, 83, 120], [100, 60, 100]
     t, s = (
         [BYTES[0].convert_tokens_to_ids(c) for c in "xy"],
@@ -184,7 +182,7 @@ def test_turns_are_aligned_each_with_its_own() -> None:
     assert found.teacher_index == [0, -1, -1, 2]
 
 
-def test_cells_are_computed_once_a_pair_and_read_afterwards(tmp_path: Any) -> None:
+def test_cells_are_computed_once_per_pair_and_then_read(tmp_path: Any) -> None:
     first = cached_cells(*LETTERS, tmp_path)
     (file,) = tmp_path.iterdir()
     stamp = file.stat().st_mtime_ns

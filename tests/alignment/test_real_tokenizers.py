@@ -1,4 +1,4 @@
-"""The same properties with the tokenizers people use: Llama-3, Llama-2, Qwen3, Gemma-3 and SmolLM2 (`make tokenizers`)."""
+"""Test real tokenizers: Llama-3, Llama-2, Qwen3, Gemma-3, SmolLM2 (`make tokenizers`)."""
 
 from __future__ import annotations
 
@@ -111,13 +111,13 @@ def ids_of(family: str, text: str) -> list[int]:
 
 
 def as_read(family: str, text: str) -> bytes:
-    """The text after what the tokenizer is known to do to it before any token is found."""
+    """Return the text after the tokenizer's known normalization."""
     text = unicodedata.normalize("NFC", text) if family == "qwen3" else text
     return (text.replace("▁", " ") if family in ("llama2", "gemma3") else text).encode()
 
 
 def can_spell(family: str, text: str) -> bool:
-    """SmolLM2's vocabulary lacks some bytes (control characters, planes 4 and up) and leaves them out of a text in silence."""
+    """Return False if SmolLM2 would silently drop bytes (control characters, planes 4 and up)."""
     return (
         all(bytes([byte]) in tokens_of(family) for byte in set(text.encode()))
         or family != "smollm2"
@@ -222,7 +222,7 @@ def code() -> list[str]:
 
 
 @pytest.mark.parametrize("texts", [prose, code])
-def test_llama_3_has_a_prediction_for_nearly_all_of_a_text_in_llama_2s_tokens(texts: Any) -> None:
+def test_llama_3_gives_a_target_for_nearly_all_llama_2_tokens(texts: Any) -> None:
     rows = [
         {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]}
         for text in texts()

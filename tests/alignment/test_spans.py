@@ -51,7 +51,7 @@ def test_the_covering_token_holds_the_byte_at_the_offset(
         assert [k] == (holding or [-1])
 
 
-def test_a_character_split_between_tokens_is_no_boundary_for_one_that_keeps_it_whole() -> None:
+def test_a_character_split_on_one_side_only_is_not_a_boundary() -> None:
     assert groups([b"\xe4\xb8", b"\xad!"], ["中".encode(), b"!"]) == [Group(0, 2, 0, 2)]
 
 

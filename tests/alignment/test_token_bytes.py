@@ -60,7 +60,7 @@ def test_an_added_token_that_is_not_special_is_text() -> None:
     assert joined(byte_level, "xé  y") == "xé  y".encode()
 
 
-def test_a_unigram_tokenizer_is_read_as_sentencepiece_is() -> None:
+def test_a_unigram_tokenizer_uses_the_sentencepiece_alphabet() -> None:
     assert token_bytes(unigram())[1:3] == [b" ", b" the"]
 
 
@@ -103,7 +103,7 @@ def test_tokenizers_whose_bytes_cannot_be_recovered_are_refused_in_one_line() ->
         token_bytes(SimpleNamespace(name_or_path="x", all_special_ids=[]))
 
 
-def test_a_model_stops_with_what_its_template_writes_after_an_answer_and_its_eos() -> None:
+def test_stop_tokens_are_the_templates_end_of_turn_and_the_eos_token() -> None:
     tokenizer = toy_tokenizer(added=("<|turn|>",))
     assert stop_tokens(tokenizer) == [265]
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|turn|>")

@@ -1,4 +1,4 @@
-"""Text distillation right on average, and with less noise: every text that a toy teacher can write, enumerated exactly.
+"""Cell gradients equal text gradients in expectation and have less variance, by enumeration.
 
 The student is a table: free logits for each sequence of tokens that can precede. Its gradient there is p − [u] for text, and p − t̃
 for cells (MATHS.md, the completed target). The teacher's distribution depends on all it has written, at random.
@@ -36,7 +36,7 @@ LENGTH = 3
 
 
 class Teacher:
-    """A distribution over the next token for everything written so far; after ``LENGTH`` tokens it stops."""
+    """Return a next-token distribution for each prefix; stop after ``LENGTH`` tokens."""
 
     def __init__(self, tokenizer: Any, usable: list[int], seed: int = 0) -> None:
         self.size, self.usable, self.stop, self.seed = (
@@ -59,7 +59,7 @@ class Teacher:
     def texts(
         self, written: tuple[int, ...] = (), probability: float = 1.0
     ) -> Iterator[tuple[tuple[int, ...], float]]:
-        """Every sequence it can write, its stop token included, and how probable that is."""
+        """Yield every sequence, with its stop token, and its probability."""
         for v, chance in enumerate(self(written).tolist()):
             if chance and v == self.stop:
                 yield (*written, v), probability * chance
@@ -73,7 +73,7 @@ def any_student(before: tuple[int, ...], size: int) -> Tensor:
 
 
 def completed_target(t: Tensor, p: Tensor, u: int, seen: int, cells: VocabularyCells) -> Tensor:
-    """t̃(w) = t_c(w)·p(w | c(w)) + [w = u] − [c(w) = seen]·p(w | c(w))."""
+    """Return t̃(w) = t_c(w)·p(w | c(w)) + [w = u] − [c(w) = seen]·p(w | c(w))."""
     known = cells.student_cells >= 0
     cell = cells.student_cells.clamp(min=0)
     p_cells = p.new_zeros(cells.count).index_add_(0, cell[known], p[known])
@@ -87,7 +87,7 @@ def completed_target(t: Tensor, p: Tensor, u: int, seen: int, cells: VocabularyC
 def gradients(
     pair: tuple[Any, Any], kind: str, student: Any = any_student
 ) -> Iterator[tuple[Any, float, int, Tensor, Tensor]]:
-    """For every text and position: what precedes, the text's probability, the token, and the gradients of text and of cells."""
+    """Yield prefix, probability, token, text gradient and cell gradient of every position."""
     teacher_tokenizer, student_tokenizer = pair
     cells = CELLS[kind](VocabularyCells(*pair))
     strings, pieces = token_bytes(teacher_tokenizer), token_bytes(student_tokenizer)
@@ -131,7 +131,7 @@ both_kinds = pytest.mark.parametrize("kind", CELLS)
 
 
 def noise(pair: tuple[Any, Any], kind: str) -> tuple[float, float]:
-    """Variance of the gradient of text and of the gradient over cells, summed over positions as often as they are met."""
+    """Return the summed variance of the text gradient and of the cell gradient."""
     totals: dict[Any, Any] = defaultdict(lambda: [0.0, 0, 0, 0, 0])
     for before, probability, _, text, cell in gradients(pair, kind):
         for place, term in enumerate((1.0, text, cell, text**2, cell**2)):
@@ -146,7 +146,7 @@ def noise(pair: tuple[Any, Any], kind: str) -> tuple[float, float]:
 
 
 @every_pair
-def test_pieces_are_no_noisier_than_cells_and_half_as_noisy_where_words_are_cut_in_pieces(
+def test_pieces_have_at_most_the_variance_of_cells_and_about_half_for_split_words(
     pair: tuple[Any, Any],
 ) -> None:
     (text, cells), (_, pieces) = (noise(pair, kind) for kind in CELLS)

@@ -1,4 +1,4 @@
-"""Toy tokenizers of three kinds, small enough to enumerate everything that can be written with them."""
+"""Toy tokenizers of three kinds, small enough to enumerate all texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LLAMA_2 = (
 
 
 def letters(alphabet: str, *merges: str, words: bool = False, shift: int = 0) -> Any:
-    """Byte-level BPE over a few letters; ``words`` splits text before every "-"; ``shift`` turns the ids round."""
+    """Return byte-level BPE; ``words`` splits before every "-", ``shift`` rotates the ids."""
     vocabulary = [*alphabet, *(merge.replace(" ", "") for merge in merges)]
     vocabulary = vocabulary[shift:] + vocabulary[:shift]
     tokenizer = Tokenizer(
@@ -39,7 +39,7 @@ def letters(alphabet: str, *merges: str, words: bool = False, shift: int = 0) ->
 
 
 def sentencepiece(*merges: str, prepend: str = "always", literal: tuple[str, ...] = ()) -> Any:
-    """BPE in SentencePiece's manner: "▁" for a blank, a dummy prefix, bytes where a character is not known."""
+    """Return SentencePiece-style BPE: "▁" for a space, a dummy prefix, byte fallback."""
     merges = merges or ("▁ t", "h e", "▁t he", "i n", "▁ ▁")
     characters = sorted(
         {character for merge in merges for character in merge if character != " "} | set("<0xA>")
@@ -75,7 +75,7 @@ def sentencepiece(*merges: str, prepend: str = "always", literal: tuple[str, ...
 
 
 def unigram() -> Any:
-    """A Unigram model without byte fallback."""
+    """Return a Unigram tokenizer without byte fallback."""
     pieces = [
         ("<unk>", 0.0),
         ("▁", -2.0),
@@ -92,7 +92,7 @@ def unigram() -> Any:
 
 
 def by_range(cells: VocabularyCells, q: Tensor, emitted: tuple[int, ...]) -> Tensor:
-    """The fast path: a sum over one range of the order."""
+    """Return the target by the fast path: a sum over one range of ``order``."""
     start, stop = cells.prefix_range(emitted)
     mass = q.new_zeros(cells.count)
     places = torch.arange(start, stop)

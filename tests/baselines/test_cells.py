@@ -1,4 +1,4 @@
-"""The literature's choices of cells, each against its definition by enumeration."""
+"""Compare the cells of methods from the literature with their definitions, by enumeration."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def likelihoods(cells: VocabularyCells) -> torch.Tensor:
 
 
 @pairs
-def test_push_forward_sends_each_tokens_mass_to_its_next_piece_and_keeps_what_ends(
+def test_push_forward_moves_mass_to_the_next_piece_and_keeps_tokens_that_end(
     pair: tuple[Any, Any],
 ) -> None:
     base = VocabularyCells(*pair)
@@ -37,15 +37,17 @@ def test_push_forward_sends_each_tokens_mass_to_its_next_piece_and_keeps_what_en
         expected = torch.zeros(cells.count + 1, dtype=torch.float64)
         for v, pieces in enumerate(base.segmentation):
             if pieces and pieces[: len(emitted)] == emitted:
-                going_on = len(pieces) > len(emitted)
-                expected[int(cells.student_cells[pieces[len(emitted)]]) if going_on else -1] += q[v]
+                continues = len(pieces) > len(emitted)
+                expected[int(cells.student_cells[pieces[len(emitted)]]) if continues else -1] += q[
+                    v
+                ]
         torch.testing.assert_close(
             cells.target(q, emitted), expected / expected.sum(), rtol=0, atol=1e-12
         )
 
 
 @pairs
-def test_byte_prefixes_send_it_to_the_longest_token_that_the_rest_begins_with(
+def test_byte_prefixes_move_mass_to_the_longest_token_that_starts_the_rest(
     pair: tuple[Any, Any],
 ) -> None:
     base, (teacher, student) = VocabularyCells(*pair), map(token_bytes, pair)
@@ -90,7 +92,7 @@ def test_strict_cells_are_the_tokens_of_equal_bytes(pair: tuple[Any, Any]) -> No
 def positions(
     cells: VocabularyCells, pair: tuple[Any, Any], text: str
 ) -> list[tuple[bytes | None, bool]]:
-    """Each student token of a text, and whether it has a target."""
+    """Return each student token of a text, and True if it has a target."""
     strings = [token_bytes(tokenizer) for tokenizer in pair]
     ids = [tokenizer.encode(text) for tokenizer in pair]
     masks = [[True] * len(one) for one in ids]
@@ -107,9 +109,7 @@ def positions(
     return [(strings[1][u], k >= 0) for u, k in zip(ids[1], found.teacher_index, strict=True)]
 
 
-def test_a_token_that_spans_the_teachers_boundary_has_a_target_of_nothing_under_push_forward_and_the_text_under_cells() -> (
-    None
-):
+def test_a_token_across_a_teacher_boundary_has_target_zero_under_push_forward_only() -> None:
     pair = (
         letters("abc", "a b"),
         letters("abc", "a b", "ab c"),
@@ -123,7 +123,7 @@ def test_a_token_that_spans_the_teachers_boundary_has_a_target_of_nothing_under_
     assert positions(StrictCells(base), pair, "abcb") == [(b"abc", False), (b"b", True)]
 
 
-def test_chunks_number_the_smallest_runs_over_the_same_bytes() -> None:
+def test_spans_are_the_smallest_runs_over_the_same_bytes() -> None:
     pair = letters("abc", "a b"), letters("abc", "b c")
     strings = [token_bytes(tokenizer) for tokenizer in pair]
     ids = [tokenizer.encode("abcab") for tokenizer in pair]  # ab|c|ab and a|bc|a|b

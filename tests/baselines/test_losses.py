@@ -1,4 +1,4 @@
-"""The literature's losses across tokenizers: each against its definition in dense torch, differentiated by autograd."""
+"""Compare losses from the literature with dense definitions, differentiated by autograd."""
 
 from __future__ import annotations
 
@@ -116,9 +116,7 @@ def with_gradients(
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("chunk_tokens", [None, 1, 3])
-def test_value_and_gradient_are_those_of_the_definition(
-    name: str, chunk_tokens: int | None
-) -> None:
+def test_value_and_gradient_match_the_definition(name: str, chunk_tokens: int | None) -> None:
     fused, settings, dense = LOSSES[name]
     found = with_gradients(fused, models(), **settings, chunk_tokens=chunk_tokens)
     for one, other in zip(found, with_gradients(dense, models()), strict=True):
@@ -126,7 +124,7 @@ def test_value_and_gradient_are_those_of_the_definition(
 
 
 def relabelled(tensors: Models) -> tuple[Models, Tensor, Tensor]:
-    """The same models with other ids: and where each of the student's and the teacher's tokens has gone."""
+    """Return the models with other ids, and the new ids of both vocabularies."""
     students, teachers = torch.randperm(V_S), torch.randperm(V_T)
     student_head, teacher_head = tensors[1].clone(), tensors[3].clone()
     student_head[students], teacher_head[teachers] = tensors[1], tensors[3]
@@ -134,14 +132,14 @@ def relabelled(tensors: Models) -> tuple[Models, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["sorted", "chunks"])
-def test_relabelling_either_vocabulary_changes_nothing(name: str) -> None:
+def test_renumbering_either_vocabulary_changes_nothing(name: str) -> None:
     fused, settings, _ = LOSSES[name]
     tensors, students, teachers = relabelled(models())
     moved = {**settings, "labels": students[LABELS], "teacher_labels": teachers[TEACHER_LABELS]}
     torch.testing.assert_close(fused(*tensors, **moved), fused(*models(), **settings))
 
 
-def test_relabelling_changes_the_padded_last_token_so_it_cannot_be_right() -> None:
+def test_renumbering_changes_the_padded_last_token_loss() -> None:
     tensors, _, _ = relabelled(models())
     same, other = (
         fused_linear_last_token(*models(), **CONVERSATIONS),
@@ -150,8 +148,8 @@ def test_relabelling_changes_the_padded_last_token_so_it_cannot_be_right() -> No
     assert abs(same - other) > 0.1
 
 
-def test_sorted_probabilities_do_not_say_which_token_had_them() -> None:
-    """A student as sure as the teacher of something else: distance 0, and no gradient."""
+def test_sorted_probabilities_lose_the_tokens() -> None:
+    """A student as certain as the teacher of another token has distance 0 and no gradient."""
     from potstill.baselines.sorted_probabilities import sorted_distance
 
     q = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64)
@@ -161,16 +159,16 @@ def test_sorted_probabilities_do_not_say_which_token_had_them() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 100.0])
-def test_the_binary_divergence_is_zero_for_equal_likelihoods_and_finite_for_sure_ones(
+def test_the_binary_divergence_is_zero_for_equal_likelihoods_and_finite_for_probability_1(
     temperature: float,
 ) -> None:
     likely = torch.tensor([-1e-9, -0.3, -40.0], dtype=torch.float64)
-    loss, slope = binary_divergence(likely, likely, temperature)
+    loss, derivative = binary_divergence(likely, likely, temperature)
     torch.testing.assert_close(loss, torch.zeros_like(loss), rtol=0, atol=1e-12)
-    torch.testing.assert_close(slope, torch.zeros_like(loss), rtol=0, atol=1e-12)
-    loss, slope = binary_divergence(likely, torch.zeros(3, dtype=torch.float64), temperature)
+    torch.testing.assert_close(derivative, torch.zeros_like(loss), rtol=0, atol=1e-12)
+    loss, derivative = binary_divergence(likely, torch.zeros(3, dtype=torch.float64), temperature)
     assert torch.isfinite(loss).all()
-    assert torch.isfinite(slope).all()
+    assert torch.isfinite(derivative).all()
 
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
@@ -210,7 +208,7 @@ def test_on_the_support_forward_kl_is_forward_kl() -> None:
 
 
 def test_empty_cells_of_a_row_share_its_residual() -> None:
-    """Tokens 0 to 5 in cells 0, 0, 1, 2, 3, none; in the first row cells 1 and 3 are empty, in the second nothing is."""
+    """Tokens 0 to 5 are in cells 0, 0, 1, 2, 3, none. Only row 0 has empty cells: 1 and 3."""
     base = CellPartition(torch.tensor([0, 0, 1, 2, 3, -1]), 4)
     empty = torch.tensor([[False, True, False, True, True], [False] * 5])
     partition = ResidualPartition(base, empty)
