@@ -9,22 +9,15 @@ import torch
 
 from alignment.test_cells import PAIRS
 from alignment.toys import letters
-from potstill.alignment import (
-    BytePrefixCells,
-    PushForwardCells,
-    StrictCells,
-    VocabularyCells,
-    align,
-    token_bytes,
-)
+from potstill.alignment import VocabularyCells, align, token_bytes
+from potstill.baselines import BytePrefixCells, PushForwardCells, StrictCells
 
 pairs = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 
 
-def likelihoods(cells: VocabularyCells) -> torch.Tensor:
-    return torch.rand(
-        len(cells.teacher_cells), dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    ).softmax(0)
+def probabilities(cells: VocabularyCells) -> torch.Tensor:
+    generator, size = torch.Generator().manual_seed(0), len(cells.teacher_cells)
+    return torch.rand(size, dtype=torch.float64, generator=generator).softmax(0)
 
 
 @pairs
@@ -32,7 +25,7 @@ def test_push_forward_moves_mass_to_the_next_piece_and_keeps_tokens_that_end(
     pair: tuple[Any, Any],
 ) -> None:
     base = VocabularyCells(*pair)
-    cells, q = PushForwardCells(base), likelihoods(base)
+    cells, q = PushForwardCells(base), probabilities(base)
     for emitted in {pieces[:d] for pieces in base.segmentation for d in range(len(pieces))}:
         expected = torch.zeros(cells.count + 1, dtype=torch.float64)
         for v, pieces in enumerate(base.segmentation):
@@ -51,7 +44,7 @@ def test_byte_prefixes_move_mass_to_the_longest_token_that_starts_the_rest(
     pair: tuple[Any, Any],
 ) -> None:
     base, (teacher, student) = VocabularyCells(*pair), map(token_bytes, pair)
-    cells, q = BytePrefixCells(base, teacher, student), likelihoods(base)
+    cells, q = BytePrefixCells(base, teacher, student), probabilities(base)
     for emitted in {pieces[:d] for pieces in base.segmentation for d in range(len(pieces))}:
         written = b"".join(student[u] or b"" for u in emitted)
         expected = torch.zeros(cells.count + 1, dtype=torch.float64)
@@ -60,21 +53,18 @@ def test_byte_prefixes_move_mass_to_the_longest_token_that_starts_the_rest(
                 expected[int(cells.student_cells[base.segmentation[v][0]])] += q[v]
             elif string is not None and string.startswith(written):
                 rest = string[len(written) :]
-                longest = max(
-                    (u for u in student if u and rest.startswith(u)), key=len, default=None
-                )
-                places = [u for u, found in enumerate(student) if found == longest and longest]
-                place = next(
-                    (u for u in places if (u,) in base.segmentation), places[0] if places else -1
-                )
-                expected[int(cells.student_cells[place]) if places else -1] += q[v]
+                prefixes = (u for u in student if u and rest.startswith(u))
+                longest = max(prefixes, key=len, default=None)
+                ids = [u for u, found in enumerate(student) if found == longest and longest]
+                chosen = [u for u in ids if (u,) in base.segmentation] or ids
+                expected[int(cells.student_cells[chosen[0]]) if ids else -1] += q[v]
         torch.testing.assert_close(
             cells.target(q, emitted), expected / expected.sum(), rtol=0, atol=1e-12
         )
 
 
 @pairs
-def test_strict_cells_are_the_tokens_of_equal_bytes(pair: tuple[Any, Any]) -> None:
+def test_strict_cells_are_the_tokens_with_equal_bytes(pair: tuple[Any, Any]) -> None:
     base, (teacher, student) = VocabularyCells(*pair), map(token_bytes, pair)
     cells = StrictCells(base)
     for v, string in enumerate(teacher):
@@ -84,9 +74,8 @@ def test_strict_cells_are_the_tokens_of_equal_bytes(pair: tuple[Any, Any]) -> No
                 (u,) = cells.segmentation[v]
                 assert student[u] == string
                 assert cells.student_cells[u] == cells.teacher_cells[v]
-    assert (
-        int(cells.student_cells.max()) + 1 == cells.count == int((cells.student_cells >= 0).sum())
-    )
+    count = int((cells.student_cells >= 0).sum())
+    assert int(cells.student_cells.max()) + 1 == cells.count == count
 
 
 def positions(
@@ -118,8 +107,8 @@ def test_a_token_across_a_teacher_boundary_has_target_zero_under_push_forward_on
     spanning = student.index(b"abc")
     for cells in (PushForwardCells(base), BytePrefixCells(base, teacher, student)):
         assert positions(cells, pair, "abc") == [(b"abc", True)]
-        assert cells.target(likelihoods(base))[cells.student_cells[spanning]] == 0
-    assert base.target(likelihoods(base))[base.student_cells[spanning]] > 0
+        assert cells.target(probabilities(base))[cells.student_cells[spanning]] == 0
+    assert base.target(probabilities(base))[base.student_cells[spanning]] > 0
     assert positions(StrictCells(base), pair, "abcb") == [(b"abc", False), (b"b", True)]
 
 

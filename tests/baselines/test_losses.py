@@ -9,13 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from potstill.baselines import fused_linear_chunks, fused_linear_last_token, fused_linear_sorted
 from potstill.baselines.chunk_likelihoods import binary_divergence
-from potstill.losses import (
-    DIVERGENCES,
-    fused_linear_chunks,
-    fused_linear_last_token,
-    fused_linear_sorted,
-)
+from potstill.losses import DIVERGENCES
 from potstill.losses.closed_forms import finite
 from potstill.losses.cross_tokenizer import CellPartition, ResidualPartition
 from potstill.losses.partitions import on_support, partition_loss
@@ -23,15 +19,16 @@ from potstill.losses.partitions import on_support, partition_loss
 CLOSED_FORMS = {name: one.value_and_gradient() for name, one in DIVERGENCES.items()}
 
 N, M, V_S, V_T = 7, 6, 9, 12
-CHUNK = torch.tensor([0, 0, 1, -1, 2, 3, 3])
-TEACHER_CHUNK = torch.tensor([0, 1, 1, -1, 2, 3])
+SPAN = torch.tensor([0, 0, 1, -1, 2, 3, 3])
+TEACHER_SPAN = torch.tensor([0, 1, 1, -1, 2, 3])
 Models = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def models(seed: int = 0) -> Models:
     generator = torch.Generator().manual_seed(seed)
     shapes = ((N, 5), (V_S, 5), (M, 4), (V_T, 4))
-    return tuple(torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)  # type: ignore[return-value]
+    a, b, c, d = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return a, b, c, d
 
 
 LABELS, TEACHER_LABELS = torch.arange(N) % V_S, (torch.arange(M) * 5) % V_T
@@ -46,29 +43,26 @@ def dense_sorted(
     student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor
 ) -> Tensor:
     total = -log_p(student_hidden, student_head, LABELS).sum()
-    p, q = (
-        (student_hidden @ student_head.T).softmax(-1),
-        (teacher_hidden @ teacher_head.T).softmax(-1),
-    )
+    p = (student_hidden @ student_head.T).softmax(-1)
+    q = (teacher_hidden @ teacher_head.T).softmax(-1)
     for i, row in enumerate(ROWS.tolist()):
         if row >= 0:
-            ours, theirs = sorted(p[i], reverse=True), sorted(q[row].tolist(), reverse=True)
-            total = total + 1.5 * sum(
-                abs((ours[k] if k < V_S else 0) - theirs[k]) for k in range(V_T)
-            )  # type: ignore[operator]
+            p_sorted, q_sorted = sorted(p[i], reverse=True), sorted(q[row].tolist(), reverse=True)
+            padded = [*p_sorted, *[torch.zeros(())] * (V_T - V_S)]
+            differences = [abs(a - b) for a, b in zip(padded, q_sorted, strict=True)]
+            total = total + 1.5 * torch.stack(differences).sum()
     return total
 
 
-def dense_chunks(
+def dense_spans(
     student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor
 ) -> Tensor:
-    ours, theirs = (
-        log_p(student_hidden, student_head, LABELS),
-        log_p(teacher_hidden, teacher_head, TEACHER_LABELS),
-    )
+    log_b = log_p(student_hidden, student_head, LABELS)
+    log_a = log_p(teacher_hidden, teacher_head, TEACHER_LABELS)
     total = student_hidden.sum() * 0
-    for c in range(4):
-        a, b = (theirs[c == TEACHER_CHUNK].sum() / 3).exp(), (ours[c == CHUNK].sum() / 3).exp()
+    for span in range(4):
+        a = (log_a[span == TEACHER_SPAN].sum() / 3).exp()
+        b = (log_b[span == SPAN].sum() / 3).exp()
         total = total + a * (a / b).log() + (1 - a) * ((1 - a) / (1 - b)).log()
     return total
 
@@ -78,13 +72,10 @@ def dense_last(
 ) -> Tensor:
     total = student_hidden.sum() * 0
     for i, j in ((2, 4), (6, 5)):
-        padded = torch.cat(
-            [student_hidden[i] @ student_head.T, torch.zeros(V_T - V_S, dtype=torch.float64)]
-        )
-        total = (
-            total
-            + DIVERGENCES["forward_kl"]((teacher_hidden[j] @ teacher_head.T)[None], padded[None])[0]
-        )
+        zeros = torch.zeros(V_T - V_S, dtype=torch.float64)
+        padded = torch.cat([student_hidden[i] @ student_head.T, zeros])
+        teacher_logits = teacher_hidden[j] @ teacher_head.T
+        total = total + DIVERGENCES["forward_kl"](teacher_logits[None], padded[None])[0]
     return total
 
 
@@ -92,18 +83,13 @@ CONVERSATIONS = {
     "conversation": torch.tensor([0, 0, 0, 1, 1, 1, 1]),
     "teacher_conversation": torch.tensor([1, 1, 0, 0, 0, 1]),
 }
+TEXTS = {"labels": LABELS, "teacher_labels": TEACHER_LABELS}
+SPANS = {"chunk": SPAN, "teacher_chunk": TEACHER_SPAN}
 LOSSES: dict[str, tuple[Callable[..., Tensor], dict[str, Any], Callable[..., Tensor]]] = {
-    "sorted": (fused_linear_sorted, {"teacher_row": ROWS, "labels": LABELS, "teacher_labels": TEACHER_LABELS}, dense_sorted),
-    "chunks": (
-        fused_linear_chunks,
-        {
-            "labels": LABELS, "teacher_labels": TEACHER_LABELS, "chunk": CHUNK, "teacher_chunk": TEACHER_CHUNK,
-            "chunk_temperature": 3.0,
-        },
-        dense_chunks,
-    ),
+    "sorted": (fused_linear_sorted, {"teacher_row": ROWS, **TEXTS}, dense_sorted),
+    "spans": (fused_linear_chunks, {**SPANS, **TEXTS, "chunk_temperature": 3.0}, dense_spans),
     "last token": (fused_linear_last_token, CONVERSATIONS, dense_last),
-}  # fmt: skip
+}
 
 
 def with_gradients(
@@ -123,7 +109,7 @@ def test_value_and_gradient_match_the_definition(name: str, chunk_tokens: int | 
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
-def relabelled(tensors: Models) -> tuple[Models, Tensor, Tensor]:
+def renumbered(tensors: Models) -> tuple[Models, Tensor, Tensor]:
     """Return the models with other ids, and the new ids of both vocabularies."""
     students, teachers = torch.randperm(V_S), torch.randperm(V_T)
     student_head, teacher_head = tensors[1].clone(), tensors[3].clone()
@@ -131,21 +117,19 @@ def relabelled(tensors: Models) -> tuple[Models, Tensor, Tensor]:
     return (tensors[0], student_head, tensors[2], teacher_head), students, teachers
 
 
-@pytest.mark.parametrize("name", ["sorted", "chunks"])
+@pytest.mark.parametrize("name", ["sorted", "spans"])
 def test_renumbering_either_vocabulary_changes_nothing(name: str) -> None:
     fused, settings, _ = LOSSES[name]
-    tensors, students, teachers = relabelled(models())
+    tensors, students, teachers = renumbered(models())
     moved = {**settings, "labels": students[LABELS], "teacher_labels": teachers[TEACHER_LABELS]}
     torch.testing.assert_close(fused(*tensors, **moved), fused(*models(), **settings))
 
 
 def test_renumbering_changes_the_padded_last_token_loss() -> None:
-    tensors, _, _ = relabelled(models())
-    same, other = (
-        fused_linear_last_token(*models(), **CONVERSATIONS),
-        fused_linear_last_token(*tensors, **CONVERSATIONS),
-    )
-    assert abs(same - other) > 0.1
+    tensors, _, _ = renumbered(models())
+    before = fused_linear_last_token(*models(), **CONVERSATIONS)
+    after = fused_linear_last_token(*tensors, **CONVERSATIONS)
+    assert abs(before - after) > 0.1
 
 
 def test_sorted_probabilities_lose_the_tokens() -> None:
@@ -172,7 +156,7 @@ def test_the_binary_divergence_is_zero_for_equal_likelihoods_and_finite_for_prob
 
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
-def test_a_divergence_on_the_support_is_finite_and_its_gradient_is_autograds(name: str) -> None:
+def test_a_divergence_on_the_support_is_finite_and_agrees_with_autograd(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     masses = torch.rand(4, 6, generator=generator, dtype=torch.float64)
     masses[:, 2] = masses[0, 4] = 0
@@ -195,19 +179,16 @@ def test_a_divergence_on_the_support_is_finite_and_its_gradient_is_autograds(nam
     )
 
 
-def test_on_the_support_forward_kl_is_forward_kl() -> None:
+def test_forward_kl_on_the_support_equals_forward_kl() -> None:
     masses = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
     log_p = torch.randn(1, 3, dtype=torch.float64).log_softmax(-1)
     plain = CLOSED_FORMS["forward_kl"](finite(masses.log()), log_p.clone())
-    for one, other in zip(
-        on_support(CLOSED_FORMS["forward_kl"])(finite(masses.log()), log_p.clone()),
-        plain,
-        strict=True,
-    ):
+    on_cells = on_support(CLOSED_FORMS["forward_kl"])(finite(masses.log()), log_p.clone())
+    for one, other in zip(on_cells, plain, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_empty_cells_of_a_row_share_its_residual() -> None:
+def test_empty_cells_of_a_position_are_merged_into_its_residual_cell() -> None:
     """Tokens 0 to 5 are in cells 0, 0, 1, 2, 3, none. Only row 0 has empty cells: 1 and 3."""
     base = CellPartition(torch.tensor([0, 0, 1, 2, 3, -1]), 4)
     empty = torch.tensor([[False, True, False, True, True], [False] * 5])

@@ -1,4 +1,4 @@
-"""Each closed form is the divergence's value and its autograd gradient, finite wherever these are."""
+"""Each closed form equals the dense divergence and its autograd gradient."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VARIANTS: list[tuple[str, dict[str, float]]] = [
     *(("jensen_shannon", {"teacher_weight": w}) for w in (0.01, 0.9)),
     *((name, {"skew": a}) for name in ("skew_forward_kl", "skew_reverse_kl") for a in (0.01, 0.9)),
 ]
-every_variant = pytest.mark.parametrize(("name", "shape"), VARIANTS)
+every_variant = pytest.mark.parametrize(("name", "divergence_parameters"), VARIANTS)
 
 
 def random_logits(size: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -29,31 +29,35 @@ def random_logits(size: float, dtype: torch.dtype = torch.float64) -> tuple[Tens
 
 
 def value_and_gradient(
-    name: str, teacher: Tensor, student: Tensor, **shape: float
+    name: str, teacher: Tensor, student: Tensor, **divergence_parameters: float
 ) -> tuple[Tensor, Tensor]:
-    """The closed form, which may write over its arguments, on copies of them."""
-    return CLOSED_FORMS[name](finite(teacher.clone()), finite(student.clone()), **shape)
+    """Return the closed form of copies: it may overwrite its arguments."""
+    return CLOSED_FORMS[name](
+        finite(teacher.clone()), finite(student.clone()), **divergence_parameters
+    )
 
 
 def by_autograd(
-    name: str, teacher: Tensor, student: Tensor, **shape: float
+    name: str, teacher: Tensor, student: Tensor, **divergence_parameters: float
 ) -> tuple[Tensor, Tensor]:
     student = student.clone().requires_grad_()
-    loss = DIVERGENCES[name](teacher, student, **shape)
+    loss = DIVERGENCES[name](teacher, student, **divergence_parameters)
     (gradient,) = torch.autograd.grad(loss.sum(), student)
     return loss.detach(), gradient
 
 
-def by_finite_differences(name: str, teacher: Tensor, student: Tensor, **shape: float) -> Tensor:
-    """Central differences of the closed form's own value, one logit at a time."""
+def by_finite_differences(
+    name: str, teacher: Tensor, student: Tensor, **divergence_parameters: float
+) -> Tensor:
+    """Return central differences of the closed form's value, one logit at a time."""
     step = 1e-6
     gradient = torch.zeros_like(student)
-    for symbol in range(student.shape[-1]):
-        move = torch.zeros_like(student)
-        move[:, symbol] = step
-        above, _ = value_and_gradient(name, teacher, student + move, **shape)
-        below, _ = value_and_gradient(name, teacher, student - move, **shape)
-        gradient[:, symbol] = (above - below) / (2 * step)
+    for token in range(student.shape[-1]):
+        change = torch.zeros_like(student)
+        change[:, token] = step
+        above, _ = value_and_gradient(name, teacher, student + change, **divergence_parameters)
+        below, _ = value_and_gradient(name, teacher, student - change, **divergence_parameters)
+        gradient[:, token] = (above - below) / (2 * step)
     return gradient
 
 
@@ -63,63 +67,75 @@ def test_every_divergence_has_a_closed_form() -> None:
 
 @every_variant
 @pytest.mark.parametrize("size", [0.1, 2.0, 20.0])
-def test_value_and_gradient_equal_autograd(name: str, shape: dict[str, float], size: float) -> None:
+def test_value_and_gradient_equal_autograd(
+    name: str, divergence_parameters: dict[str, float], size: float
+) -> None:
     teacher, student = random_logits(size)
-    loss, gradient = value_and_gradient(name, teacher, student, **shape)
-    expected_loss, expected_gradient = by_autograd(name, teacher, student, **shape)
+    loss, gradient = value_and_gradient(name, teacher, student, **divergence_parameters)
+    expected_loss, expected_gradient = by_autograd(name, teacher, student, **divergence_parameters)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=1e-14)
-    # Autograd subtracts terms of up to 100 nats, each rounded at 1e-16 of itself.
+    # Autograd subtracts terms of up to 100 nats, each with a relative error of 1e-16.
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-13)
 
 
 @every_variant
-def test_gradient_equals_finite_differences(name: str, shape: dict[str, float]) -> None:
+def test_gradient_equals_finite_differences(
+    name: str, divergence_parameters: dict[str, float]
+) -> None:
     teacher, student = random_logits(2.0)
-    _, gradient = value_and_gradient(name, teacher, student, **shape)
-    # Central differences with step 1e-6 leave an error of 1e-12 (curvature) and 1e-16 · |loss| / 1e-6 (rounding).
+    _, gradient = value_and_gradient(name, teacher, student, **divergence_parameters)
+    # A step of 1e-6 leaves errors of 1e-12 (curvature) and 1e-16 · |loss| / 1e-6 (rounding).
     torch.testing.assert_close(
-        gradient, by_finite_differences(name, teacher, student, **shape), rtol=1e-6, atol=1e-8
+        gradient,
+        by_finite_differences(name, teacher, student, **divergence_parameters),
+        rtol=1e-6,
+        atol=1e-8,
     )
 
 
 @every_variant
 def test_a_student_equal_to_its_teacher_has_zero_loss_and_zero_gradient(
-    name: str, shape: dict[str, float]
+    name: str, divergence_parameters: dict[str, float]
 ) -> None:
     teacher, _ = random_logits(2.0)
-    loss, gradient = CLOSED_FORMS[name](teacher, teacher.clone(), **shape)
+    loss, gradient = CLOSED_FORMS[name](teacher, teacher.clone(), **divergence_parameters)
     torch.testing.assert_close(loss, torch.zeros_like(loss))
     torch.testing.assert_close(gradient, torch.zeros_like(gradient))
 
 
 @every_variant
-def test_rows_at_minus_infinity_in_both_count_as_absent(name: str, shape: dict[str, float]) -> None:
+def test_tokens_at_minus_infinity_in_both_equal_absent_tokens(
+    name: str, divergence_parameters: dict[str, float]
+) -> None:
     teacher, student = random_logits(2.0)
     absent = torch.full((6, 2), -math.inf, dtype=torch.float64)
     loss, gradient = value_and_gradient(
-        name, torch.cat([teacher, absent], 1), torch.cat([student, absent], 1), **shape
+        name,
+        torch.cat([teacher, absent], 1),
+        torch.cat([student, absent], 1),
+        **divergence_parameters,
     )
-    cut_loss, cut_gradient = value_and_gradient(name, teacher, student, **shape)
+    cut_loss, cut_gradient = value_and_gradient(name, teacher, student, **divergence_parameters)
     torch.testing.assert_close(loss, cut_loss)
     torch.testing.assert_close(gradient[:, :9], cut_gradient)
     assert (gradient[:, 9:] == 0).all()
 
 
 @every_variant
-def test_a_symbol_impossible_for_the_student_alone_agrees_with_autograd(
-    name: str, shape: dict[str, float]
+def test_a_token_impossible_for_the_student_alone_agrees_with_autograd(
+    name: str, divergence_parameters: dict[str, float]
 ) -> None:
     teacher, student = random_logits(2.0)
     student[:, 4] = -math.inf
-    loss, gradient = value_and_gradient(name, teacher, student, **shape)
-    expected_loss, expected_gradient = by_autograd(name, teacher, student, **shape)
+    loss, gradient = value_and_gradient(name, teacher, student, **divergence_parameters)
+    expected_loss, expected_gradient = by_autograd(name, teacher, student, **divergence_parameters)
     torch.testing.assert_close(loss, expected_loss)
     assert (loss == math.inf).all() == (name == "forward_kl")
     torch.testing.assert_close(gradient, expected_gradient)
 
 
 @pytest.mark.parametrize("name", sorted(CLOSED_FORMS.keys() - {"reverse_kl"}))
-def test_a_symbol_impossible_for_the_teacher_alone_agrees_with_autograd(name: str) -> None:
+def test_a_token_impossible_for_the_teacher_alone_agrees_with_autograd(name: str) -> None:
     teacher, student = random_logits(2.0)
     teacher[:, 4] = -math.inf
     loss, gradient = value_and_gradient(name, teacher, student)
@@ -130,42 +146,42 @@ def test_a_symbol_impossible_for_the_teacher_alone_agrees_with_autograd(name: st
 
 
 @pytest.mark.parametrize("name", CLOSED_FORMS)
-def test_mass_that_underflows_beside_an_impossible_symbol_counts_as_none(name: str) -> None:
+def test_an_underflowed_probability_and_an_impossible_token_give_a_finite_loss(name: str) -> None:
     """Regression: 0 · (−1000 + inf) made the loss NaN."""
-    underflown, impossible = (
-        torch.tensor([[0.0, 1.0, -1000.0]]),
-        torch.tensor([[1.0, 0.0, -math.inf]]),
-    )
-    loss, gradient = value_and_gradient(name, underflown, impossible)
-    torch.testing.assert_close(loss, CLOSED_FORMS[name](underflown[:, :2], impossible[:, :2])[0])
+    underflowed = torch.tensor([[0.0, 1.0, -1000.0]])
+    impossible = torch.tensor([[1.0, 0.0, -math.inf]])
+    loss, gradient = value_and_gradient(name, underflowed, impossible)
+    torch.testing.assert_close(loss, CLOSED_FORMS[name](underflowed[:, :2], impossible[:, :2])[0])
     assert gradient.isfinite().all()
 
 
 @every_variant
-def test_certain_students_and_teachers_stay_finite_in_float32(
-    name: str, shape: dict[str, float]
+def test_extreme_logits_agree_in_float32_and_float64(
+    name: str, divergence_parameters: dict[str, float]
 ) -> None:
-    """Logits hundreds apart underflow float32's exp; the closed form must agree with float64 all the same."""
+    """Differences of hundreds between logits underflow float32's exp."""
     teacher, student = random_logits(200.0)
-    loss, gradient = CLOSED_FORMS[name](teacher.float(), student.float(), **shape)
+    loss, gradient = CLOSED_FORMS[name](teacher.float(), student.float(), **divergence_parameters)
     exact_loss, exact_gradient = CLOSED_FORMS[name](
-        teacher.float().double(), student.float().double(), **shape
+        teacher.float().double(), student.float().double(), **divergence_parameters
     )
-    # Logarithms of about 1 000 nats carry an absolute error of 1e-4 in float32.
+    # Logarithms of about 1 000 nats have an absolute error of 1e-4 in float32.
     torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-3, atol=1e-4)
 
 
 @every_variant
-def test_neither_argument_is_changed_in_place(name: str, shape: dict[str, float]) -> None:
+def test_the_helper_of_these_tests_does_not_change_its_arguments(
+    name: str, divergence_parameters: dict[str, float]
+) -> None:
     teacher, student = random_logits(2.0)
     before = teacher.clone(), student.clone()
-    value_and_gradient(name, teacher, student, **shape)
+    value_and_gradient(name, teacher, student, **divergence_parameters)
     assert torch.equal(torch.stack([teacher, student]), torch.stack(before))
 
 
 @pytest.mark.parametrize("name", CLOSED_FORMS)
-def test_an_empty_chunk_gives_empty_results(name: str) -> None:
+def test_an_empty_block_gives_empty_results(name: str) -> None:
     loss, gradient = CLOSED_FORMS[name](torch.zeros(0, 9), torch.zeros(0, 9))
     assert (loss.shape, gradient.shape) == ((0,), (0, 9))
 
@@ -179,21 +195,18 @@ def test_an_empty_chunk_gives_empty_results(name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_a_mixing_parameter_at_its_ends_is_refused(name: str, parameter: str, value: float) -> None:
+def test_a_mixture_parameter_of_0_or_1_raises(name: str, parameter: str, value: float) -> None:
     with pytest.raises(ValueError, match=parameter):
         CLOSED_FORMS[name](*random_logits(1.0), **{parameter: value})
 
 
-def test_forward_kl_has_gradient_student_minus_teacher_by_hand() -> None:
-    teacher, student = (
-        torch.tensor([[math.log(2.0), math.log(3.0), math.log(5.0)]]),
-        torch.zeros(1, 3),
-    )
-    _, gradient = CLOSED_FORMS["forward_kl"](teacher, student)
+def test_the_gradient_of_forward_kl_is_student_minus_teacher_by_hand() -> None:
+    teacher = torch.tensor([[math.log(2.0), math.log(3.0), math.log(5.0)]])
+    _, gradient = CLOSED_FORMS["forward_kl"](teacher, torch.zeros(1, 3))
     torch.testing.assert_close(gradient, torch.tensor([[1 / 3 - 0.2, 1 / 3 - 0.3, 1 / 3 - 0.5]]))
 
 
-def test_cross_entropy_equals_torchs_value_and_gradient() -> None:
+def test_cross_entropy_equals_that_of_torch_in_value_and_gradient() -> None:
     _, logits = random_logits(2.0)
     logits.requires_grad_()
     labels = torch.tensor([0, 8, 3, 3, 1, 7])

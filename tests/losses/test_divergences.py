@@ -1,4 +1,4 @@
-"""The six divergences, against sums over three symbols in plain Python and against the identities that define them."""
+"""The six divergences equal sums over three tokens in plain Python and satisfy their identities."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from potstill.losses.divergences import mix_log_probabilities
 every_divergence = pytest.mark.parametrize("name", DIVERGENCES)
 Distribution = tuple[float, ...]
 
-# Over three symbols: alike, far apart, one nearly certain, and both without the third symbol.
+# Over three tokens: similar, different, one nearly certain, both without the third token.
 PAIRS: list[tuple[Distribution, Distribution]] = [
     ((0.2, 0.3, 0.5), (0.25, 0.25, 0.5)),
     ((0.7, 0.2, 0.1), (0.1, 0.2, 0.7)),
@@ -36,7 +36,7 @@ PAIRS: list[tuple[Distribution, Distribution]] = [
 
 
 def logits_of(probabilities: Distribution) -> Tensor:
-    """Logits of these probabilities, shifted so that nobody can rely on them being normalized already."""
+    """Return logits of these probabilities, shifted: the functions must normalize them."""
     return torch.tensor(
         [[math.log(x) + 1.7 if x else -math.inf for x in probabilities]], dtype=torch.float64
     )
@@ -74,13 +74,13 @@ def entropy_by_hand(q: Distribution) -> float:
 
 
 def jensen_shannon_by_hand(q: Distribution, p: Distribution, weight: float) -> float:
-    """The entropy that mixing adds: another formula for the same quantity."""
+    """Return the entropy that mixing adds: another formula for the same number."""
     mixed = entropy_by_hand(mixture_by_hand(q, p, weight))
     return mixed - weight * entropy_by_hand(q) - (1 - weight) * entropy_by_hand(p)
 
 
 def total_variation_by_hand(q: Distribution, p: Distribution) -> float:
-    """The largest difference that the two give to any of the eight events."""
+    """Return the largest difference in probability over all eight events."""
     events = itertools.product((0, 1), repeat=len(q))
     return max(sum(e * (x - y) for e, x, y in zip(event, q, p, strict=True)) for event in events)
 
@@ -97,7 +97,7 @@ BY_HAND: dict[str, Callable[[Distribution, Distribution], float]] = {
 
 @every_divergence
 @pytest.mark.parametrize(("q", "p"), PAIRS)
-def test_value_equals_a_sum_over_three_symbols_by_hand(
+def test_value_equals_a_sum_over_three_tokens_by_hand(
     name: str, q: Distribution, p: Distribution
 ) -> None:
     value = DIVERGENCES[name](logits_of(q), logits_of(p)).item()
@@ -106,7 +106,7 @@ def test_value_equals_a_sum_over_three_symbols_by_hand(
 
 @pytest.mark.parametrize("weight", [0.1, 0.5, 0.8])
 @pytest.mark.parametrize(("q", "p"), PAIRS)
-def test_weight_and_skew_mean_what_their_docstrings_say(
+def test_weight_and_skew_have_the_documented_meaning(
     q: Distribution, p: Distribution, weight: float
 ) -> None:
     teacher, student = logits_of(q), logits_of(p)
@@ -137,7 +137,7 @@ def test_no_divergence_is_negative(name: str, size: float) -> None:
 
 
 @every_divergence
-def test_one_number_a_token_whatever_the_other_tokens_are(name: str) -> None:
+def test_the_loss_of_a_token_does_not_depend_on_other_tokens(name: str) -> None:
     teacher, student = random_logits()
     together = DIVERGENCES[name](teacher, student)
     alone = [DIVERGENCES[name](teacher[i : i + 1], student[i : i + 1]) for i in range(len(teacher))]
@@ -146,7 +146,7 @@ def test_one_number_a_token_whatever_the_other_tokens_are(name: str) -> None:
 
 
 @every_divergence
-def test_the_teacher_comes_first(name: str) -> None:
+def test_the_arguments_are_named_teacher_logits_and_student_logits(name: str) -> None:
     q, p = PAIRS[2]
     value = DIVERGENCES[name](teacher_logits=logits_of(q), student_logits=logits_of(p)).item()
     assert value == pytest.approx(BY_HAND[name](q, p), abs=1e-14)
@@ -164,7 +164,7 @@ def test_jensen_shannon_of_disjoint_distributions_is_log_two() -> None:
     assert value.item() == pytest.approx(math.log(2))
 
 
-def test_total_variation_obeys_pinsker() -> None:
+def test_total_variation_satisfies_pinskers_inequality() -> None:
     teacher, student = random_logits(tokens=200, size=1.0)
     variation = total_variation(teacher, student)
     assert (variation <= (forward_kl(teacher, student) / 2).sqrt()).all()
@@ -172,7 +172,7 @@ def test_total_variation_obeys_pinsker() -> None:
     assert (variation <= 1).all()
 
 
-def test_jensen_shannon_tends_to_either_kl_at_its_ends() -> None:
+def test_jensen_shannon_tends_to_forward_kl_and_to_reverse_kl() -> None:
     teacher, student = random_logits(size=1.0)
     tiny = 1e-7
     near_zero = jensen_shannon(teacher, student, teacher_weight=tiny) / tiny
@@ -183,7 +183,7 @@ def test_jensen_shannon_tends_to_either_kl_at_its_ends() -> None:
 
 
 @pytest.mark.parametrize("skew", [0.01, 0.1, 0.5, 0.9])
-def test_skewed_divergences_never_exceed_minus_log_skew(skew: float) -> None:
+def test_skew_divergences_never_exceed_minus_log_skew(skew: float) -> None:
     teacher, student = random_logits(tokens=50, size=100.0)
     disjoint = logits_of((1.0, 0.0, 0.0)), logits_of((0.0, 0.5, 0.5))
     for divergence in (skew_forward_kl, skew_reverse_kl):
@@ -198,7 +198,7 @@ def test_autograd_agrees_with_finite_differences(name: str) -> None:
 
 
 @every_divergence
-def test_temperature_divides_both_logits_and_multiplies_nothing(name: str) -> None:
+def test_temperature_divides_both_logits_and_does_not_multiply_the_loss(name: str) -> None:
     teacher, student = random_logits()
     torch.testing.assert_close(
         DIVERGENCES[name](teacher, student, temperature=4.0),
@@ -206,8 +206,8 @@ def test_temperature_divides_both_logits_and_multiplies_nothing(name: str) -> No
     )
 
 
-def test_no_factor_of_temperature_squared_by_hand() -> None:
-    """exp(log 9 / 2) = 3: at temperature 2 the odds 9 to 1 become 3 to 1, and the loss is the plain KL of these."""
+def test_the_loss_has_no_factor_of_temperature_squared() -> None:
+    """At temperature 2 the odds 9 : 1 become 3 : 1, and the loss is the KL of these."""
     teacher, student = torch.tensor([[math.log(9.0), 0.0]]), torch.zeros(1, 2)
     expected = kl_by_hand((0.75, 0.25), (0.5, 0.5))
     assert forward_kl(teacher, student, temperature=2.0).item() == pytest.approx(expected, abs=1e-6)
@@ -221,7 +221,7 @@ def test_extreme_temperatures_stay_finite_and_accurate_in_float32(
     teacher, student = (logits.float() for logits in random_logits())
     value = DIVERGENCES[name](teacher, student, temperature=temperature)
     exact = DIVERGENCES[name](teacher.double(), student.double(), temperature=temperature)
-    # At 1e2 the loss is a difference of nearly equal logarithms of about 2: float32's epsilon is the best one gets.
+    # At 1e2 the loss is a difference of nearly equal logarithms of about 2: an error of 1e-7.
     torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-6)
     assert student_gradient(name, teacher, student, temperature=temperature).isfinite().all()
 
@@ -236,14 +236,14 @@ def test_half_precision_logits_are_computed_in_float32(name: str, dtype: torch.d
 
 
 @every_divergence
-def test_logits_of_two_widths_are_computed_in_the_wider(name: str) -> None:
+def test_logits_of_two_dtypes_are_computed_in_the_wider_one(name: str) -> None:
     teacher, student = random_logits()
     assert DIVERGENCES[name](teacher.bfloat16(), student).dtype == torch.float64
     assert DIVERGENCES[name](teacher.bfloat16(), student.float()).dtype == torch.float32
 
 
 @every_divergence
-def test_rows_at_minus_infinity_in_both_count_as_absent(name: str) -> None:
+def test_tokens_at_minus_infinity_in_both_equal_absent_tokens(name: str) -> None:
     teacher, student = random_logits()
     absent = torch.full((5, 2), -math.inf, dtype=torch.float64)
     padded = torch.cat([teacher, absent], dim=1), torch.cat([student, absent], dim=1)
@@ -254,7 +254,7 @@ def test_rows_at_minus_infinity_in_both_count_as_absent(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES.keys() - {"forward_kl"}))
-def test_a_symbol_impossible_for_the_student_alone_keeps_loss_and_gradient_finite(
+def test_a_token_impossible_for_the_student_alone_gives_finite_loss_and_gradient(
     name: str,
 ) -> None:
     teacher, student = logits_of((0.2, 0.3, 0.5)), logits_of((0.5, 0.5, 0.0))
@@ -268,20 +268,18 @@ def test_forward_kl_is_infinite_where_only_the_teacher_has_mass() -> None:
 
 
 @every_divergence
-def test_mass_that_underflows_beside_an_impossible_symbol_counts_as_none(name: str) -> None:
-    """Regression: exp(−1000) is 0 but its logarithm is finite, and 0 · (−1000 + inf) made the loss NaN."""
-    underflown, impossible = (
-        torch.tensor([[0.0, 1.0, -1000.0]]),
-        torch.tensor([[1.0, 0.0, -math.inf]]),
-    )
-    plain = DIVERGENCES[name](underflown[:, :2], impossible[:, :2])
-    torch.testing.assert_close(DIVERGENCES[name](underflown, impossible), plain)
-    assert not DIVERGENCES[name](impossible, underflown).isnan().any()
-    assert student_gradient(name, underflown, impossible).isfinite().all()
+def test_an_underflowed_probability_and_an_impossible_token_give_a_finite_loss(name: str) -> None:
+    """Regression: exp(−1000) is 0, its logarithm is finite, and 0 · (−1000 + inf) is NaN."""
+    underflowed = torch.tensor([[0.0, 1.0, -1000.0]])
+    impossible = torch.tensor([[1.0, 0.0, -math.inf]])
+    plain = DIVERGENCES[name](underflowed[:, :2], impossible[:, :2])
+    torch.testing.assert_close(DIVERGENCES[name](underflowed, impossible), plain)
+    assert not DIVERGENCES[name](impossible, underflowed).isnan().any()
+    assert student_gradient(name, underflowed, impossible).isfinite().all()
 
 
 @every_divergence
-def test_an_empty_batch_gives_an_empty_result_that_carries_gradients(name: str) -> None:
+def test_an_empty_batch_gives_an_empty_loss_and_an_empty_gradient(name: str) -> None:
     student = torch.zeros(0, 7, requires_grad=True)
     value = DIVERGENCES[name](torch.zeros(0, 7), student)
     assert value.shape == (0,)
@@ -291,7 +289,7 @@ def test_an_empty_batch_gives_an_empty_result_that_carries_gradients(name: str) 
 
 
 @every_divergence
-def test_logits_of_two_shapes_are_refused(name: str) -> None:
+def test_logits_of_two_shapes_raise(name: str) -> None:
     with pytest.raises(ValueError, match=r"\(5, 7\).*\(5, 8\)"):
         DIVERGENCES[name](torch.zeros(5, 7), torch.zeros(5, 8))
     with pytest.raises(ValueError, match="shape"):
@@ -300,7 +298,7 @@ def test_logits_of_two_shapes_are_refused(name: str) -> None:
 
 @every_divergence
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_a_temperature_that_is_not_positive_is_refused(name: str, temperature: float) -> None:
+def test_a_temperature_that_is_not_positive_raises(name: str, temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature"):
         DIVERGENCES[name](*random_logits(), temperature=temperature)
 
@@ -310,7 +308,7 @@ def test_a_temperature_that_is_not_positive_is_refused(name: str, temperature: f
     ("divergence", "parameter"),
     [(jensen_shannon, "teacher_weight"), (skew_forward_kl, "skew"), (skew_reverse_kl, "skew")],
 )
-def test_a_mixing_parameter_outside_the_open_unit_interval_is_refused(
+def test_a_mixture_parameter_outside_the_open_unit_interval_raises(
     divergence: Callable[..., Tensor], parameter: str, value: float
 ) -> None:
     with pytest.raises(ValueError, match=parameter):
@@ -318,7 +316,7 @@ def test_a_mixing_parameter_outside_the_open_unit_interval_is_refused(
 
 
 @every_divergence
-def test_merging_symbols_into_cells_never_raises_the_divergence(name: str) -> None:
+def test_merging_tokens_into_cells_never_increases_the_divergence(name: str) -> None:
     teacher, student = random_logits(tokens=50)
     cells = [[0, 3], [1], [2, 4, 5, 6]]
 
@@ -330,7 +328,7 @@ def test_merging_symbols_into_cells_never_raises_the_divergence(name: str) -> No
 
 
 @every_divergence
-def test_relabelling_the_vocabulary_changes_nothing(name: str) -> None:
+def test_renumbering_the_vocabulary_changes_nothing(name: str) -> None:
     teacher, student = random_logits()
     order = torch.tensor([3, 1, 6, 0, 2, 5, 4])
     torch.testing.assert_close(
@@ -345,11 +343,11 @@ def test_relabelling_the_vocabulary_changes_nothing(name: str) -> None:
     student_constant=st.floats(-1e3, 1e3),
     seed=st.integers(0, 2**31 - 1),
 )
-def test_a_constant_added_to_the_logits_changes_nothing(
+def test_adding_a_constant_to_the_logits_changes_nothing(
     name: str, teacher_constant: float, student_constant: float, seed: int
 ) -> None:
     teacher, student = random_logits(tokens=2, vocabulary=4, seed=seed)
-    # Adding 1e3 costs a logit three digits of float64's sixteen.
+    # Adding 1e3 to a logit loses three of float64's sixteen digits.
     torch.testing.assert_close(
         DIVERGENCES[name](teacher + teacher_constant, student + student_constant),
         DIVERGENCES[name](teacher, student),
@@ -364,7 +362,7 @@ def test_student_gradients_sum_to_zero_over_the_vocabulary(name: str) -> None:
     torch.testing.assert_close(gradient.sum(-1), torch.zeros(5, dtype=torch.float64))
 
 
-def test_mixing_two_impossible_symbols_gives_an_impossible_one_with_zero_gradient() -> None:
+def test_the_mixture_of_two_zero_probabilities_is_zero_with_zero_gradient() -> None:
     log_a = torch.tensor([0.0, -math.inf, -math.inf], dtype=torch.float64, requires_grad=True)
     log_b = torch.tensor([-math.inf, 0.0, -math.inf], dtype=torch.float64)
     mixed = mix_log_probabilities(log_a, log_b, 0.25)

@@ -1,6 +1,9 @@
-"""One loss for every partition: its two ends are text and logit distillation, and autograd agrees in between."""
+"""The partition loss: its two limits are text and logit distillation; autograd is the reference."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -32,13 +35,11 @@ def random_case(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def by_definition(
     name: str, masses: Tensor, logits: Tensor, cells: Tensor, observed: Tensor, weight: float
 ) -> Tensor:
-    """The loss as its definition reads: sums over the tokens of each cell, one row and one cell at a time."""
+    """Return the loss from its definition, one position and one cell at a time."""
     p = logits.softmax(-1)
+    columns = range(masses.shape[1])
     pooled = torch.stack(
-        [
-            torch.stack([p[i, cells[i] == c].sum() for c in range(masses.shape[1])])
-            for i in range(len(p))
-        ]
+        [torch.stack([p[i, cells[i] == c].sum() for c in columns]) for i in range(len(p))]
     )
     own = torch.stack([pooled[i, cells[i, observed[i]]] for i in range(len(p))])
     within = own.log() - p.gather(1, observed[:, None]).squeeze(1).log()
@@ -70,7 +71,7 @@ def test_value_and_gradient_are_those_of_the_definition(name: str, weight: float
 
 
 @every_divergence
-def test_with_every_token_its_own_cell_it_is_logit_distillation(name: str) -> None:
+def test_one_cell_for_each_token_gives_logit_distillation(name: str) -> None:
     teacher, student, observed = random_case()
     loss, gradient = partition_loss(
         CLOSED_FORMS[name],
@@ -85,7 +86,7 @@ def test_with_every_token_its_own_cell_it_is_logit_distillation(name: str) -> No
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
 
 
-def test_with_one_cell_for_all_it_is_text_distillation() -> None:
+def test_one_cell_for_all_tokens_gives_text_distillation() -> None:
     _, student, observed = random_case()
     partition = CellPartition(torch.zeros(V, dtype=torch.long), 1)
     masses = partition.pool(student.softmax(-1))
@@ -105,7 +106,7 @@ def test_with_one_cell_for_all_it_is_text_distillation() -> None:
     )
 
 
-def test_where_nothing_is_known_it_is_text_distillation_whatever_the_masses() -> None:
+def test_positions_without_a_target_get_text_distillation_for_any_masses() -> None:
     teacher, student, observed = random_case()
     partition = CellPartition(torch.arange(V) // 2, 6)
     known = torch.arange(B) % 2 == 0
@@ -128,35 +129,22 @@ def test_where_nothing_is_known_it_is_text_distillation_whatever_the_masses() ->
 
 
 @every_divergence
-def test_top_k_with_all_tokens_kept_is_the_whole_distribution(name: str) -> None:
+def test_top_k_of_all_tokens_equals_the_whole_distribution(name: str) -> None:
     student_hidden, student_head, teacher_hidden, teacher_head, labels = heads()
     log_q = (teacher_hidden @ teacher_head.T).log_softmax(-1)
     ids = torch.stack([torch.randperm(V) for _ in range(B)])
+    student, kept = (student_hidden, student_head), log_q.gather(1, ids)
+    teacher = teacher_hidden, teacher_head
     results = [
-        with_gradients(
-            fused_linear_topk,
-            student_hidden,
-            student_head,
-            ids,
-            log_q.gather(1, ids),
-            labels,
-            divergence=name,
-        ),
-        with_gradients(
-            fused_linear_divergence,
-            student_hidden,
-            student_head,
-            teacher_hidden,
-            teacher_head,
-            divergence=name,
-        ),
+        with_gradients(fused_linear_topk, *student, ids, kept, labels, divergence=name),
+        with_gradients(fused_linear_divergence, *student, *teacher, divergence=name),
     ]
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
 
-def test_top_k_is_unbiased_and_cutting_off_or_renormalizing_is_not() -> None:
-    """Averaged over the teacher's next token, the gradient is that of the whole distribution."""
+def test_top_k_is_unbiased_and_renormalizing_is_not() -> None:
+    """The mean over the teacher's next token is the gradient of the whole distribution."""
     teacher, student, _ = random_case()
     whole = student.softmax(-1) - teacher.softmax(-1)
     q = teacher.softmax(-1)
@@ -182,7 +170,7 @@ def test_top_k_is_unbiased_and_cutting_off_or_renormalizing_is_not() -> None:
     assert (student.softmax(-1) - renormalized - whole).abs().max() > 0.01
 
 
-def test_coarser_cells_never_exceed_the_whole_divergence() -> None:
+def test_coarser_cells_never_give_a_larger_divergence() -> None:
     teacher, student, observed = random_case()
     whole, _ = CLOSED_FORMS["forward_kl"](teacher.clone(), student.clone())
     for count in (1, 3, 6):
@@ -202,49 +190,31 @@ def test_coarser_cells_never_exceed_the_whole_divergence() -> None:
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 1, 4])
-def test_cells_of_one_tokenizer_are_forward_kl_through_the_heads(chunk_tokens: int | None) -> None:
+def test_cells_of_one_tokenizer_give_forward_kl(chunk_tokens: int | None) -> None:
     student_hidden, student_head, teacher_hidden, teacher_head, labels = heads()
     cells = _ToyCells(torch.arange(V), torch.arange(V), V)
     places = Places(torch.arange(B), *(torch.zeros(B, dtype=torch.long) for _ in range(3)), labels)
+    models = student_hidden, student_head, teacher_hidden, teacher_head
+    settings = {"cells": cells, "places": places, "labels": labels, "chunk_tokens": chunk_tokens}
     results = [
-        with_gradients(
-            fused_linear_cells, student_hidden, student_head, teacher_hidden, teacher_head,
-            cells=cells, places=places, labels=labels, chunk_tokens=chunk_tokens,
-        ),
-        with_gradients(fused_linear_divergence, student_hidden, student_head, teacher_hidden, teacher_head),
-    ]  # fmt: skip
+        with_gradients(fused_linear_cells, *models, **settings),
+        with_gradients(fused_linear_divergence, *models),
+    ]
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
 
-def test_positions_without_a_target_are_cross_entropy_and_interiors_take_their_range() -> None:
+def test_positions_without_a_target_get_cross_entropy_and_interiors_use_their_range() -> None:
     student_hidden, student_head, teacher_hidden, teacher_head, labels = heads()
     cells = _ToyCells(torch.arange(V), torch.arange(V), V)
     nowhere = Places(torch.full((B,), -1), *(torch.zeros(B, dtype=torch.long) for _ in range(4)))
-    got = with_gradients(
-        fused_linear_cells,
-        student_hidden,
-        student_head,
-        teacher_hidden,
-        teacher_head,
-        cells=cells,
-        places=nowhere,
-        labels=labels,
-    )
-    for one, other in zip(
-        got,
-        with_gradients(fused_linear_cross_entropy, student_hidden, student_head, labels),
-        strict=True,
-    ):
+    models = student_hidden, student_head, teacher_hidden, teacher_head
+    got = with_gradients(fused_linear_cells, *models, cells=cells, places=nowhere, labels=labels)
+    text = with_gradients(fused_linear_cross_entropy, student_hidden, student_head, labels)
+    for one, other in zip(got, text, strict=True):
         torch.testing.assert_close(one, other)
-    # One interior: teacher tokens 2, 3, 4 go on, each to the cell of its own number.
-    inside = Places(
-        torch.tensor([0]),
-        torch.tensor([2]),
-        torch.tensor([5]),
-        torch.tensor([1]),
-        torch.tensor([3]),
-    )
+    # One interior: teacher tokens 2, 3 and 4 continue, each in the cell of its own number.
+    inside = Places(*(torch.tensor([number]) for number in (0, 2, 5, 1, 3)))
     loss = fused_linear_cells(
         student_hidden[:1],
         student_head,
@@ -260,7 +230,7 @@ def test_positions_without_a_target_are_cross_entropy_and_interiors_take_their_r
     torch.testing.assert_close(loss, (q * (q.log() - log_p)).sum())
 
 
-def test_log_probabilities_beyond_one_are_refused() -> None:
+def test_log_probabilities_that_sum_to_more_than_one_raise() -> None:
     hidden, head, _, _, labels = heads()
     with pytest.raises(ValueError, match="sum to more than 1"):
         fused_linear_topk(hidden, head, torch.arange(2).expand(B, 2), torch.zeros(B, 2), labels)
@@ -277,7 +247,7 @@ class _Singletons:
 
 
 class _ToyCells:
-    """Teacher tokens in the order of their numbers; whatever the depth, the next piece has the token's own number."""
+    """Toy cells: at every depth, the next piece of a teacher token has the token's own number."""
 
     keeps_endings = False
     most = None
@@ -300,8 +270,8 @@ def heads() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def with_gradients(
-    loss, hidden: Tensor, head: Tensor, *args, **settings
-) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    loss: Callable[..., Tensor], hidden: Tensor, head: Tensor, *args: Any, **settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     total = loss(hidden, head, *args, **settings)
     total.backward()

@@ -1,4 +1,4 @@
-"""A head that FSDP2 keeps in shards: gathered once, its gradient averaged over processes and scattered back."""
+"""A head sharded by FSDP2 is gathered, and its gradient is averaged over processes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,9 @@ def one_process(rank: int, port: int, folder: str) -> None:
     inputs, teacher, teacher_head = data()
     mine = slice(rank * N // 2, (rank + 1) * N // 2)
     hidden = body(inputs[mine])
-    # Each process divides by all tokens and multiplies by the processes, because gradients are averaged over these.
-    loss = (
-        2
-        / N
-        * fused_linear_divergence(hidden, head.weight, teacher[mine], teacher_head, labels=None)
-    )
-    loss.backward()
+    # FSDP averages gradients over 2 processes, so multiply by 2 and divide by all N tokens.
+    loss = fused_linear_divergence(hidden, head.weight, teacher[mine], teacher_head, labels=None)
+    (2 / N * loss).backward()
     gradients = {
         name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None
     }
@@ -50,12 +46,13 @@ def layers() -> tuple[nn.Linear, nn.Linear]:
 
 def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return tuple(torch.randn(*shape, generator=generator) for shape in ((N, H), (N, H), (V, H)))  # type: ignore[return-value]
+    inputs, teacher, head = (torch.randn(rows, H, generator=generator) for rows in (N, N, V))
+    return inputs, teacher, head
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_two_processes_with_a_sharded_head_get_the_gradients_of_one(tmp_path: Path) -> None:
+def test_two_processes_with_a_sharded_head_get_the_gradients_of_one_process(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
