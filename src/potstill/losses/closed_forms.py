@@ -45,7 +45,7 @@ def forward_kl(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGradien
 
 
 def reverse_kl(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGradient:
-    """Return KL(p‖q) and p ⊙ (log p − log q − KL(p‖q)), in which the normalizers cancel."""
+    """Return KL(p‖q) and p ⊙ (log p − log q − KL(p‖q)); the normalizers cancel."""
     _, teacher_normalizer = _softmax(teacher_logits)
     p, student_normalizer = _softmax(student_logits)
     difference = student_logits.sub_(teacher_logits)
@@ -57,7 +57,7 @@ def reverse_kl(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGradien
 def jensen_shannon(
     teacher_logits: Tensor, student_logits: Tensor, *, teacher_weight: float = 0.5
 ) -> LossAndGradient:
-    """Return w·KL(q‖m) + (1−w)·KL(p‖m) and (1−w)·p ⊙ (log p − log m − KL(p‖m)), m = w·q + (1−w)·p."""
+    """Return w·KL(q‖m) + (1−w)·KL(p‖m) and (1−w)·p ⊙ (log(p/m) − KL(p‖m)), m = w·q + (1−w)·p."""
     w = inside_unit_interval("teacher_weight", teacher_weight)
     q, teacher_normalizer = _softmax(teacher_logits)
     p, student_normalizer = _softmax(student_logits)
@@ -84,10 +84,7 @@ def skew_forward_kl(
 def skew_reverse_kl(
     teacher_logits: Tensor, student_logits: Tensor, *, skew: float = 0.1
 ) -> LossAndGradient:
-    """Return KL(p‖m) with m = (1−a)·q + a·p, and its gradient.
-
-    u = p·(log p − log m + 1 − a·p/m); the 1 adds nothing to u − p·Σu.
-    """
+    """Return KL(p‖m) with m = (1−a)·q + a·p, and its gradient from u = p·(log(p/m) − a·p/m)."""
     a = inside_unit_interval("skew", skew)
     _, log_p, q, p = _log_probabilities(teacher_logits, student_logits)
     m = _mixture(q, p, a)
@@ -119,7 +116,7 @@ def positive_temperature(value: float) -> float:
 
 
 def by_autograd(divergence: Callable[..., Tensor]) -> ClosedForm:
-    """Return the value and gradient of ``(teacher_logits, student_logits)`` → ``[b]`` by autograd."""
+    """Return the closed form of any ``(teacher_logits, student_logits)`` → ``[b]``, by autograd."""
 
     def value_and_gradient(
         teacher_logits: Tensor, student_logits: Tensor, **divergence_parameters: float

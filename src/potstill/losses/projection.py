@@ -25,8 +25,8 @@ from torch import Tensor
 
 from potstill.losses.closed_forms import finite
 
-# The size of a chunk's logits, or half the weight if that is more. With gradients chunks are larger:
-# each chunk reads and writes the weight's gradient once.
+# The size of a chunk's logits, or half the weight if that is more. Gradients need larger chunks:
+# each one reads and writes the weight's gradient once.
 LOGITS_BYTES = {"cpu": 48 * 2**20, "cuda": 256 * 2**20}
 GRADIENT_BYTES = {"cpu": 192 * 2**20, "cuda": 256 * 2**20}
 # The float32 logits of one block; a few such tensors fit the cache. On a GPU a block is a chunk.
