@@ -1,4 +1,4 @@
-"""The page of a run: what it says of each kind of run, and that nothing a model wrote can break it."""
+"""The page of a run: its text for each kind of run; text of a model cannot break it."""
 
 import base64
 import hashlib
@@ -61,7 +61,7 @@ def run_folder(
     steps: int = 3,
     metrics_tail: str = "",
 ) -> Path:
-    """A run folder as `potstill distill` leaves it; `evaluation=None` and `steps=0` leave that file out."""
+    """Make a run folder like `potstill distill`; `evaluation=None`, `steps=0` leave a file out."""
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     if evaluation is not None:
         (folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
@@ -79,11 +79,11 @@ def page(folder: Path) -> str:
 
 
 def words(html: str) -> str:
-    """What a reader sees of the page, roughly: no style, no tags, single spaces."""
+    """Return roughly the visible text of the page: no style, no tags, single spaces."""
     return " ".join(re.sub(r"<style>.*?</style>|<[^>]*>", " ", html, flags=re.DOTALL).split())
 
 
-def test_the_page_stands_in_the_run_folder_and_nothing_unfinished_is_left(tmp_path: Path) -> None:
+def test_the_page_is_written_to_the_run_folder_without_temporary_files(tmp_path: Path) -> None:
     before = {path.name for path in run_folder(tmp_path, evaluated()).iterdir()}
     assert write_report(tmp_path) == tmp_path / "report.html"
     assert {path.name for path in tmp_path.iterdir()} == before | {"report.html"}
@@ -93,7 +93,7 @@ def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
     assert page(run_folder(tmp_path, evaluated())) == page(tmp_path)
 
 
-def test_what_a_model_wrote_is_escaped_wherever_it_stands(tmp_path: Path) -> None:
+def test_text_of_a_model_is_escaped_everywhere(tmp_path: Path) -> None:
     evil = "</div></p><script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
     sample = dict.fromkeys(("prompt", "teacher", "before", "after"), evil)
     said = {name: [[evil, 0.5]] for name in ("teacher", "before", "after")}
@@ -117,7 +117,7 @@ def test_what_a_model_wrote_is_escaped_wherever_it_stands(tmp_path: Path) -> Non
     assert html.count("&lt;script&gt;") >= 10
 
 
-def test_characters_that_cannot_be_printed_are_shown_instead(tmp_path: Path) -> None:
+def test_unprintable_characters_are_replaced(tmp_path: Path) -> None:
     sample = {
         "prompt": "bell \x07",
         "teacher": "null \x00",
@@ -139,7 +139,7 @@ def test_white_space_in_tokens_is_visible(tmp_path: Path) -> None:
     assert [f">{shown}</span>" in html for shown in ("·the", "⏎⏎", "⇥", "∅")] == [True] * 4
 
 
-def test_a_token_that_was_not_measured_says_so(tmp_path: Path) -> None:
+def test_a_token_that_was_not_measured_is_marked(tmp_path: Path) -> None:
     view = {"prompt": "p", "tokens": [{"text": "a", "before_kl_nats": None, "after_kl_nats": 0.5}]}
     html = page(run_folder(tmp_path, evaluated(token_view=view)))
     assert 'class="none" title="not measured"' in html
@@ -164,7 +164,7 @@ def test_the_verdict_follows_from_the_figures_and_their_intervals(
 
 
 def sums(per_conversation: list[float]) -> dict[str, Any]:
-    """What 10 tokens in each conversation add up to, at so many nats a token of KL."""
+    """Return the sums of conversations with 10 tokens each, at these nats of KL per token."""
     count = len(per_conversation)
     kl = [10 * value for value in per_conversation]
     return {
@@ -258,15 +258,15 @@ def test_across_tokenizers_tokens_are_shaded_by_surprise_and_only_students_are_a
     assert '"names": ["Before training", "After training"]' in html
 
 
-def test_every_answer_that_was_recorded_has_its_own_token_view(tmp_path: Path) -> None:
+def test_every_recorded_answer_has_its_own_token_view(tmp_path: Path) -> None:
     token = {"before_kl_nats": 1.0, "after_kl_nats": 0.1}
     views = [{"prompt": f"question {n}", "tokens": [{"text": f"t{n}", **token}]} for n in range(3)]
     html = page(run_folder(tmp_path, evaluated(token_view=views[0], more_token_views=views[1:])))
     assert html.count('class="view"') == 3
-    assert 'type="application/json"' not in html  # nobody recorded what the models would have said
+    assert 'type="application/json"' not in html  # no predictions were recorded
 
 
-def test_a_folder_that_holds_a_comparison_is_sent_to_its_page(tmp_path: Path) -> None:
+def test_a_folder_with_a_comparison_is_refused_and_its_page_is_named(tmp_path: Path) -> None:
     (run_folder(tmp_path) / "comparison.json").write_text("{}")
     with pytest.raises(RunFolderError, match=r"comparison\.html"):
         write_report(tmp_path)
@@ -280,7 +280,7 @@ def test_without_intervals_the_verdict_is_not_certain(tmp_path: Path) -> None:
     assert "chance cannot be ruled out" in text
 
 
-def test_the_story_tells_what_was_done_and_what_came_of_it(tmp_path: Path) -> None:
+def test_the_story_describes_the_run_and_its_result(tmp_path: Path) -> None:
     text = words(page(run_folder(tmp_path, evaluated())))
     done = "The student “small” was trained for 3 steps (6 s) on 400 conversations by matching the next-token distribution"
     assert done in text
@@ -288,20 +288,20 @@ def test_the_story_tells_what_was_done_and_what_came_of_it(tmp_path: Path) -> No
     assert "it has closed 50 % of the gap to the teacher." in text
 
 
-def test_a_gap_that_grew_is_called_so(tmp_path: Path) -> None:
+def test_a_gap_that_grew_is_reported_as_grown(tmp_path: Path) -> None:
     text = words(page(run_folder(tmp_path, evaluated(2.0, 2.5, gap_closed=-0.25))))
     assert "the gap to the teacher grew by 25 %" in text
     assert "closes" not in text
 
 
-def test_where_divergence_has_no_meaning_bits_per_byte_decide(tmp_path: Path) -> None:
+def test_without_a_divergence_bits_per_byte_decide(tmp_path: Path) -> None:
     text = words(page(run_folder(tmp_path, evaluated(None, None, gap_closed=None))))
     assert "It helped: the student is better at predicting the held-out text than before." in text
-    assert "Its cost went from 1.500 to 1.200 bits a byte" in text
+    assert "Its loss on the text went from 1.500 to 1.200 bits a byte" in text
     assert "not measured" in text
 
 
-def test_a_figure_that_is_not_a_number_counts_as_not_measured(tmp_path: Path) -> None:
+def test_a_value_that_is_not_a_number_counts_as_not_measured(tmp_path: Path) -> None:
     assert "The measurement is incomplete." in page(
         run_folder(
             tmp_path, {"before": {"bits_per_byte": float("nan")}, "after": [], "samples": "none"}
@@ -309,14 +309,14 @@ def test_a_figure_that_is_not_a_number_counts_as_not_measured(tmp_path: Path) ->
     )
 
 
-def test_a_run_without_evaluation_gets_a_page_that_says_so(tmp_path: Path) -> None:
+def test_the_page_of_a_run_without_evaluation_reports_it(tmp_path: Path) -> None:
     text = words(page(run_folder(tmp_path, config={**CONFIG, "max_steps": 70})))
     assert "Not measured yet." in text
     assert "no evaluation.json" in text
     assert "for 3 of at most 70 steps so far" in text
 
 
-def test_a_run_without_metrics_gets_a_page_that_says_so(tmp_path: Path) -> None:
+def test_the_page_of_a_run_without_metrics_reports_it(tmp_path: Path) -> None:
     assert "metrics.jsonl is missing" in page(run_folder(tmp_path, evaluated(), steps=0))
 
 
@@ -343,7 +343,7 @@ def test_an_almost_empty_config_is_enough(tmp_path: Path) -> None:
         ("evaluation.json", b"\xff", "not JSON"),
     ],
 )
-def test_a_folder_that_is_no_run_or_is_damaged_is_refused_in_one_line(
+def test_a_folder_that_is_no_run_or_is_damaged_is_refused_with_one_line(
     tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     path = run_folder(tmp_path, evaluated()) / name
@@ -361,7 +361,7 @@ def test_a_page_that_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: P
     assert not list(tmp_path.glob(".report*"))
 
 
-def test_the_page_asks_nothing_of_the_network_and_runs_one_script_that_its_policy_names(
+def test_the_page_needs_no_network_and_its_policy_allows_only_its_own_script(
     tmp_path: Path,
 ) -> None:
     html = page(run_folder(tmp_path, evaluated()))
@@ -391,7 +391,7 @@ def test_two_hundred_long_samples_stay_below_three_megabytes(tmp_path: Path) -> 
     assert "195 more" in html
 
 
-def test_the_command_to_repeat_quotes_the_folder_and_goes_to_a_new_one(tmp_path: Path) -> None:
+def test_the_command_to_repeat_quotes_the_folder_and_writes_to_a_new_one(tmp_path: Path) -> None:
     folder = tmp_path / "my run"
     folder.mkdir()
     html = page(run_folder(folder))

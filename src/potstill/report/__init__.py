@@ -1,4 +1,4 @@
-"""A run folder as one HTML page that opens offline."""
+"""Write the report of a run: one HTML page that opens offline."""
 
 from potstill.report.page import write_report
 

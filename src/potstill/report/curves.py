@@ -1,7 +1,7 @@
-"""The loss during training, over tokens and over seconds, drawn by Matplotlib in the page's own colours, light or dark.
+"""Plot the loss during training, over tokens and over seconds, with Matplotlib.
 
-Runs share a drawing only where their losses are the same quantity on the same text: a divergence and a cross-entropy on one axis
-would compare nothing.
+Runs share a plot only if their losses are the same quantity on the same text: a divergence and a
+cross-entropy cannot be compared. The plots use the page's own colors, light or dark.
 """
 
 import io
@@ -17,12 +17,15 @@ import numpy as np
 from potstill.report.formatting import figure, number
 
 Points = list[tuple[float, float]]
-MOST_POINTS = 600  # of a curve
-SMOOTHED_SHARE, FEWEST_SMOOTHED = 1 / 20, 5  # of a curve's points, in the running median
-LABEL_GAP = 0.075  # of the drawing's height, between the names at the ends of two curves
-INK = "#010203"  # stand-ins in the drawing for the page's own colours
-COLOURS = tuple(f"#0405{n:02x}" for n in range(6, 12))
-UNWANTED_SVG = r'^.*?(?=<svg)|<metadata>.*?</metadata>|<style.*?</style>|(?<=<g) id="[^"]*"| (?:width|height)="\S+pt"'
+MAX_POINTS = 600  # of a curve
+SMOOTHED_SHARE, MIN_SMOOTHED = 1 / 20, 5  # window of the running median, as share and as points
+LABEL_GAP = 0.075  # minimum distance of two curve labels, as a share of the plot's height
+INK = "#010203"  # placeholder; the page's text color replaces it
+COLORS = tuple(f"#0405{n:02x}" for n in range(6, 12))  # placeholders of the page's curve colors
+UNWANTED_SVG = (
+    r"^.*?(?=<svg)|<metadata>.*?</metadata>|<style.*?</style>"
+    r'|(?<=<g) id="[^"]*"| (?:width|height)="\S+pt"'
+)
 DIVERGENCES = {
     "forward_kl": "KL(teacher ‖ student)",
     "reverse_kl": "KL(student ‖ teacher)",
@@ -35,17 +38,17 @@ DIVERGENCES = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's loss: what stands at its end, whose colour it has, its settings and its logged rows."""
+    """The loss of one run: label, index of its color, settings and logged rows."""
 
     name: str
-    colour: int
+    color: int
     config: Mapping[str, Any]
     rows: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """The curves of one quantity: its name, a drawing for each axis, and in words what they show."""
+    """The curves of one quantity: its name, one SVG per x-axis, and a caption."""
 
     quantity: str
     drawings: list[markupsafe.Markup]
@@ -53,27 +56,25 @@ class Panel:
 
 
 def panels(curves: Sequence[Curve]) -> list[Panel]:
-    """A panel for each quantity, in order of appearance; none for a run that has logged no loss."""
+    """Return one panel per quantity; runs without a logged loss are left out."""
     groups: dict[tuple[str, str], list[Curve]] = {}
     for curve in curves:
         if _points(curve.rows, "step", "loss"):
-            groups.setdefault((quantity(curve.config), str(curve.config.get("data"))), []).append(
-                curve
-            )
+            key = quantity(curve.config), str(curve.config.get("data"))
+            groups.setdefault(key, []).append(curve)
     return [_panel(name, group) for (name, _), group in groups.items()]
 
 
 def quantity(config: Mapping[str, Any]) -> str:
-    """What a run's loss measures, from its settings.
+    """Return the name of a run's loss, from its settings.
 
     >>> quantity({"method": "logits", "divergence": "reverse_kl", "temperature": 2.0})
     'KL(student ‖ teacher) at temperature 2'
     """
     if config.get("method") == "text":
         return "−log p of the text"
-    name = DIVERGENCES.get(
-        str(config.get("divergence", "forward_kl")), str(config.get("divergence"))
-    )
+    divergence = config.get("divergence")
+    name = DIVERGENCES.get(str(config.get("divergence", "forward_kl")), str(divergence))
     if config.get("method") == "cross":
         return f"{name} across tokenizers, by {config.get('alignment')}"
     temperature, hard = number(config.get("temperature")), number(config.get("hard_label_weight"))
@@ -82,27 +83,21 @@ def quantity(config: Mapping[str, Any]) -> str:
 
 
 def _panel(name: str, curves: list[Curve]) -> Panel:
-    axes = [
-        "tokens" if any(_points(curve.rows, "tokens", "loss") for curve in curves) else "step",
-        "seconds",
-    ]
-    said, seen, held_out = [], set(), False
+    def has(key: str) -> bool:
+        return any(_points(curve.rows, key, "loss") for curve in curves)
+
+    ends: dict[str, str] = {}  # of the first run of each name
     for curve in curves:
         losses = _points(curve.rows, "step", "loss")
-        held_out |= bool(_points(curve.rows, "step", "eval_loss"))
-        if curve.name not in seen:
-            subject = f"{curve.name}: " if curve.name else ""
-            said.append(
-                f"{subject}{figure(losses[0][1])} at first, {figure(losses[-1][1])} at step {losses[-1][0]:.0f}"
-            )
-        seen.add(curve.name)
-    caption = f"{'; '.join(said)}. Thin: each logged step; bold: their running median."
-    caption += " Dashed: the loss on held-out text." if held_out else ""
-    return Panel(
-        name,
-        [_draw(x, curves) for x in axes if any(_points(curve.rows, x, "loss") for curve in curves)],
-        caption,
-    )
+        first, (step, last) = losses[0][1], losses[-1]
+        subject = f"{curve.name}: " if curve.name else ""
+        text = f"{subject}{figure(first)} at the start, {figure(last)} at step {step:.0f}"
+        ends.setdefault(curve.name, text)
+    caption = f"{'; '.join(ends.values())}. Thin: each logged step; bold: the running median."
+    if any(_points(curve.rows, "step", "eval_loss") for curve in curves):
+        caption += " Dashed: the loss on held-out text."
+    axes = ["tokens" if has("tokens") else "step", "seconds"]
+    return Panel(name, [_draw(x, curves) for x in axes if has(x)], caption)
 
 
 def _points(rows: list[dict[str, Any]], x_key: str, y_key: str) -> Points:
@@ -111,45 +106,37 @@ def _points(rows: list[dict[str, Any]], x_key: str, y_key: str) -> Points:
 
 
 def _thinned(points: Points) -> Points:
-    """Evenly, to at most `MOST_POINTS`; the last one is always there."""
-    return points[::-1][:: math.ceil(len(points) / MOST_POINTS) or 1][::-1]
+    """Keep at most `MAX_POINTS`, evenly spaced, and always the last."""
+    return points[::-1][:: math.ceil(len(points) / MAX_POINTS) or 1][::-1]
 
 
 def _smoothed(points: Points) -> Points:
-    """The running median over the points on both sides, fewer near the ends: a single hard batch leaves no trace."""
-    window = max(len(points) * SMOOTHED_SHARE, FEWEST_SMOOTHED)
-    reach, losses = int(window / 2), np.asarray([y for _, y in points])
+    """Return the running median, with a smaller window near the ends; it hides single outliers."""
+    window = max(len(points) * SMOOTHED_SHARE, MIN_SMOOTHED)
+    half, losses = int(window / 2), np.asarray([y for _, y in points])
     smooth = []
     for i, (x, _) in enumerate(points):
-        near = min(reach, i, len(points) - 1 - i)
+        near = min(half, i, len(points) - 1 - i)
         smooth.append((x, float(np.median(losses[i - near : i + near + 1]))))
     return smooth
 
 
 def _draw(x_key: str, curves: list[Curve]) -> markupsafe.Markup:
-    import matplotlib  # only here: a run without a report should not wait for it
+    import matplotlib  # slow to import, and not needed without a report
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    coloured = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    look: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": x_key,
-        "font.size": 9,
-        **dict.fromkeys(coloured, INK),
-    }
-    longest = max(
-        (row[0] for curve in curves for row in _points(curve.rows, x_key, "loss")), default=0
-    )
+    colored = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": x_key, "font.size": 9}
+    style |= dict.fromkeys(colored, INK)
+    longest = max((x for curve in curves for x, _ in _points(curve.rows, x_key, "loss")), default=0)
     unit, scale = _time_unit(longest) if x_key == "seconds" else (x_key, 1.0)
     drawing = io.StringIO()
-    with matplotlib.rc_context(look):
+    with matplotlib.rc_context(style):
         page = Figure(figsize=(4.3, 2.5), layout="constrained")
         axes = page.subplots()
-        ends = []
-        for curve in curves:
-            ends.append((curve, _plot(axes, curve, x_key, scale)))
-        _name_ends(axes, [(curve, end) for curve, end in ends if end and curve.name])
+        ends = [(curve, _plot(axes, curve, x_key, scale)) for curve in curves]
+        _label_ends(axes, [(curve, end) for curve, end in ends if end and curve.name])
         axes.set(xlabel=unit, ylabel="nats a token")
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_linewidth(0.6)
@@ -162,15 +149,13 @@ def _draw(x_key: str, curves: list[Curve]) -> markupsafe.Markup:
         page.savefig(
             drawing, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
         )
-    svg = re.sub(UNWANTED_SVG, "", drawing.getvalue(), flags=re.DOTALL).replace(
-        "<svg", '<svg aria-hidden="true"', 1
-    )
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 var(--sans)", svg).replace(
-        INK, "currentColor"
-    )
-    for place, colour in enumerate(COLOURS):
-        svg = svg.replace(colour, f"var(--c{place})")
-    return markupsafe.Markup(svg)  # Matplotlib has escaped the names that are in it
+    svg = re.sub(UNWANTED_SVG, "", drawing.getvalue(), flags=re.DOTALL)
+    svg = svg.replace("<svg", '<svg aria-hidden="true"', 1)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 var(--sans)", svg)
+    svg = svg.replace(INK, "currentColor")
+    for i, color in enumerate(COLORS):
+        svg = svg.replace(color, f"var(--c{i})")
+    return markupsafe.Markup(svg)  # safe: Matplotlib escapes the names
 
 
 def _time_unit(longest: float) -> tuple[str, float]:
@@ -180,49 +165,37 @@ def _time_unit(longest: float) -> tuple[str, float]:
 
 
 def _plot(axes: Any, curve: Curve, x_key: str, scale: float) -> tuple[float, float] | None:
-    """One run's curve; where it ends."""
-    losses, held_out = _points(curve.rows, x_key, "loss"), _points(curve.rows, x_key, "eval_loss")
+    """Plot the curve of one run; return its last point, None if there is no loss."""
+    losses, held_out = (
+        [(x * scale, y) for x, y in _points(curve.rows, x_key, key)]
+        for key in ("loss", "eval_loss")
+    )
     if not losses:
         return None
-    colour, dashes = (
-        COLOURS[curve.colour % len(COLOURS)],
-        "-" if curve.colour < len(COLOURS) else (0, (5, 1.5)),
-    )
-    smooth = [(x * scale, y) for x, y in _thinned(_smoothed(losses))]
+    color = COLORS[curve.color % len(COLORS)]
+    dashes = "-" if curve.color < len(COLORS) else (0, (5, 1.5))
+    smooth, marker = _thinned(_smoothed(losses)), "o" if len(losses) == 1 else ""
+    axes.plot(*zip(*_thinned(losses), strict=True), color=color, linewidth=0.5, alpha=0.4)
     axes.plot(
-        [x * scale for x, _ in _thinned(losses)],
-        [y for _, y in _thinned(losses)],
-        color=colour,
-        linewidth=0.5,
-        alpha=0.4,
-    )
-    marker = "o" if len(losses) == 1 else ""
-    axes.plot(
-        *zip(*smooth, strict=True), color=colour, linewidth=1.7, linestyle=dashes, marker=marker
+        *zip(*smooth, strict=True), color=color, linewidth=1.7, linestyle=dashes, marker=marker
     )
     if held_out:
-        axes.plot(
-            [x * scale for x, _ in held_out],
-            [y for _, y in held_out],
-            color=INK,
-            linewidth=1.1,
-            linestyle="--",
-        )
+        axes.plot(*zip(*held_out, strict=True), color=INK, linewidth=1.1, linestyle="--")
     return smooth[-1]
 
 
-def _name_ends(axes: Any, ends: list[tuple[Curve, tuple[float, float]]]) -> None:
-    """Each curve's name at its end, once a name, the names pushed apart where curves end together."""
+def _label_ends(axes: Any, ends: list[tuple[Curve, tuple[float, float]]]) -> None:
+    """Write each name once, at the end of its curve; move labels apart if they would overlap."""
     low, high = axes.get_ylim()
-    gap, previous, named = LABEL_GAP * (high - low), -math.inf, set()
+    gap, previous, labeled = LABEL_GAP * (high - low), -math.inf, set()
     for curve, (_, y) in sorted(ends, key=lambda end: end[1][1]):
-        if curve.name in named:
+        if curve.name in labeled:
             continue
-        named.add(curve.name)
+        labeled.add(curve.name)
         previous = max(y, previous + gap)
         name = curve.name if len(curve.name) <= 14 else f"…{curve.name[-13:]}"
         axes.text(
-            1.02, previous, name, color=COLOURS[curve.colour % len(COLOURS)], va="center",
+            1.02, previous, name, color=COLORS[curve.color % len(COLORS)], va="center",
             transform=axes.get_yaxis_transform(), parse_math=False, clip_on=False,
         )  # fmt: skip
-    axes.set_ylim(low, max(high, previous + gap / 2) if named else high)
+    axes.set_ylim(low, max(high, previous + gap / 2) if labeled else high)

@@ -1,4 +1,4 @@
-"""Numbers and texts as the pages print them."""
+"""Format numbers and texts for the pages."""
 
 import math
 from collections.abc import Sequence
@@ -8,28 +8,23 @@ import markupsafe
 
 from potstill.evaluation import MEASURES
 
-MARKS = {
-    ord(" "): "·",
-    ord("\t"): "⇥",
-    ord("\n"): "⏎",
-    ord("\r"): "␍",
-    0xA0: "⍽",
-}  # white space in a token, shown
+MARKS = str.maketrans(" \t\n\r\xa0", "·⇥⏎␍⍽")
+"""Visible symbols for the white space in a token."""
 
-# Control characters become their pictures (␀, ␛, …); lone surrogates, which UTF-8 cannot hold, become U+FFFD.
+# Control characters become symbols (␀, ␛, …). UTF-8 cannot encode lone surrogates: U+FFFD.
 _UNPRINTABLE = {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {0x7F: 0x2421}
 _UNPRINTABLE |= dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000)], 0xFFFD)
 
 
 def printable(value: object) -> object:
-    """What a model wrote, without characters that would break or silently vanish from the page; anything else as it is."""
+    """Replace unprintable characters in a text; return any other value unchanged."""
     if not isinstance(value, str) or isinstance(value, markupsafe.Markup):
         return value
     return value.replace("\r\n", "\n").translate(_UNPRINTABLE)
 
 
 def token_text(value: object) -> str:
-    """A token with its white space marked.
+    """Return a token with visible symbols for its white space.
 
     >>> token_text(" the"), token_text("")
     ('·the', '∅')
@@ -38,19 +33,19 @@ def token_text(value: object) -> str:
 
 
 def number(value: object) -> float | None:
-    """A finite number, or None for anything else (null, NaN, a word)."""
+    """Return a finite number as float, and None for anything else (null, NaN, a word)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
 def objects(rows: object) -> list[dict[str, Any]]:
-    """The JSON objects of what should be a list of them."""
+    """Return the JSON objects in a list; empty if ``rows`` is no list."""
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
 def figure(value: float, measure: str = "") -> str:
-    """A share in per cent, words and scores of 100 with one decimal, small values with two significant digits.
+    """Format a value: shares in percent, scores with one decimal, small numbers with two digits.
 
     >>> figure(0.5, "top1_agreement"), figure(-1.23456), figure(0.00012), figure(57.23, "chrf")
     ('50.0\\xa0%', '−1.235', '0.00012', '57.2')
@@ -66,7 +61,7 @@ def figure(value: float, measure: str = "") -> str:
 
 
 def ends(interval: Sequence[float], measure: str = "") -> list[str]:
-    """Both ends of an interval, the unit said once.
+    """Format both ends of an interval, with the percent sign only at the second.
 
     >>> ends([0.5, 0.625], "top1_agreement")
     ['50.0', '62.5\\xa0%']
@@ -78,7 +73,7 @@ def ends(interval: Sequence[float], measure: str = "") -> list[str]:
 
 
 def plural(count: float, noun: str) -> str:
-    """A whole number of something.
+    """Format a count with its noun.
 
     >>> plural(1, "step"), plural(12000, "step")
     ('1 step', '12\\u202f000 steps')
@@ -87,7 +82,7 @@ def plural(count: float, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours and minutes, minutes and seconds, or seconds.
+    """Format seconds as hours and minutes, minutes and seconds, or seconds.
 
     >>> duration(59.6), duration(3660)
     ('1 min 0 s', '1 h 1 min')
@@ -100,7 +95,7 @@ def duration(seconds: float) -> str:
 
 
 def cut(text: object, most_bytes: int) -> tuple[str, int]:
-    """The beginning of a text that takes at most so many bytes, and how many characters were left out.
+    """Return the beginning of a text, at most ``most_bytes``, and how many characters follow it.
 
     >>> cut("über", 3)
     ('üb', 2)

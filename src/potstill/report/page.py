@@ -1,9 +1,10 @@
-"""A run folder → one HTML page that explains the run and opens offline.
+"""Write one HTML page from a run folder; it explains the run and opens offline.
 
     potstill report runs/demo        # writes runs/demo/report.html
 
-Whatever a model wrote is shown as text: Jinja2 escapes it, `printable` shows what cannot be printed, and the page's content
-security policy forbids every request and every script but its own. The page is made from what is there, and says what is missing.
+Text that a model wrote stays text: Jinja2 escapes it, `printable` replaces unprintable characters,
+and the content security policy forbids requests and foreign scripts. The page uses the files that
+exist, and reports which are missing.
 """
 
 import math
@@ -30,16 +31,17 @@ NAMES = {"teacher": "Teacher", "before": "Student before", "after": "Student aft
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir/report.html`, one self-contained page, and return its path.
 
-    Needs `config.yaml`. A run that goes on or was interrupted has no `evaluation.json` or `metrics.jsonl`: the page
-    says so. The page appears whole or not at all.
+    Needs `config.yaml`. The page reports it if `evaluation.json` or `metrics.jsonl` is missing,
+    because the run has not finished. The page is written completely or not at all.
 
-    Raises:
-        RunFolderError: the folder is not a run, a file in it is damaged, or the page cannot be written.
+    Raises: RunFolderError if the folder is no run, a file in it is damaged, or the page cannot be
+    written.
     """
     run = RunFolder(run_dir)
     if (run.path / "comparison.json").is_file():
         raise RunFolderError(
-            f"{run.path}: holds a comparison, whose page is comparison.html; name the folder of one of its runs"
+            f"{run.path}: holds a comparison, and its page is comparison.html; give the folder of "
+            "one of its runs"
         )
     config = run.read_config()
     evaluation = run.read_evaluation() if run.evaluation.is_file() else None
@@ -72,7 +74,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def write_page(path: Path, page: str) -> Path:
-    """Write a page whole or not at all. Raises: RunFolderError."""
+    """Write a page completely or not at all. Raises: RunFolderError if that is impossible."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.write_text(page, encoding="utf-8", newline="\n")
@@ -87,7 +89,7 @@ def write_page(path: Path, page: str) -> Path:
 
 
 def settings_rows(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Every setting as config.yaml has it."""
+    """Return names and values of all settings, formatted as in config.yaml."""
     return [(str(key), _yaml_text(value)) for key, value in config.items()]
 
 
@@ -99,29 +101,29 @@ def _yaml_text(value: object) -> str:
 
 
 def _scale(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Before and after as places on the way to the teacher, 0 to 100, for a line under the verdict; only where KL is known."""
+    """Return teacher, after and before as positions on a KL axis from 0 (teacher) to 100.
+
+    Empty if KL was not measured.
+    """
     key, before, after = deciding_measure(evaluation)
     if key != "kl_nats_per_token" or not before or after is None:
         return []
-    right = max(
-        before,
-        after,
-        *(ends[1] for when in ("before", "after") if (ends := interval(evaluation, when, key))),
-    )
-    marks = [{"name": "teacher", "at": 0.0, "low": 0.0, "high": 0.0, "value": 0.0}]
-    for when, value in (("after", after), ("before", before)):
-        low, high = interval(evaluation, when, key) or (value, value)
-        marks.append(
-            {
-                "name": when,
-                "value": value,
-                **{k: 100 * v / right for k, v in (("at", value), ("low", low), ("high", high))},
-            }
-        )
+    values = {"after": after, "before": before}
+    ends = {
+        when: interval(evaluation, when, key) or (value, value) for when, value in values.items()
+    }
+    right = max(*values.values(), *(high for _, high in ends.values()))
+    marks: list[dict[str, Any]] = [
+        {"name": "teacher", "value": 0.0, "at": 0.0, "low": 0.0, "high": 0.0}
+    ]
+    for when, value in values.items():
+        places = zip(("at", "low", "high"), (value, *ends[when]), strict=True)
+        marks.append({"name": when, "value": value, **{k: 100 * v / right for k, v in places}})
     return marks
 
 
 def _command(run_dir: Path) -> str:
-    """What to type to run it again, into a new folder beside this one."""
+    """Return the command that repeats the run in a new folder beside this one."""
     again = os.path.normpath(run_dir / ".." / f"{run_dir.resolve().name}-again")
-    return f"potstill distill --config {shlex.quote(str(run_dir / 'config.yaml'))} --output-dir {shlex.quote(again)}"
+    config = str(run_dir / "config.yaml")
+    return shlex.join(["potstill", "distill", "--config", config, "--output-dir", again])

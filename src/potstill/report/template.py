@@ -1,4 +1,8 @@
-"""Templates → a page: one file, its style and its script inside it, and a policy that lets nothing else run or be fetched."""
+"""Render a template to one self-contained page.
+
+Style and script are inside the page. Its content security policy forbids other scripts and all
+requests.
+"""
 
 import base64
 import hashlib
@@ -13,11 +17,10 @@ from potstill.report.token_view import KL_STEPS_NATS, as_json
 
 
 def render(template: str, *, package: str = "potstill.report", **context: Any) -> str:
-    """``template`` of ``package``, which may build on the report's base.html.j2 and parts.html.j2."""
+    """Render ``template`` of ``package``; it can use base.html.j2 and parts.html.j2 from here."""
+    packages = [jinja2.PackageLoader(package), jinja2.PackageLoader("potstill.report")]
     environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader(
-            [jinja2.PackageLoader(package), jinja2.PackageLoader("potstill.report")]
-        ),
+        loader=jinja2.ChoiceLoader(packages),
         autoescape=True,
         finalize=printable,
         undefined=jinja2.StrictUndefined,

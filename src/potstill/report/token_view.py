@@ -1,4 +1,4 @@
-"""Some held-out answers token by token, and the places where the student is worst, as the templates want them."""
+"""Prepare held-out answers token by token, and the worst prompts and tokens, for the templates."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,70 +9,62 @@ import numpy as np
 from potstill.evaluation import measure_ratios
 from potstill.report.formatting import cut, figure, number, objects, printable, token_text
 
-KL_STEPS_NATS = (0.03, 0.1, 0.3, 1.0, 3.0)  # fixed, so that two reports can be laid side by side
+KL_STEPS_NATS = (0.03, 0.1, 0.3, 1.0, 3.0)  # fixed, so that two reports can be compared
 WORST_PROMPTS = 8
 PROMPT_BYTES = 300
 
-Next = list[list[tuple[str, float]]]
-"""For each model the likeliest next tokens, with their probabilities."""
+TopTokens = list[tuple[str, float]]
+"""The most likely next tokens of one model at one position, with their probabilities."""
+Models = Mapping[str, tuple[str, Mapping[str, Any]]]
+"""By model: ``before`` or ``after``, and the evaluation.json to read it from."""
 
 
 @dataclass(frozen=True)
 class TokenView:
-    """One answer: its tokens, each with a cell a model, and what the models would have said in each place."""
+    """One answer: its tokens, one cell per token and model, and what each model predicted."""
 
     prompt: str
     models: list[str]
     tokens: list[dict[str, Any]]
     from_teacher: bool
-    """Whether nats are a divergence from the teacher, or else the surprise at the token."""
-    said_by: list[str]
-    said: list[Next]
-    """A list a token; empty where nobody recorded it."""
+    """True if the nats are a divergence from the teacher; False if they are −log p of the token."""
+    predicting: list[str]
+    """The models that have predictions."""
+    predictions: list[list[TopTokens]]
+    """Per token, per model in ``predicting``; empty if not recorded."""
 
 
 def run_views(evaluation: Mapping[str, Any]) -> list[TokenView]:
-    """Of one run: before and after training."""
+    """Return the views of one run, before and after training."""
     shown = {"Before training": ("before", evaluation), "After training": ("after", evaluation)}
     return token_views(shown)
 
 
-def token_views(models: Mapping[str, tuple[str, Mapping[str, Any]]]) -> list[TokenView]:
-    """The answers that all models were seen on: by name, ``before`` or ``after`` and the evaluation.json that has it."""
-    everybody = [(when, _answers(evaluation)) for when, evaluation in models.values()]
+def token_views(models: Models) -> list[TokenView]:
+    """Return the answers that were recorded for all models, token by token."""
+    whens = [when for when, _ in models.values()]
+    recorded = [_answers(evaluation) for _, evaluation in models.values()]
     views = []
-    for answers in zip(*(answers for _, answers in everybody), strict=False):
-        texts = [
-            [str(row.get("text", "")) for row in objects(answer.get("tokens"))]
-            for answer in answers
-        ]
+    for answers in zip(*recorded, strict=False):
+        rows = [objects(answer.get("tokens")) for answer in answers]
+        texts = [[str(token.get("text", "")) for token in row] for row in rows]
         if not texts[0] or any(text != texts[0] for text in texts):
             continue
-        rows = [objects(answer["tokens"]) for answer in answers]
-        whens = [when for when, _ in everybody]
         measure = next((name for name in ("kl", "nll") if _any_measured(rows, whens, name)), "kl")
         tokens = [
             {
                 "text": token_text(text),
                 "breaks": "\n" in text,
                 "cells": [
-                    _cell(row[place].get(f"{when}_{measure}_nats"))
+                    _cell(row[i].get(f"{when}_{measure}_nats"))
                     for row, when in zip(rows, whens, strict=True)
                 ],
             }
-            for place, text in enumerate(texts[0])
+            for i, text in enumerate(texts[0])
         ]
-        said_by, said = _said(list(models), whens, rows)
-        views.append(
-            TokenView(
-                str(answers[0].get("prompt", "")),
-                list(models),
-                tokens,
-                measure == "kl",
-                said_by,
-                said,
-            )
-        )
+        prompt, from_teacher = str(answers[0].get("prompt", "")), measure == "kl"
+        predictions = _predictions(list(models), whens, rows)
+        views.append(TokenView(prompt, list(models), tokens, from_teacher, *predictions))
     return views
 
 
@@ -95,25 +87,27 @@ def _cell(nats: object) -> dict[str, Any]:
     return {"nats": f"{figure(found)} nats", "level": sum(found >= step for step in KL_STEPS_NATS)}
 
 
-def _said(
+def _predictions(
     names: list[str], whens: list[str], rows: list[list[dict[str, Any]]]
-) -> tuple[list[str], list[Next]]:
-    """Whose top fives there are, and those of each token; nothing unless every student has all of its own."""
-    by_student = [
-        [_likeliest(token, when) for token in row] for row, when in zip(rows, whens, strict=True)
+) -> tuple[list[str], list[list[TopTokens]]]:
+    """Return the models with predictions, and these per token; empty unless every student has all.
+
+    The teacher comes first if it has all of its own.
+    """
+    students = [
+        [_top_tokens(token, when) for token in row] for row, when in zip(rows, whens, strict=True)
     ]
-    if not all(said for column in by_student for said in column):
+    if not all(top for column in students for top in column):
         return [], []
-    teacher = [_likeliest(token, "teacher") for token in rows[0]]
-    columns = [teacher, *by_student] if all(teacher) else by_student
-    return (["Teacher"] if all(teacher) else []) + names, [
-        list(place) for place in zip(*columns, strict=True)
-    ]
+    teacher = [_top_tokens(token, "teacher") for token in rows[0]]
+    columns = [teacher, *students] if all(teacher) else students
+    predicting = ["Teacher", *names] if all(teacher) else names
+    return predicting, [list(each) for each in zip(*columns, strict=True)]
 
 
-def _likeliest(token: Mapping[str, Any], who: str) -> list[tuple[str, float]]:
-    said = token.get("next")
-    pairs = said.get(who) if isinstance(said, dict) else None
+def _top_tokens(token: Mapping[str, Any], model: str) -> TopTokens:
+    recorded = token.get("next")
+    pairs = recorded.get(model) if isinstance(recorded, dict) else None
     found = []
     for pair in pairs if isinstance(pairs, list) else []:
         text, probability = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
@@ -124,16 +118,16 @@ def _likeliest(token: Mapping[str, Any], who: str) -> list[tuple[str, float]]:
 
 
 def worst_tokens(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Where the student is furthest from its teacher after training, and who would have said what there."""
+    """Return the tokens at which the trained student is furthest from its teacher."""
     return [
         {
             "context": str(printable(str(row.get("context", "")))),
             "text": token_text(row.get("text", "")),
             "before": _cell(row.get("before_kl_nats"))["nats"],
             "after": _cell(row.get("after_kl_nats"))["nats"],
-            "said": {
-                name: [(text, _percent(share)) for text, share in _likeliest(row, who)[:3]]
-                for name, who in (("Teacher", "teacher"), ("Student", "after"))
+            "predictions": {
+                name: [(text, _percent(share)) for text, share in _top_tokens(row, model)[:3]]
+                for name, model in (("Teacher", "teacher"), ("Student", "after"))
             },
         }
         for row in objects(evaluation.get("worst_tokens"))
@@ -144,45 +138,38 @@ def _percent(share: float) -> str:
     return "<\u2009½\u00a0%" if share < 0.005 else f"{100 * share:.0f}\u00a0%"
 
 
-def worst_prompts(
-    models: Mapping[str, tuple[str, Mapping[str, Any]]],
-) -> tuple[str, list[tuple[str, list[str]]]]:
-    """The unit, and the held-out prompts that the last model is worst at, each with its figure of every model.
+def worst_prompts(models: Models) -> tuple[str, list[tuple[str, list[str]]]]:
+    """Return the unit, and the prompts on which the last model is worst, with all models' values.
 
-    Worst is the largest divergence from the teacher, nats a token; where there is none (two tokenizers), the most bits a byte above
-    the teacher's. Nothing where evaluation.json keeps no sums a conversation.
+    The value is the divergence from the teacher in nats per token; without one (two tokenizers),
+    bits per byte above the teacher's. Empty if evaluation.json has no sums per conversation.
     """
     try:
         columns, unit = _excess(models)
-        prompts = [
-            str(prompt) for prompt in next(iter(models.values()))[1]["conversations"]["prompts"]
-        ]
-        order = [i for i in np.argsort(-columns[-1], kind="stable") if np.isfinite(columns[-1][i])][
-            :WORST_PROMPTS
-        ]
+        first = next(iter(models.values()))[1]
+        prompts = [str(prompt) for prompt in first["conversations"]["prompts"]]
+        last = columns[-1]
+        order = [i for i in np.argsort(-last, kind="stable") if np.isfinite(last[i])]
         return unit, [
-            (_short(prompts[i]), [figure(float(column[i])) for column in columns]) for i in order
+            (_short(prompts[i]), [figure(float(column[i])) for column in columns])
+            for i in order[:WORST_PROMPTS]
         ]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         return "", []
 
 
-def _excess(models: Mapping[str, tuple[str, Mapping[str, Any]]]) -> tuple[list[Any], str]:
+def _excess(models: Models) -> tuple[list[Any], str]:
     ratios = [
         measure_ratios(evaluation["conversations"][when]) for when, evaluation in models.values()
     ]
     kl = [one["kl_nats_per_token"] for one in ratios]
     if all(pair is not None for pair in kl):
         return [_divided(*pair) for pair in kl if pair is not None], "nats a token from the teacher"
-    bits = [
-        _divided(*pair) for pair in (one["bits_per_byte"] for one in ratios) if pair is not None
-    ]
-    teacher = measure_ratios(next(iter(models.values()))[1]["conversations"]["teacher"])[
-        "bits_per_byte"
-    ]
-    return [
-        column - _divided(*teacher) for column in bits if teacher is not None
-    ], "bits a byte above the teacher"
+    bits = [_divided(*pair) for one in ratios if (pair := one["bits_per_byte"]) is not None]
+    first = next(iter(models.values()))[1]
+    teacher = measure_ratios(first["conversations"]["teacher"])["bits_per_byte"]
+    excess = [column - _divided(*teacher) for column in bits if teacher is not None]
+    return excess, "bits a byte above the teacher"
 
 
 def _divided(above: Any, below: Any) -> Any:
@@ -195,5 +182,5 @@ def _short(prompt: str) -> str:
 
 
 def as_json(view: TokenView) -> dict[str, Sequence[Any]]:
-    """What the page's script reads: names, and for each token of each model pairs of text and probability."""
-    return {"names": view.said_by, "said": view.said}
+    """Return what the page's script reads: model names, and (text, probability) per prediction."""
+    return {"names": view.predicting, "predictions": view.predictions}

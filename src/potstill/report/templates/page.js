@@ -1,5 +1,5 @@
 "use strict";
-// The filter of the answers, and what the models held likeliest at a token. Everything else on the page needs no script.
+// The filter of the answers, and the most likely next tokens. The rest of the page needs no script.
 
 for (const element of document.querySelectorAll(".filter, .scripted")) element.hidden = false;
 
@@ -30,12 +30,12 @@ function percent(share) {
   return `${share >= 0.00995 ? Math.round(100 * share) : (100 * share).toFixed(1)}\u2009%`;
 }
 
-function table(name, note, likeliest, written) {
+function table(name, note, topTokens, written) {
   const made = document.createElement("table");
   made.append(element("caption", name));
   made.caption.append(element("span", note, "quiet"));
   const rows = made.createTBody();
-  for (const [text, share] of likeliest) {
+  for (const [text, share] of topTokens) {
     const row = rows.insertRow();
     row.style.backgroundSize = `${100 * share}% 100%`;
     row.className = text === written ? "written" : "";
@@ -47,7 +47,7 @@ function table(name, note, likeliest, written) {
 for (const view of document.querySelectorAll(".view")) {
   const data = view.querySelector("script[type='application/json']");
   if (!data) continue;
-  const { names, said } = JSON.parse(data.textContent);
+  const { names, predictions } = JSON.parse(data.textContent);
   const panel = view.querySelector(".next");
   const lists = [...view.querySelectorAll(".tokens")];
   const copies = lists.map(list => [...list.querySelectorAll("span")]);
@@ -63,11 +63,11 @@ for (const view of document.querySelectorAll(".view")) {
     }
     shown = place;
     const written = copies[0][place].textContent;
-    const heading = element("p", `Token ${place + 1} of ${said.length}: `);
+    const heading = element("p", `Token ${place + 1} of ${predictions.length}: `);
     heading.append(element("b", written));
-    const first = names.length - copies.length; // 1 where the teacher is among them
+    const first = names.length - copies.length; // 1 if the teacher is among them
     const tables = document.createElement("div");
-    names.forEach((name, i) => tables.append(table(name, i < first ? "" : nats[i - first][place], said[place][i], written)));
+    names.forEach((name, i) => tables.append(table(name, i < first ? "" : nats[i - first][place], predictions[place][i], written)));
     panel.replaceChildren(heading, tables);
   };
 
@@ -77,13 +77,13 @@ for (const view of document.querySelectorAll(".view")) {
     copies[copy].forEach((token, place) => {
       token.setAttribute("role", "option");
       token.setAttribute("aria-selected", "false");
-      token.removeAttribute("title"); // the panel says it
+      token.removeAttribute("title"); // the panel shows it
       token.tabIndex = -1;
       token.addEventListener("pointerenter", () => show(place));
       token.addEventListener("focus", () => show(place));
     });
     list.addEventListener("keydown", event => {
-      const last = said.length - 1;
+      const last = predictions.length - 1;
       const step = { ArrowRight: shown + 1, ArrowDown: shown + 1, ArrowLeft: shown - 1, ArrowUp: shown - 1, Home: 0, End: last };
       if (!(event.key in step)) return;
       event.preventDefault();
