@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from potstill.losses.closed_forms import LossAndGradient, cross_entropy
-from potstill.losses.fused import as_any_head, as_head, fused_linear_loss
-from potstill.losses.projection import CallableHead, Head, Projection
+from potstill.losses.cross_tokenizer import teacher_projection
+from potstill.losses.fused import as_head, fused_linear_loss
+from potstill.losses.projection import CallableHead, Head
 
 SORTED_WEIGHT = 1.5
 
@@ -43,26 +44,20 @@ def fused_linear_sorted(
     ``teacher_row [N]``: the index of the teacher's hidden state that predicts at the same byte; −1
     for none, where only cross-entropy counts.
     """
-    student, teacher = as_head(student_head), as_any_head(teacher_head)
-    known, index = teacher_row >= 0, teacher_row.clamp_min(0)
-    if not len(teacher_hidden):
-        teacher_hidden = teacher_hidden.new_zeros(1, teacher_hidden.shape[-1])
-    observed = None
-    if teacher_labels is not None and len(teacher_labels):
-        observed = teacher_labels[index]
-    source = Projection(
-        teacher_hidden[index], teacher, observed=observed, chunk_tokens=chunk_tokens
+    source = teacher_projection(
+        teacher_hidden, teacher_head, teacher_row, teacher_labels, chunk_tokens
     )
 
     def score(logits: Tensor, positions: slice) -> LossAndGradient:
         q = (source.logits(positions) / teacher_temperature).softmax(-1)
         distance, gradient = sorted_distance(q, logits.softmax(-1))
         loss, hard_gradient = cross_entropy(labels[positions], logits)
-        weight = sorted_weight * known[positions]
+        weight = sorted_weight * (teacher_row[positions] >= 0)
         return loss + weight * distance, hard_gradient.addcmul_(gradient, weight[:, None])
 
+    head = as_head(student_head)
     return fused_linear_loss(
-        student_hidden, student, score, observed=labels, chunk_tokens=chunk_tokens
+        student_hidden, head, score, observed=labels, chunk_tokens=chunk_tokens
     )
 
 

@@ -1,6 +1,6 @@
 """`potstill demo`: answer, cut a student, distill and report, on two CPU cores.
 
-Each stage is kept, as in pipeline.py.
+Each stage is kept, as in distillation/run.py.
 """
 
 from __future__ import annotations

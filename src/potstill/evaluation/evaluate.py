@@ -117,42 +117,32 @@ def evaluate(
 
     Raises: as `potstill.load_model`; DataError for data without a supervised token.
     """
-    opener = ModelOpener(**opening)
-    chosen_tasks = Tasks(tasks)
-    conversations = _conversations(data)
-    if isinstance(teacher, str | os.PathLike):
-        teacher_tokenizer = teacher_tokenizer or open_teacher_tokenizer(str(teacher), opener)
+    opener, chosen_tasks, is_source = ModelOpener(**opening), Tasks(tasks), (str, os.PathLike)
     tokenizer = tokenizer or _tokenizer_of(student, opener)
-    source = None if isinstance(teacher, str | os.PathLike) else as_teacher(teacher)
-    if teacher_tokenizer is None and source is not None:
-        teacher_tokenizer = source.tokenizer or _tokenizer_of(source.model, opener)
-    assert teacher_tokenizer is not None
-    pair = HeldOut(teacher_tokenizer, tokenizer, conversations, max_length=max_length)
-    if source is None:
-        source = open_teacher(str(teacher), **vars(opener))
-    model: Any = opener.model(student) if isinstance(student, str | os.PathLike) else student
+    if isinstance(teacher, is_source):
+        reader = teacher_tokenizer or open_teacher_tokenizer(str(teacher), opener)
+    else:
+        reader = teacher_tokenizer or _teacher_tokenizer(as_teacher(teacher), opener)
+    pair = HeldOut(reader, tokenizer, _conversations(data), max_length=max_length)
+    is_open = not isinstance(teacher, is_source)
+    source = as_teacher(teacher) if is_open else open_teacher(str(teacher), **vars(opener))
+    model: Any = opener.model(student) if isinstance(student, is_source) else student
     was_training = model.training
     model.eval()
     try:
-        scores = {
-            "teacher": pair.score_teacher(source),
-            "student": pair.score_student(model, source),
-        }
-        abilities = {}
-        if tasks:
-            if source.model is not None:
-                abilities["teacher"] = chosen_tasks.measure(source.model, teacher_tokenizer)
-            abilities["student"] = chosen_tasks.measure(model, tokenizer)
+        student_scores = pair.score_student(model, source)
+        abilities = {"student": chosen_tasks.measure(model, tokenizer)} if tasks else {}
+        if tasks and source.model is not None:
+            abilities = {"teacher": chosen_tasks.measure(source.model, reader), **abilities}
     finally:
         model.train(was_training)
-    kept = pair.per_conversation({"student": scores["student"]})
-    return Evaluation(
-        summarize(scores["student"]),
-        summarize(scores["teacher"]),
-        kept["fingerprint"],
-        kept["student"],
-        abilities,
-    )
+    measured, of_teacher = summarize(student_scores), summarize(pair.score_teacher(source))
+    kept = pair.per_conversation({"student": student_scores})
+    return Evaluation(measured, of_teacher, kept["fingerprint"], kept["student"], abilities)
+
+
+def _teacher_tokenizer(teacher: Teacher, opener: ModelOpener) -> Tokenizer:
+    return teacher.tokenizer or _tokenizer_of(teacher.model, opener)
 
 
 def _conversations(data: Source | Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

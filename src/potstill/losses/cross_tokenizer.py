@@ -17,7 +17,7 @@ mass of tokens that end at an interior, and only the heaviest few cells at a pos
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,7 +37,7 @@ from potstill.losses.projection import CallableHead, Head, Projection
 
 
 class Cells(Protocol):
-    """The part of `potstill.alignment.VocabularyCells` that the loss uses."""
+    """Declare the part of `potstill.alignment.VocabularyCells` that the loss uses."""
 
     count: int
     teacher_cells: Tensor
@@ -53,12 +53,12 @@ class Cells(Protocol):
 
 @dataclass(frozen=True)
 class Places:
-    """The source of the target of each of the student's N supervised tokens; int64 ``[N]`` each."""
+    """Locate the target of each of the student's N supervised tokens; each field is int64 ``[N]``."""
 
     teacher_row: Tensor
     """Index of the teacher's hidden state, of M, that predicts here; −1 for none."""
     start: Tensor
-    """The tokens that continue from what the student has emitted: ``Cells.order[start:stop]``."""
+    """The tokens that continue the emitted pieces are ``Cells.order[start:stop]``."""
     stop: Tensor
     depth: Tensor
     """Number of pieces of the teacher's token already emitted; 0 at a root."""
@@ -67,26 +67,25 @@ class Places:
 
 
 class CellPartition:
-    """The same cells at every position; ids without a cell share an extra one without target mass."""
+    """Use the same cells at every position, plus one without teacher mass for ids in no cell (−1)."""
 
     def __init__(self, cells: Tensor, count: int) -> None:
         self.count = count + 1
         self.cells = cells.masked_fill(cells < 0, count)
 
     def pool(self, values: Tensor) -> Tensor:
-        """``[b, V]`` → ``[b, C + 1]``."""
+        """Sum over the tokens of each cell: ``[b, V]`` → ``[b, C + 1]``."""
         # torch has a fast path for an expanded index: 0.3 ns per element; index_add takes up to 100.
-        return values.new_zeros(len(values), self.count).scatter_add_(
-            -1, self.cells.expand(len(values), -1), values
-        )
+        index = self.cells.expand(len(values), -1)
+        return values.new_zeros(len(values), self.count).scatter_add_(-1, index, values)
 
     def spread(self, values: Tensor) -> Tensor:
-        """``[b, C + 1]`` → ``[b, V]``."""
+        """Give each token the value of its cell: ``[b, C + 1]`` → ``[b, V]``."""
         return values.index_select(-1, self.cells)
 
 
 class ResidualPartition:
-    """A `CellPartition` whose ``empty [b, C + 1]`` cells are merged into the last, per position."""
+    """Merge, at each position, the cells marked in ``empty [b, C + 1]`` into the last cell."""
 
     def __init__(self, cells: CellPartition, empty: Tensor) -> None:
         self.cells, self.count = cells, cells.count
@@ -94,13 +93,13 @@ class ResidualPartition:
         self.empty[:, -1] = False
 
     def pool(self, values: Tensor) -> Tensor:
-        """``[b, V]`` → ``[b, C + 1]``."""
+        """Sum over the tokens of each cell: ``[b, V]`` → ``[b, C + 1]``."""
         pooled = self.cells.pool(values)
         pooled[:, -1] += (pooled * self.empty).sum(-1)
         return pooled.masked_fill_(self.empty, 0)
 
     def spread(self, values: Tensor) -> Tensor:
-        """``[b, C + 1]`` → ``[b, V]``."""
+        """Give each token the value of its cell: ``[b, C + 1]`` → ``[b, V]``."""
         return self.cells.spread(torch.where(self.empty, values[:, -1:], values))
 
     def cell_of(self, cells: Tensor) -> Tensor:
@@ -127,30 +126,36 @@ def fused_linear_cells(
     """Return divergence over cells plus cross-entropy inside them, summed: a scalar in nats.
 
     ``student_hidden [N, Hs]``, ``labels [N]``, ``teacher_hidden [M, Ht]``, ``teacher_labels [M]``;
-    the heads have V_s and V_t rows. ``teacher_temperature`` is the one that sampled the text.
-    ``within_weight`` multiplies the cross-entropy inside the observed cell: at 1 the loss has the
-    same expectation as text distillation. Where there is no target, a token gets cross-entropy.
-    With one tokenizer this equals `fused_linear_divergence`, except for special tokens.
-
-    Raises: ValueError if shapes do not fit, or for an unknown divergence.
-    Source: docs/one-principle.md.
+    heads of V_s and V_t rows. ``teacher_temperature`` is the sampling temperature of the text.
+    ``within_weight`` multiplies the cross-entropy in a cell: at 1 the mean gradient is that of text
+    distillation. Without a target, a token gets cross-entropy. With equal tokenizers this is
+    `fused_linear_divergence`, except for special tokens.
+    Raises: ValueError for wrong shapes or an unknown divergence. Source: docs/one-principle.md.
     """
-    student, count = as_head(student_head), len(student_hidden)
-    if labels.shape != (count,) or places.teacher_row.shape != (count,):
-        raise ValueError(
-            f"labels {tuple(labels.shape)} and places {tuple(places.teacher_row.shape)} must be "
-            f"one for each of the {count} hidden states of the student"
-        )
+    student = as_head(student_head)
+    _check_places(student_hidden, labels, places)
     compare = closed_form(divergence, divergence_parameters)
     if divergence != "forward_kl":  # forward KL adds 0 where the teacher has no mass
         compare = on_support(compare)
     student_cells = _one_per_row(cells.student_cells, len(student)).to(student_hidden.device)
-    partition = CellPartition(student_cells, cells.count)
+    all_cells = CellPartition(student_cells, cells.count)
+    teacher_row = places.teacher_row
     projection = teacher_projection(
-        teacher_hidden, teacher_head, places.teacher_row, teacher_labels, chunk_tokens
+        teacher_hidden, teacher_head, teacher_row, teacher_labels, chunk_tokens
     )
     masses = _Masses(projection, cells, places, teacher_temperature)
-    score = _Score(compare, masses, partition, labels, within_weight)
+
+    def score(logits: Tensor, positions: slice) -> LossAndGradient:
+        partition: Partition = all_cells
+        (t, has_mass), observed_cells = masses(positions), places.cell[positions].clamp_min(0)
+        if cells.keeps_endings:
+            empty = (t == 0) & (places.depth[positions, None] > 0)
+            partition = residual = ResidualPartition(all_cells, empty)
+            observed_cells = residual.cell_of(observed_cells)
+        has_target = (teacher_row[positions] >= 0) & has_mass
+        loss = functools.partial(partition_loss, compare, t, logits, partition, labels[positions])
+        return loss(observed_cells, has_target=has_target, within_weight=within_weight)
+
     return fused_linear_loss(
         student_hidden, student, score, observed=labels, chunk_tokens=chunk_tokens
     )
@@ -181,8 +186,8 @@ class _Masses:
     def __init__(
         self, projection: Projection, cells: Cells, places: Places, temperature: float
     ) -> None:
-        self.projection, self.cells, self.places = projection, cells, places
-        self.temperature, device = temperature, projection.hidden.device
+        self.projection, self.cells, self.temperature = projection, cells, temperature
+        device = projection.hidden.device
         teacher_cells = _one_per_row(cells.teacher_cells, len(projection.head)).to(device)
         self.partition = CellPartition(teacher_cells, cells.count)
         # The cells are on the CPU, so indices are computed there and copied once per block.
@@ -218,34 +223,11 @@ class _Masses:
         return inside.repeat_interleave(sizes), self.cells.order[places], columns
 
 
-@dataclass(frozen=True)
-class _Score:
-    """Compute the loss of one block from the student's logits."""
-
-    compare: Callable[[Tensor, Tensor], LossAndGradient]
-    masses: _Masses
-    cells: CellPartition
-    labels: Tensor
-    within_weight: float
-
-    def __call__(self, logits: Tensor, positions: slice) -> LossAndGradient:
-        places = self.masses.places
-        t, has_mass = self.masses(positions)
-        observed_cells = places.cell[positions].clamp_min(0)
-        partition: Partition = self.cells
-        if self.masses.cells.keeps_endings:
-            empty = (t == 0) & (places.depth[positions, None] > 0)
-            partition = residual = ResidualPartition(self.cells, empty)
-            observed_cells = residual.cell_of(observed_cells)
-        return partition_loss(
-            self.compare,
-            t,
-            logits,
-            partition,
-            self.labels[positions],
-            observed_cells=observed_cells,
-            has_target=(places.teacher_row[positions] >= 0) & has_mass,
-            within_weight=self.within_weight,
+def _check_places(hidden: Tensor, labels: Tensor, places: Places) -> None:
+    if labels.shape != hidden.shape[:1] or places.teacher_row.shape != labels.shape:
+        raise ValueError(
+            f"labels {tuple(labels.shape)} and places {tuple(places.teacher_row.shape)} must be one "
+            f"for each of the {len(hidden)} hidden states of the student"
         )
 
 

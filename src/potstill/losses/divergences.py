@@ -4,7 +4,7 @@ N supervised tokens, V vocabulary. q is the teacher's distribution and p the stu
 logits divided by one temperature. Every function takes ``teacher_logits [N, V]`` and
 ``student_logits [N, V]`` and returns ``[N]`` nats, one number per token, in float32 or wider.
 
-No function multiplies by temperature² (Hinton et al. 2015, arXiv 1503.02531, section 2): that factor
+No function multiplies by temperature² (Hinton et al. 2015, arXiv 1503.02531, section 2): the factor
 keeps the size of gradients, and the learning rate can do this instead.
 
 A logit of −inf is probability 0 and contributes 0 · log 0 = 0. ``forward_kl`` is infinite if the
@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from potstill.losses import closed_forms
-from potstill.losses.closed_forms import inside_unit_interval, positive_temperature
+from potstill.losses import closed_forms as closed
+from potstill.losses.closed_forms import ClosedForm, inside_unit_interval, positive_temperature
 
 
 def forward_kl(
@@ -157,16 +157,12 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Describe one divergence; calling the record calls its dense form.
-
-    Losses, configuration, command line, plots and the table in the docs are derived from
-    `DIVERGENCES`.
-    """
+    """Describe one divergence for losses, configuration, command line, plots and docs."""
 
     name: str
     dense: Callable[..., Tensor]
     """``(teacher_logits [N, V], student_logits [N, V], *, temperature, **parameters)`` → ``[N]`` nats."""
-    closed_form: closed_forms.ClosedForm | None = None
+    closed_form: ClosedForm | None = None
     """Loss and gradient of one block of logits; if None, autograd differentiates ``dense``."""
     parameters: tuple[Parameter, ...] = ()
     formula: str = ""
@@ -176,9 +172,9 @@ class Divergence:
         """Return the dense form's value."""
         return self.dense(teacher_logits, student_logits, **settings)
 
-    def value_and_gradient(self) -> closed_forms.ClosedForm:
+    def value_and_gradient(self) -> ClosedForm:
         """Return the closed form, or one made from ``dense`` by autograd."""
-        return self.closed_form or closed_forms.by_autograd(self.dense)
+        return self.closed_form or closed.by_autograd(self.dense)
 
     def parameters_from(self, given: Mapping[str, float]) -> dict[str, float]:
         """Return this divergence's own parameters: those in ``given``, else the defaults, checked."""
@@ -189,53 +185,25 @@ TEACHER_WEIGHT = Parameter(
     "teacher_weight", 0.5, "The teacher's share w of jensen_shannon's mixture."
 )
 SKEW = Parameter("skew", 0.1, "The admixture a of the two skew divergences.")
+SKEW_FORWARD, SKEW_REVERSE = "KL(q ‖ a·q + (1−a)·p)", "KL(p ‖ (1−a)·q + a·p)"
+JS = "w·KL(q‖m) + (1−w)·KL(p‖m), m = w·q + (1−w)·p"
+HINTON = "Hinton et al. 2015, arXiv 1503.02531"
+MINILLM = "Gu et al. 2023 (MiniLLM), arXiv 2306.08543"
+GKD = "Agarwal et al. 2023 (GKD), arXiv 2306.13649"
+DISTILLM = "Ko et al. 2024 (DistiLLM), arXiv 2402.03898"
+WEN = "Wen et al. 2023 (f-distillation), arXiv 2307.15190"
 
 RECORDS = (
+    Divergence("forward_kl", forward_kl, closed.forward_kl, (), "Σ q log(q/p)", HINTON),
+    Divergence("reverse_kl", reverse_kl, closed.reverse_kl, (), "Σ p log(p/q)", MINILLM),
+    Divergence("jensen_shannon", jensen_shannon, closed.jensen_shannon, (TEACHER_WEIGHT,), JS, GKD),
     Divergence(
-        "forward_kl",
-        forward_kl,
-        closed_forms.forward_kl,
-        formula="Σ q log(q/p)",
-        source="Hinton et al. 2015, arXiv 1503.02531",
+        "skew_forward_kl", skew_forward_kl, closed.skew_forward_kl, (SKEW,), SKEW_FORWARD, DISTILLM
     ),
     Divergence(
-        "reverse_kl",
-        reverse_kl,
-        closed_forms.reverse_kl,
-        formula="Σ p log(p/q)",
-        source="Gu et al. 2023 (MiniLLM), arXiv 2306.08543",
+        "skew_reverse_kl", skew_reverse_kl, closed.skew_reverse_kl, (SKEW,), SKEW_REVERSE, DISTILLM
     ),
-    Divergence(
-        "jensen_shannon",
-        jensen_shannon,
-        closed_forms.jensen_shannon,
-        (TEACHER_WEIGHT,),
-        formula="w·KL(q‖m) + (1−w)·KL(p‖m), m = w·q + (1−w)·p",
-        source="Agarwal et al. 2023 (GKD), arXiv 2306.13649",
-    ),
-    Divergence(
-        "skew_forward_kl",
-        skew_forward_kl,
-        closed_forms.skew_forward_kl,
-        (SKEW,),
-        formula="KL(q ‖ a·q + (1−a)·p)",
-        source="Ko et al. 2024 (DistiLLM), arXiv 2402.03898",
-    ),
-    Divergence(
-        "skew_reverse_kl",
-        skew_reverse_kl,
-        closed_forms.skew_reverse_kl,
-        (SKEW,),
-        formula="KL(p ‖ (1−a)·q + a·p)",
-        source="Ko et al. 2024 (DistiLLM), arXiv 2402.03898",
-    ),
-    Divergence(
-        "total_variation",
-        total_variation,
-        closed_forms.total_variation,
-        formula="½ Σ |q − p|",
-        source="Wen et al. 2023 (f-distillation), arXiv 2307.15190",
-    ),
+    Divergence("total_variation", total_variation, closed.total_variation, (), "½ Σ |q − p|", WEN),
 )
 """All divergences. To add one, add a record here."""
 

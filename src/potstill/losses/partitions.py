@@ -24,6 +24,7 @@ student's spelling of it, is in another cell.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -36,7 +37,7 @@ from potstill.losses.projection import Head
 
 
 class Partition(Protocol):
-    """The cell of each token, for a block of b positions; cells may differ between positions."""
+    """Assign each token to a cell, for a block of b positions with possibly different cells."""
 
     count: int
 
@@ -55,8 +56,8 @@ def partition_loss(
     student_logits: Tensor,
     partition: Partition,
     observed: Tensor,
-    *,
     observed_cells: Tensor,
+    *,
     has_target: Tensor | None = None,
     within_weight: float = 1.0,
 ) -> LossAndGradient:
@@ -113,11 +114,11 @@ class TopKPartition:
         self.cells.scatter_(-1, ids, torch.arange(self.count - 1, device=ids.device).expand_as(ids))
 
     def pool(self, values: Tensor) -> Tensor:
-        """``[b, V]`` → ``[b, k + 1]``."""
+        """Sum over the tokens of each cell: ``[b, V]`` → ``[b, k + 1]``."""
         return values.new_zeros(len(values), self.count).scatter_add_(-1, self.cells, values)
 
     def spread(self, values: Tensor) -> Tensor:
-        """``[b, k + 1]`` → ``[b, V]``."""
+        """Give each token the value of its cell: ``[b, k + 1]`` → ``[b, V]``."""
         return values.gather(-1, self.cells)
 
 
@@ -159,15 +160,9 @@ def fused_linear_topk(
 
     def score(logits: Tensor, positions: slice) -> LossAndGradient:
         partition, observed = TopKPartition(ids[positions], len(head)), labels[positions]
-        return partition_loss(
-            compare,
-            masses[positions],
-            logits,
-            partition,
-            observed,
-            observed_cells=partition.cells.gather(-1, observed[:, None]).squeeze(-1),
-            within_weight=within_weight,
-        )
+        cells = partition.cells.gather(-1, observed[:, None]).squeeze(-1)
+        loss = functools.partial(partition_loss, compare, masses[positions], logits, partition)
+        return loss(observed, cells, within_weight=within_weight)
 
     return fused_linear_loss(
         student_hidden, head, score, observed=labels, chunk_tokens=chunk_tokens

@@ -37,13 +37,7 @@ def make_page(players: Sequence[Player], title: str) -> gr.Blocks:
                 gr.Button("Ask", variant="primary", scale=0, min_width=140),
                 gr.Button("Stop", scale=0, min_width=140),
             )
-        with gr.Accordion("How answers are sampled", open=False), gr.Row():
-            temperature = gr.Slider(
-                0, 2, 0.7, step=0.05, label="Temperature", info="0 takes the likeliest token."
-            )
-            most = gr.Slider(
-                8, 512, 64, step=8, label="Tokens at most", info="Where an answer is cut off."
-            )
+        temperature, most = _sampling_sliders()
         with gr.Row():
             answers = [
                 _panel(answer_html(player, []), js_on_load=SELECT_TOKEN) for player in players
@@ -85,6 +79,17 @@ def make_page(players: Sequence[Player], title: str) -> gr.Blocks:
                 _at_place(players, player), [said], [*answers, place, *bars], show_progress="hidden"
             )
     return page
+
+
+def _sampling_sliders() -> tuple[gr.Slider, gr.Slider]:
+    with gr.Accordion("How answers are sampled", open=False), gr.Row():
+        temperature = gr.Slider(
+            0, 2, 0.7, step=0.05, label="Temperature", info="0 takes the likeliest token."
+        )
+        most = gr.Slider(
+            8, 512, 64, step=8, label="Tokens at most", info="Where an answer is cut off."
+        )
+    return temperature, most
 
 
 def _panel(content: str, **more: Any) -> gr.HTML:
