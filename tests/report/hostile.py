@@ -1,4 +1,4 @@
-"""A run and a comparison whose texts are as wide, as long and as hostile as they come, as folders on disk, without a model."""
+"""Make folders of a run and a comparison with wide, long and hostile texts, without a model."""
 
 import json
 from pathlib import Path
@@ -41,12 +41,10 @@ def sums(kl: float) -> dict[str, Any]:
 
 
 def token(text: str, kl: float, gain: float) -> dict[str, Any]:
-    said = {
-        name: [[text, 0.5], [" other", 0.25], [EVIL, 0.12], [LONG, 0.1], ["\n", 0.03]]
-        for name in ("teacher", "before", "after")
-    }
-    said["teacher"] = [[" teacher's", 0.9], *said["teacher"][1:]]
-    return {"text": text, "before_kl_nats": kl, "after_kl_nats": kl * gain, "next": said}
+    others = [[" other", 0.25], [EVIL, 0.12], [LONG, 0.1], ["\n", 0.03]]
+    predicted = {name: [[text, 0.5], *others] for name in ("before", "after")}
+    predicted["teacher"] = [[" teacher's", 0.9], *others]
+    return {"text": text, "before_kl_nats": kl, "after_kl_nats": kl * gain, "next": predicted}
 
 
 def evaluation(before: float, after: float) -> dict[str, Any]:
@@ -62,16 +60,25 @@ def evaluation(before: float, after: float) -> dict[str, Any]:
         "before": sums(before),
         "after": sums(after),
     }
+    worst = [
+        {**token(text, 9.0, gain), "context": LONG[:80] + " and"} for text in (" word", LONG, EVIL)
+    ]
     return {
-        "teacher": measures(0.0), "before": measures(before), "after": measures(after), "gap_closed": 0.65, "samples": samples,
-        "token_view": {"prompt": EVIL, "tokens": tokens}, "more_token_views": [{"prompt": LONG, "tokens": tokens}] * 2,
-        "worst_tokens": [{**token(text, 9.0, gain), "context": LONG[:80] + " and"} for text in (" word", LONG, EVIL)],
-        "conversations": {"fingerprint": "f", "train_prompts": "t", **kept}, "eval_conversations": len(QUESTIONS),
-    }  # fmt: skip
+        "teacher": measures(0.0),
+        "before": measures(before),
+        "after": measures(after),
+        "gap_closed": 0.65,
+        "samples": samples,
+        "token_view": {"prompt": EVIL, "tokens": tokens},
+        "more_token_views": [{"prompt": LONG, "tokens": tokens}] * 2,
+        "worst_tokens": worst,
+        "conversations": {"fingerprint": "f", "train_prompts": "t", **kept},
+        "eval_conversations": len(QUESTIONS),
+    }
 
 
 def run_folder(folder: Path, *, after: float = 0.8, **settings: Any) -> Path:
-    """A finished run, as `potstill distill` and `potstill compare` leave it."""
+    """Make the folder of a finished run, like `potstill distill` and `potstill compare`."""
     folder.mkdir(exist_ok=True)
     config = {
         "teacher": "demo",
@@ -108,8 +115,8 @@ def answers(text: str) -> list[dict[str, Any]]:
 
 
 def comparison_page(folder: Path) -> Path:
-    """Four methods with two seeds each, and the student before."""
-    entrants = {}
+    """Write a page with four methods, two seeds each, and the untouched student."""
+    runs_by_method = {}
     for place, (name, method) in enumerate(
         {"text": "text", "logits": "logits", EVIL: "cross", LONG: "logits"}.items()
     ):
@@ -126,13 +133,13 @@ def comparison_page(folder: Path) -> Path:
             runs.append(
                 FinishedRun(made, config, json.loads((made / "evaluation.json").read_text()))
             )
-        entrants[name] = runs
+        runs_by_method[name] = runs
     untouched = answers("before")
-    comparison = compare_runs(entrants, untouched_answers=untouched, text_measures=[])
+    comparison = compare_runs(runs_by_method, untouched_answers=untouched, text_measures=[])
     settings = {"teacher": "demo", "student": LONG, "seeds": "0,1"}
     page = as_html(
         comparison,
-        entrants,
+        runs_by_method,
         untouched,
         folder=folder,
         settings=settings,

@@ -1,4 +1,4 @@
-"""Which losses share a drawing, and what is drawn of them."""
+"""Which losses share a plot, and what the plot shows."""
 
 import re
 from typing import Any
@@ -17,7 +17,7 @@ def rows(count: int = 30, **more: Any) -> list[dict[str, Any]]:
     ]
 
 
-def test_seeds_and_recipes_of_one_quantity_share_a_drawing_over_tokens_and_over_seconds() -> None:
+def test_seeds_and_recipes_of_one_quantity_share_plots_over_tokens_and_over_seconds() -> None:
     curves = [
         Curve("slow", 0, LOGITS, rows()),
         Curve("slow", 0, {**LOGITS, "seed": 1}, rows()),
@@ -43,24 +43,18 @@ def test_seeds_and_recipes_of_one_quantity_share_a_drawing_over_tokens_and_over_
         {"data": "reference.jsonl"},
     ],
 )
-def test_losses_that_are_not_the_same_quantity_on_the_same_text_have_a_drawing_each(
+def test_losses_of_different_quantities_or_texts_have_separate_plots(
     other: dict[str, Any],
 ) -> None:
-    assert (
-        len(
-            panels(
-                [Curve("one", 0, LOGITS, rows()), Curve("other", 1, {**LOGITS, **other}, rows())]
-            )
-        )
-        == 2
-    )
+    curves = [Curve("one", 0, LOGITS, rows()), Curve("other", 1, {**LOGITS, **other}, rows())]
+    assert len(panels(curves)) == 2
 
 
-def test_a_run_that_has_logged_nothing_is_left_out() -> None:
+def test_a_run_without_a_logged_loss_is_left_out() -> None:
     assert panels([Curve("", 0, LOGITS, [{"step": 1}])]) == []
 
 
-def test_without_counted_tokens_the_axis_is_steps_and_long_runs_are_told_in_hours() -> None:
+def test_without_token_counts_the_axis_is_steps_and_long_runs_are_in_hours() -> None:
     without = [
         {"step": row["step"], "loss": row["loss"], "seconds": 1000 * row["seconds"]}
         for row in rows()
@@ -75,19 +69,20 @@ def test_without_counted_tokens_the_axis_is_steps_and_long_runs_are_told_in_hour
     ]
 
 
-def test_a_name_is_drawn_as_text_whatever_is_in_it() -> None:
+def test_a_name_with_markup_is_drawn_as_text() -> None:
     (panel,) = panels([Curve("$x^2$<script>", 0, LOGITS, rows())])
     assert "<script" not in panel.drawings[0]
     assert "x^2$&lt;script&gt;" in panel.drawings[0]
 
 
-def test_the_colours_are_those_of_the_page() -> None:
+def test_the_colors_are_those_of_the_page() -> None:
     (panel,) = panels([Curve("", 0, LOGITS, rows())])
     assert "var(--c0)" in panel.drawings[0]
     assert set(re.findall(r"#[0-9a-f]{6}", panel.drawings[0])) <= {"#ffffff", "#000000"}
 
 
-def test_one_hard_batch_leaves_no_trace_in_the_bold_line() -> None:
+def test_one_outlier_does_not_change_the_running_median() -> None:
     losses = [1.0] * 100
     losses[50] = 100.0
-    assert {y for _, y in _smoothed(list(zip(range(100), losses, strict=True)))} == {1.0}  # type: ignore[arg-type]
+    points = [(float(step), loss) for step, loss in enumerate(losses)]
+    assert {y for _, y in _smoothed(points)} == {1.0}

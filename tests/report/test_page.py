@@ -96,8 +96,8 @@ def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
 def test_text_of_a_model_is_escaped_everywhere(tmp_path: Path) -> None:
     evil = "</div></p><script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
     sample = dict.fromkeys(("prompt", "teacher", "before", "after"), evil)
-    said = {name: [[evil, 0.5]] for name in ("teacher", "before", "after")}
-    token = {"text": evil, "before_kl_nats": 1.0, "after_kl_nats": 0.1, "next": said}
+    predicted = {name: [[evil, 0.5]] for name in ("teacher", "before", "after")}
+    token = {"text": evil, "before_kl_nats": 1.0, "after_kl_nats": 0.1, "next": predicted}
     more = {
         "token_view": {"prompt": evil, "tokens": [token]},
         "worst_tokens": [{**token, "context": evil}],
@@ -197,10 +197,10 @@ def kept(before: list[float], after: list[float]) -> dict[str, Any]:
         ),
     ],
 )
-def test_the_difference_is_paired_where_the_conversations_are_kept(
+def test_the_difference_is_paired_if_sums_per_conversation_are_there(
     tmp_path: Path, gains: list[float], says: str
 ) -> None:
-    """The conversations lie between 1 and 5 nats apart: unpaired, none of these differences could be seen."""
+    """Conversations range from 1 to 5 nats: unpaired, none of these differences is visible."""
     before = [1.0 + 4 * i / len(gains) for i in range(len(gains))]
     after = [was - gain for was, gain in zip(before, gains, strict=True)]
     means = [sum(values) / len(values) for values in (before, after)]
@@ -228,30 +228,28 @@ def test_sums_that_are_missing_or_damaged_are_left_out(tmp_path: Path, damage: o
     )
 
 
-def test_tasks_stand_among_the_measures(tmp_path: Path) -> None:
+def test_task_scores_are_rows_of_the_measures(tmp_path: Path) -> None:
     def answered(accuracy: float) -> dict[str, Any]:
         return {"arc_easy": {"questions": 40, "acc": accuracy, "stderr": {"acc": 0.1}}}
 
     tasks = {"teacher": answered(0.75), "before": answered(0.25), "after": answered(0.5)}
     text = words(page(run_folder(tmp_path, evaluated(tasks=tasks))))
-    assert (
-        "arc_easy acc, 40 questions ↑ higher is better 0.250 0.054 to 0.446 0.500 0.304 to 0.696 0.750"
-        in text
-    )
+    row = "arc_easy acc, 40 questions ↑ higher is better"
+    assert f"{row} 0.250 0.054 to 0.446 0.500 0.304 to 0.696 0.750" in text
     assert "arc_easy" not in page(run_folder(tmp_path, evaluated(tasks={"after": {"arc_easy": 1}})))
 
 
-def test_across_tokenizers_tokens_are_shaded_by_surprise_and_only_students_are_asked(
+def test_across_tokenizers_tokens_are_shaded_by_surprise_and_only_students_predict(
     tmp_path: Path,
 ) -> None:
-    said = {"before": [["a", 0.5]], "after": [["b", 0.6]]}
+    predicted = {"before": [["a", 0.5]], "after": [["b", 0.6]]}
     nats = {
         "before_kl_nats": None,
         "after_kl_nats": None,
         "before_nll_nats": 2.0,
         "after_nll_nats": 0.5,
     }
-    view = {"prompt": "p", "tokens": [{"text": "a", **nats, "next": said}]}
+    view = {"prompt": "p", "tokens": [{"text": "a", **nats, "next": predicted}]}
     html = page(run_folder(tmp_path, evaluated(None, None, token_view=view)))
     assert 'title="2.000 nats"' in html
     assert "Surprise (−log p)" in html
@@ -282,8 +280,8 @@ def test_without_intervals_the_verdict_is_not_certain(tmp_path: Path) -> None:
 
 def test_the_story_describes_the_run_and_its_result(tmp_path: Path) -> None:
     text = words(page(run_folder(tmp_path, evaluated())))
-    done = "The student “small” was trained for 3 steps (6 s) on 400 conversations by matching the next-token distribution"
-    assert done in text
+    assert "The student “small” was trained for 3 steps (6 s) on 400 conversations by " in text
+    assert "conversations by matching the next-token distribution" in text
     assert "Its divergence went from 2.000 to 1.000 nats a token" in text
     assert "it has closed 50 % of the gap to the teacher." in text
 
@@ -395,7 +393,5 @@ def test_the_command_to_repeat_quotes_the_folder_and_writes_to_a_new_one(tmp_pat
     folder = tmp_path / "my run"
     folder.mkdir()
     html = page(run_folder(folder))
-    assert (
-        f"potstill distill --config &#39;{folder}/config.yaml&#39; --output-dir &#39;{folder}-again&#39;"
-        in html
-    )
+    config, output = f"&#39;{folder}/config.yaml&#39;", f"&#39;{folder}-again&#39;"
+    assert f"potstill distill --config {config} --output-dir {output}" in html

@@ -1,4 +1,4 @@
-"""Both pages, of a run and of a comparison, in headless Chromium: they fit, they read, they answer, and ask nothing of anybody."""
+"""Both pages in headless Chromium: layout, contrast, scripts and requests."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +13,12 @@ from report.hostile import EVIL, QUESTIONS, comparison_page, run_folder
 AXE = Path(__file__).parents[2] / ".cache" / "axe" / "axe.min.js"
 pytestmark = IN_CHROMIUM
 LEAST_CONTRAST = """
-const luminance = colour => colour.match(/[\\d.]+/g).slice(0, 3).map(Number)
+const luminance = color => color.match(/[\\d.]+/g).slice(0, 3).map(Number)
     .map(c => (c /= 255) <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
     .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
 const behind = e => { for (; e; e = e.parentElement) {
-    const b = getComputedStyle(e).backgroundColor; if (!b.endsWith(', 0)')) return b; } return 'rgb(255, 255, 255)'; };
+    const b = getComputedStyle(e).backgroundColor;
+    if (!b.endsWith(', 0)')) return b; } return 'rgb(255, 255, 255)'; };
 return Math.min(...[...document.querySelectorAll('body *')]
     .filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()))
     .map(e => [getComputedStyle(e)[e.closest('svg') ? 'fill' : 'color'], behind(e)].map(luminance))
@@ -36,7 +37,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(params=["report", "comparison"])
 def opened(request: pytest.FixtureRequest, browser: Any, pages: dict[str, Path]) -> Opened:
-    """Opens the page; the browser then stands on it."""
+    """Return a function that opens the page and returns the browser."""
 
     def opening(width: int = 1280, scheme: str = "light", scripts: bool = True) -> Any:
         screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
@@ -74,28 +75,26 @@ def test_every_part_of_the_page_has_its_heading(opened: Opened) -> None:
     headings = opened().execute_script(
         "return [...document.querySelectorAll('h2')].map(h => h.textContent)"
     )
-    assert [heading for heading in headings if heading != "Each against each"] == [
+    assert [heading for heading in headings if heading != "All pairs"] == [
         "What was measured",
         "The loss during training",
         "What the models answer",
         "Answers, token by token",
         "Where the student is worst"
-        if "Each against each" not in headings
+        if "All pairs" not in headings
         else "Where the students are worst",
-        "Where this comes from",
+        "How this was made",
     ]
 
 
-def test_markup_that_a_model_wrote_is_read_as_text(opened: Opened) -> None:
+def test_markup_that_a_model_wrote_is_shown_as_text(opened: Opened) -> None:
     browser = opened(390)
     assert EVIL in find(browser, ".answers .teacher dd").text
     assert "owned" not in browser.title
     assert browser.execute_script("return [...document.scripts].filter(s => !s.type).length") == 1
 
 
-def test_the_page_asks_nothing_of_the_network_and_complains_of_nothing(
-    opened: Opened, browser: Any
-) -> None:
+def test_the_page_sends_no_requests_and_logs_no_errors(opened: Opened, browser: Any) -> None:
     browser.get_log("browser")
     opened()
     browser.execute_script(UNFOLD)
@@ -109,7 +108,7 @@ def test_the_page_asks_nothing_of_the_network_and_complains_of_nothing(
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_text_stands_out_from_its_ground(opened: Opened, scheme: str) -> None:
+def test_every_text_has_enough_contrast(opened: Opened, scheme: str) -> None:
     assert opened(1280, scheme).execute_script(LEAST_CONTRAST) >= 4.5  # WCAG 2 AA
 
 
@@ -124,14 +123,14 @@ def test_the_filter_shows_only_the_answers_that_have_the_words(opened: Opened, w
     ]
     assert find(browser, ".filter output").text == "3 of 15"
     box.clear()
-    box.send_keys("nobody said this")
+    box.send_keys("words of no answer")
     assert shown_answers(browser) == []
     box.send_keys("\b" * 20)
     assert shown_answers(browser) == before
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_pointing_at_a_token_shows_what_each_model_held_likeliest(
+def test_pointing_at_a_token_shows_the_most_likely_tokens_of_each_model(
     opened: Opened, width: int
 ) -> None:
     from selenium.webdriver import ActionChains
@@ -157,7 +156,7 @@ def test_pointing_at_a_token_shows_what_each_model_held_likeliest(
     )
 
 
-def test_tokens_are_reached_by_the_tab_key_and_walked_by_the_arrows(opened: Opened) -> None:
+def test_tokens_are_reached_by_the_tab_key_and_the_arrow_keys(opened: Opened) -> None:
     from selenium.webdriver.common.keys import Keys
 
     browser = opened()
@@ -180,7 +179,7 @@ def test_tokens_are_reached_by_the_tab_key_and_walked_by_the_arrows(opened: Open
     )
 
 
-def test_without_scripts_only_the_filter_and_the_likeliest_tokens_are_missing(
+def test_without_scripts_only_the_filter_and_the_most_likely_tokens_are_missing(
     opened: Opened,
 ) -> None:
     browser = opened(scripts=False)
