@@ -1,6 +1,8 @@
-"""Draws docs/divergences.svg: a student with one peak fitted to a teacher with two, by each of the six divergences.
+"""Draw docs/divergences.svg: a student with one peak, fitted to a teacher with two peaks.
 
-python docs/pictures/divergences.py
+Each panel minimizes one divergence.
+
+    python docs/pictures/divergences.py
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ TEACHER = torch.logsumexp(
 
 
 def one_peak(place: Tensor, width: Tensor) -> Tensor:
-    """Logits ``[1, 60]`` of a bell curve."""
+    """Return logits ``[1, 60]`` whose softmax is a bell curve."""
     return (-((TOKENS - place) ** 2) / (2 * width**2))[None]
 
 
 def best_student(divergence: Callable[..., Tensor]) -> Tensor:
-    """The probabilities ``[60]`` of the bell curve with the least divergence, by trying them all."""
+    """Return probabilities ``[60]`` of the bell curve with the least divergence (a grid search)."""
     places, widths = torch.arange(5.0, 55.0, 0.5), torch.arange(1.5, 20.0, 0.25)
     students = torch.cat([one_peak(place, width) for place in places for width in widths])
     least = divergence(TEACHER.expand_as(students), students).argmin()

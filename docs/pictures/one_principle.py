@@ -1,6 +1,8 @@
-"""Draws docs/one-principle.svg: one distribution cut into cells in four ways, and the variance that each leaves to the gradient.
+"""Draw docs/one-principle.svg: four partitions of one distribution, and their gradient variance.
 
-python docs/pictures/one_principle.py
+    python docs/pictures/one_principle.py
+
+The bars on the right show the variance of the gradient for each partition.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ PARTITIONS = {
     "cells of equal bytes:\n“Rain” begins with “R”": [[0, 1], [2], [3], [4]],
     "logits: every token\nits own cell": [[0], [1], [2], [3], [4]],
 }
-COLOURS = ["#9ecae1", "#c7e9c0", "#fdd0a2", "#dadaeb", "#fcbba1"]
+COLORS = ["#9ecae1", "#c7e9c0", "#fdd0a2", "#dadaeb", "#fcbba1"]
 
 
 def gradient_variance(cells: list[list[int]]) -> float:
-    """Of p − t̃ over the token that is sampled from q, summed over logits, for a student to whom all tokens are alike."""
+    """Return the variance of p − t̃, summed over logits, for a uniform student p.
+
+    t̃ is the completed target of one token; the variance is over the token sampled from q.
+    """
     p = np.full(len(Q), 1 / len(Q))
     gradients = []
     for observed in range(len(Q)):
@@ -50,7 +55,7 @@ def main() -> None:
                 right - left,
                 left=left,
                 height=0.6,
-                color=COLOURS[number],
+                color=COLORS[number],
                 edgecolor="black",
                 linewidth=1.4,
             )

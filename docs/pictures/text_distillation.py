@@ -1,8 +1,9 @@
-"""Draws docs/text-distillation.svg: how far a student stays from its teacher, by how many answers it learned from.
+"""Draw docs/text-distillation.svg: KL from the teacher, by the number of answers in training.
 
-python docs/pictures/text_distillation.py
+    python docs/pictures/text_distillation.py
 
-The toy of the page: eight tokens, and a teacher whose next token depends on the one before. Means of twenty draws of the text.
+This is the example of the page: eight tokens, and a teacher whose next token depends only on the
+token before it. Each point is the mean of twenty seeds.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ LINES = {
 
 
 def write(teacher: Tensor, answers: int, temperature: float) -> Tensor:
-    """Answers of the teacher: tokens ``[answers, TOKENS + 1]``, the first drawn evenly."""
+    """Sample answers ``[answers, TOKENS + 1]`` from the teacher; the first token is uniform."""
     text = [torch.randint(8, (answers,))]
     for _ in range(TOKENS):
         text.append(torch.multinomial((teacher[text[-1]] / temperature).softmax(-1), 1).squeeze(-1))
@@ -31,7 +32,10 @@ def write(teacher: Tensor, answers: int, temperature: float) -> Tensor:
 
 
 def learned(targets: Tensor) -> Tensor:
-    """The student's log-probabilities ``[8, 8]`` after some steps on ``targets [8, 8]``: how often each token stands after each."""
+    """Train a student and return its log-probabilities ``[8, 8]``.
+
+    ``targets[i, j]`` is how often token j comes after token i.
+    """
     student = torch.zeros(8, 8, requires_grad=True)
     optimizer = torch.optim.Adam([student], lr=0.1)
     for _ in range(STEPS):
@@ -43,6 +47,7 @@ def learned(targets: Tensor) -> Tensor:
 
 
 def counts(text: Tensor) -> Tensor:
+    """Return how often token j comes after token i in ``text``, ``[8, 8]``."""
     return (
         torch.bincount(8 * text[:, :-1].flatten() + text[:, 1:].flatten(), minlength=64)
         .view(8, 8)
@@ -51,7 +56,7 @@ def counts(text: Tensor) -> Tensor:
 
 
 def distances(seed: int) -> list[list[float]]:
-    """KL(teacher ‖ student) in nats a token: a row for each of ANSWERS, a column for each of LINES."""
+    """Return KL(teacher ‖ student) in nats per token: a row per ANSWERS, a column per LINES."""
     torch.manual_seed(seed)
     teacher = 2 * torch.randn(8, 8)
     q = teacher.log_softmax(-1)
@@ -68,8 +73,8 @@ def distances(seed: int) -> list[list[float]]:
 def main() -> None:
     means = torch.tensor([distances(seed) for seed in range(DRAWS)]).mean(0)
     figure, axes = plt.subplots(figsize=(6, 3))
-    for (name, colour), column in zip(LINES.items(), means.T, strict=True):
-        axes.loglog(ANSWERS, column, "o-", color=colour, linewidth=1.4, markersize=3, label=name)
+    for (name, color), column in zip(LINES.items(), means.T, strict=True):
+        axes.loglog(ANSWERS, column, "o-", color=color, linewidth=1.4, markersize=3, label=name)
     axes.set_xticks(ANSWERS, list(map(str, ANSWERS)))
     axes.minorticks_off()
     axes.set_xlabel("answers learned from")

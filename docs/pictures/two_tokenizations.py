@@ -1,9 +1,10 @@
-"""Draws docs/two-tokenizations.svg: one sentence in two tokenizations, lying on the same bytes.
+"""Draw docs/two-tokenizations.svg: one sentence in two tokenizations, aligned by bytes.
 
-    python docs/pictures/two_tokenizations.py FOLDER      # FOLDER/tokenizer.model: see benchmarks/cross_tokenizer.py
+    python docs/pictures/two_tokenizations.py FOLDER
 
-Above are SmolLM2's tokens, below those of a SentencePiece vocabulary of Llama 2's kind. Colours say where a student token finds its
-target, dashed lines where both have a boundary.
+FOLDER contains tokenizer.model (see benchmarks/cross_tokenizer.py). The upper row shows SmolLM2's
+tokens, the lower row those of a SentencePiece vocabulary like Llama 2's. Colors show the kind of
+each student position; dashed lines show boundaries that both tokenizations have.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from potstill.alignment import VocabularyCells, align, token_bytes
 from potstill.models import load_tokenizer
 
 TEXT = "Rain evaporates, says the docstring of rainfall_2026."
-COLOURS = {"root": "#9ecae1", "interior": "#c7e9c0", "elsewhere": "#fdd0a2", "teacher": "#e8e8e8"}
+COLORS = {"root": "#9ecae1", "interior": "#c7e9c0", "elsewhere": "#fdd0a2", "teacher": "#e8e8e8"}
 
 
 def spans(pieces: list[bytes]) -> list[tuple[int, int]]:
@@ -29,9 +30,8 @@ def spans(pieces: list[bytes]) -> list[tuple[int, int]]:
 def main(folder: str) -> None:
     teacher, student = load_tokenizer("demo"), LlamaTokenizer.from_pretrained(folder)
     tokens = [token_bytes(teacher), token_bytes(student)]
-    text = (
-        "x\n" + TEXT
-    )  # so that nothing is a text's first token: SentencePiece begins a text with a blank of its own
+    # SentencePiece adds a space before a text. The "x\n" keeps it out of the sentence.
+    text = "x\n" + TEXT
     ids = [tokenizer.encode(text, add_special_tokens=False) for tokenizer in (teacher, student)]
     masks = [[True] * len(one) for one in ids]
     cells = VocabularyCells(teacher, student)
@@ -61,13 +61,13 @@ def main(folder: str) -> None:
         ]
         edges.append({begin for begin, _, _ in kept} | {end for _, end, _ in kept})
         for begin, end, i in kept:
-            colour = COLOURS["teacher" if row == 0 else kinds[i]]
+            color = COLORS["teacher" if row == 0 else kinds[i]]
             axes.barh(
                 1 - row,
                 end - begin,
                 left=begin,
                 height=0.62,
-                color=colour,
+                color=color,
                 edgecolor="black",
                 linewidth=0.8,
             )
@@ -81,8 +81,8 @@ def main(folder: str) -> None:
             )
     for edge in edges[0] & edges[1]:
         axes.axvline(edge, color="black", linewidth=0.6, linestyle=(0, (3, 3)), zorder=0)
-    for name, colour in list(COLOURS.items())[:3]:
-        axes.barh(0, 0, color=colour, edgecolor="black", label=name)
+    for name, color in list(COLORS.items())[:3]:
+        axes.barh(0, 0, color=color, edgecolor="black", label=name)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=3, frameon=False)
     axes.set_yticks([1, 0], ["teacher", "student"])
     axes.set_xticks([])
