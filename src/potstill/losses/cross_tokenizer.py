@@ -139,10 +139,8 @@ def fused_linear_cells(
         compare = on_support(compare)
     student_cells = _one_per_row(cells.student_cells, len(student)).to(student_hidden.device)
     all_cells = CellPartition(student_cells, cells.count)
-    teacher_row = places.teacher_row
-    projection = teacher_projection(
-        teacher_hidden, teacher_head, teacher_row, teacher_labels, chunk_tokens
-    )
+    row = places.teacher_row
+    projection = teacher_projection(teacher_hidden, teacher_head, row, teacher_labels, chunk_tokens)
     masses = _Masses(projection, cells, places, teacher_temperature)
 
     def score(logits: Tensor, positions: slice) -> LossAndGradient:
@@ -152,7 +150,7 @@ def fused_linear_cells(
             empty = (t == 0) & (places.depth[positions, None] > 0)
             partition = residual = ResidualPartition(all_cells, empty)
             observed_cells = residual.cell_of(observed_cells)
-        has_target = (teacher_row[positions] >= 0) & has_mass
+        has_target = (row[positions] >= 0) & has_mass
         loss = functools.partial(partition_loss, compare, t, logits, partition, labels[positions])
         return loss(observed_cells, has_target=has_target, within_weight=within_weight)
 
