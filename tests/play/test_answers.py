@@ -1,4 +1,4 @@
-"""Answers token by token and what came next, against the model asked plainly."""
+"""Streamed answers and predictions, compared with direct calls of the model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def asked(tokenizer: Any, begun: str = "") -> list[int]:
     return list(tokenizer(text + begun, add_special_tokens=False)["input_ids"])
 
 
-def test_all_answers_grow_by_a_token_at_a_time(players: list[Player]) -> None:
+def test_all_answers_grow_by_one_token_at_a_time(players: list[Player]) -> None:
     seen = list(stream_answers(players, PROMPT, Sampling(max_new_tokens=6, seed=1)))
     assert [[len(answer) for answer in answers] for answers in seen][:3] == [
         [1] * 3,
@@ -64,7 +64,7 @@ def test_an_answer_that_has_ended_waits_for_the_others(players: list[Player]) ->
     assert [len(answer) for answer in answers] == [5, 1, 5]
 
 
-def test_a_streamed_answer_is_what_the_model_says_anyway(players: list[Player]) -> None:
+def test_a_streamed_answer_equals_the_answer_of_answer_prompts(players: list[Player]) -> None:
     greedy = Sampling(max_new_tokens=8, temperature=0)
     for one, tokens in zip(players, list(stream_answers(players, PROMPT, greedy))[-1], strict=True):
         (row,) = answer_prompts(one.model, one.tokenizer, [PROMPT], max_new_tokens=8, temperature=0)
@@ -74,7 +74,7 @@ def test_a_streamed_answer_is_what_the_model_says_anyway(players: list[Player]) 
         )
 
 
-def test_next_tokens_are_the_likeliest_after_prompt_and_answer_so_far(
+def test_next_tokens_are_the_most_likely_after_prompt_and_answer_so_far(
     players: list[Player],
 ) -> None:
     one, other, _ = players
@@ -98,7 +98,7 @@ def test_the_token_that_was_written_is_always_among_them(players: list[Player]) 
     assert found[-1].text == one.spell(least)
 
 
-def test_a_player_with_other_tokens_is_asked_after_the_same_text_in_its_own() -> None:
+def test_a_player_with_other_tokens_continues_the_same_text_in_its_own() -> None:
     one, other = player(), player(other_tokenizer(), rows=400)
     answer = one.tokenizer("wet rain on the", add_special_tokens=False)["input_ids"]
     place = len(one.tokenizer("wet rain", add_special_tokens=False)["input_ids"])
@@ -110,7 +110,7 @@ def test_a_player_with_other_tokens_is_asked_after_the_same_text_in_its_own() ->
     assert not any(candidate.written for candidate in found)
 
 
-def test_across_tokenizers_the_text_ends_with_its_last_whole_character() -> None:
+def test_across_tokenizers_the_text_ends_with_its_last_complete_character() -> None:
     one, other = player(), player(other_tokenizer(), rows=400)
     answer = one.tokenizer("on é", add_special_tokens=False)["input_ids"]
     within = next_tokens(other, PROMPT, answered_by=one, answer=answer, place=len(answer) - 1)

@@ -1,4 +1,4 @@
-"""The playground in headless Chromium: three answers, the next tokens at a click, and no request to anybody else."""
+"""The playground in headless Chromium: three answers, predictions at a click, no other requests."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ pytestmark = [
     *IN_CHROMIUM,
     pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio"),
 ]
-ALL_HAVE_ENDED = """return [...document.querySelectorAll('.answer')]
-    .every(answer => answer.children.length === 64 || answer.lastElementChild?.textContent === '<|im_end|>')"""
+ALL_HAVE_ENDED = """return [...document.querySelectorAll('.answer')].every(answer =>
+    answer.children.length === 64 || answer.lastElementChild?.textContent === '<|im_end|>')"""
 NAMES = ["teacher", "student before", "student after"]
 
 
@@ -33,13 +33,14 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-# What runs the command, and notes whom it connects to.
+# Runs the command and logs the hosts that it connects to.
 WATCHED = """
 import socket, sys
 from potstill import cli
 plain = socket.socket.connect
 def connect(self, address):
-    print("connects to", address[0] if isinstance(address, tuple) else "a file", file=sys.stderr, flush=True)
+    host = address[0] if isinstance(address, tuple) else "a file"
+    print("connects to", host, file=sys.stderr, flush=True)
     return plain(self, address)
 socket.socket.connect = connect
 sys.exit(cli.main(sys.argv[1:]))
@@ -47,7 +48,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 class Playground:
-    """`potstill play` in a process of its own: Gradio leaves threads and an event loop behind."""
+    """`potstill play` in its own process, because Gradio leaves threads and an event loop."""
 
     def __init__(self, run: Path, log: Path) -> None:
         self.log, port = log, free_port()
@@ -99,7 +100,7 @@ def find(browser: Any, selector: str) -> list[Any]:
 
 
 def ask(browser: Any, address: str, width: int = 1280) -> None:
-    """Open the page, ask, and wait for three answers to come to their end."""
+    """Open the page, ask a question, and wait until three answers have ended."""
     screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     browser.get(address)
@@ -108,7 +109,7 @@ def ask(browser: Any, address: str, width: int = 1280) -> None:
     wait(browser, lambda: browser.execute_script(ALL_HAVE_ENDED))
 
 
-def test_three_answers_stand_side_by_side_and_a_token_shows_what_else_could_have_come(
+def test_three_answers_are_side_by_side_and_a_chosen_token_shows_the_predictions(
     browser: Any, playground: Playground
 ) -> None:
     ask(browser, playground.address)
@@ -122,7 +123,7 @@ def test_three_answers_stand_side_by_side_and_a_token_shows_what_else_could_have
     assert [one.get_attribute("data-place") for one in find(browser, "[aria-pressed=true]")] == [
         "0"
     ]
-    assert "Where the student before wrote" in find(browser, "body")[0].text
+    assert "the student before wrote" in find(browser, "body")[0].text
 
 
 def test_a_token_is_reached_by_the_keyboard(browser: Any, playground: Playground) -> None:
@@ -145,7 +146,7 @@ def test_the_page_fits_a_phone(browser: Any, playground: Playground) -> None:
     assert min(answer.rect["width"] for answer in find(browser, ".answer")) > 250
 
 
-def test_neither_the_page_nor_the_server_asks_anybody_else(
+def test_neither_the_page_nor_the_server_connects_to_other_hosts(
     browser: Any, playground: Playground
 ) -> None:
     browser.get("about:blank")
@@ -162,13 +163,11 @@ def test_neither_the_page_nor_the_server_asks_anybody_else(
     assert {urlsplit(url).hostname for url in asked if not url.startswith(("data:", "blob:"))} == {
         "127.0.0.1"
     }
-    assert (
-        browser.get_log("browser") == []
-    )  # nor was anything refused by the content security policy
+    assert browser.get_log("browser") == []  # the content security policy refused nothing
     assert set(re.findall("connects to (.*)", playground.log.read_text())) == {"127.0.0.1"}
 
 
-def test_a_port_that_is_taken_is_told_before_models_are_opened(
+def test_a_taken_port_is_reported_before_models_are_opened(
     playground: Playground, capsys: pytest.CaptureFixture[str]
 ) -> None:
     port = str(urlsplit(playground.address).port)

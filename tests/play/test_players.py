@@ -1,4 +1,4 @@
-"""Which folders can be played, and how tokens are spelled."""
+"""Which run folders can be opened, and how tokens are spelled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def player(tokenizer: object = None) -> Player:
 
 
 def make_run(folder: Path, make_model: Callable[..., Path], **settings: str) -> Path:
-    """A run folder as `distill` leaves it, with the student before inside it."""
+    """Make a run folder like `distill`, with the student before training inside it."""
     folder.mkdir()
     (folder / "student").symlink_to(make_model(layers=2, seed=1))
     (folder / "student-before").symlink_to(make_model(layers=2, seed=2))
@@ -35,7 +35,7 @@ def make_run(folder: Path, make_model: Callable[..., Path], **settings: str) -> 
     return folder
 
 
-def test_a_run_is_played_by_teacher_student_before_and_student_after(
+def test_a_run_opens_teacher_student_before_and_student_after(
     tmp_path: Path, model_folder: Callable[..., Path]
 ) -> None:
     players = open_players(make_run(tmp_path / "run", model_folder), device="cpu")
@@ -66,7 +66,7 @@ def test_a_folder_that_is_no_run_or_not_finished_is_refused(
         open_players(run)
 
 
-def test_the_parts_of_a_text_join_to_it_and_a_character_stands_with_its_last_byte() -> None:
+def test_the_parts_join_to_the_text_and_a_character_belongs_to_its_last_byte() -> None:
     toy = player()
     ids = toy.tokenizer("the rain é")["input_ids"]
     parts = toy.read(ids)
@@ -75,7 +75,7 @@ def test_the_parts_of_a_text_join_to_it_and_a_character_stands_with_its_last_byt
     assert toy.spell(ids[-1]) == "\\xa9"
 
 
-def test_blanks_of_sentencepiece_tokens_are_kept_and_special_tokens_named() -> None:
+def test_spaces_of_sentencepiece_tokens_are_kept_and_special_tokens_are_named() -> None:
     llama = player(sentencepiece_tokenizer())
     ids = llama.tokenizer("wet rain", add_special_tokens=False)["input_ids"]
     assert "".join(llama.read(ids)) == " wet rain"

@@ -1,4 +1,4 @@
-"""A playground for a finished run: who plays (players.py), their answers and next tokens (answers.py), the page (page.py)."""
+"""Show a finished run in the browser: players.py (models), answers.py (tokens), page.py (page)."""
 
 from potstill.play.answers import Candidate, next_tokens, stream_answers
 from potstill.play.players import Player, open_players

@@ -1,7 +1,8 @@
-"""What the players say, token by token, and what each of them would have said next at any place of an answer.
+"""Stream the answers of several models, and return what each predicts at a position of an answer.
 
-V vocabulary. At a place all are asked the same: the prompt, and the answer up to there. A player with the tokens of the one who
-answered is given those very tokens; one with other tokens is given the same text in its own, up to the last whole character.
+V vocabulary size. At a position, all models get the same prompt and the same beginning of the
+answer. A model with the same tokens as the answering model gets its token ids. Another model gets
+the text in its own tokens, up to the last complete character.
 """
 
 from __future__ import annotations
@@ -17,26 +18,28 @@ from torch import Tensor
 from potstill.data.chat_templates import answer_spans, render
 from potstill.generation.local import end_tokens
 from potstill.play.players import Player
+from potstill.protocols import CausalLM
 from potstill.sampling.batch import Batch, Row
 from potstill.sampling.sampler import Sampling, sample_tokens, uniforms
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that could come next, spelled, and how likely the model holds it."""
+    """A possible next token, its spelling and its probability."""
 
     text: str
     probability: float
     written: bool
-    """Whether it is the one that stands in the answer."""
+    """True if it is the token in the answer."""
 
 
 def stream_answers(
     players: Sequence[Player], prompt: str, sampling: Sampling
 ) -> Iterator[list[list[int]]]:
-    """The tokens of each player's answer so far, all a token longer each time, until the last of them has ended.
+    """Yield the tokens of all answers so far, after every new token, until all answers have ended.
 
-    The token that ends an answer is its last. All draw the same random numbers, so that players who agree say the same.
+    The last token is the one that ends the answer. All models use the same random numbers, so that
+    equal models give equal answers.
     """
     answers: list[list[int]] = [[] for _ in players]
     for grown in zip_longest(*(_stream(player, prompt, sampling) for player in players)):
@@ -50,10 +53,8 @@ def _stream(player: Player, prompt: str, sampling: Sampling) -> Iterator[list[in
     ends = end_tokens(player.model, player.tokenizer)
 
     def choose(logits: Tensor, _: Any) -> None:
-        uniform = numbers[len(row.tokens)][None]
-        row.tokens += sample_tokens(
-            logits, uniform, temperature=sampling.temperature, top_p=sampling.top_p
-        ).tolist()
+        uniform, heat, top_p = numbers[len(row.tokens)][None], sampling.temperature, sampling.top_p
+        row.tokens += sample_tokens(logits, uniform, temperature=heat, top_p=top_p).tolist()
 
     batch = Batch(player.model, player.tokenizer.pad_token_id, choose)
     batch.add([row])
@@ -72,10 +73,10 @@ def next_tokens(
     place: int,
     count: int = 6,
 ) -> list[Candidate]:
-    """What ``player`` holds likeliest at ``place`` of an answer, ``count`` tokens, likeliest first, at temperature 1.
+    """Return the ``count`` most likely tokens of ``player`` at position ``place`` of an answer.
 
-    The token that stands there is added with its own probability if it is none of these; unless the two players' tokens differ, for
-    then it may be no token of this one.
+    Probabilities are at temperature 1, the most likely token comes first. The written token is
+    added at the end if it is not among them; not if ``player`` has other tokens than the writer.
     """
     same = player.tokens == answered_by.tokens
     if same:
@@ -94,21 +95,21 @@ def next_tokens(
 
 
 def prompt_ids(player: Player, prompt: str) -> list[int]:
-    """The prompt in the player's chat template, up to where its answer begins."""
+    """Return the token ids of the prompt in the player's chat template, up to the answer."""
     text = render(player.tokenizer, [{"role": "user", "content": prompt}], for_answer=True)
     return list(player.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _continued_ids(player: Player, prompt: str, begun: str) -> list[int]:
-    """The same with the beginning of an answer, which the template lays out as it lays out whole answers."""
+    """Return the ids of the prompt and the beginning of an answer, in the player's template."""
     core = begun.strip()
     if not core:
         return prompt_ids(player, prompt)
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": core}]
     text, spans = answer_spans(player.tokenizer, turns)
     end = text.index(core, spans[-1][0]) + len(core)
-    blanks = begun[len(begun.rstrip()) :]
-    return list(player.tokenizer(text[:end] + blanks, add_special_tokens=False)["input_ids"])
+    white_space = begun[len(begun.rstrip()) :]
+    return list(player.tokenizer(text[:end] + white_space, add_special_tokens=False)["input_ids"])
 
 
 def _text(player: Player, tokens: Sequence[int]) -> str:
@@ -117,10 +118,9 @@ def _text(player: Player, tokens: Sequence[int]) -> str:
 
 
 @torch.inference_mode()
-def _distribution(model: Any, context: list[int]) -> Tensor:
-    """The model's next-token distribution, ``[V]``."""
+def _distribution(model: CausalLM, context: list[int]) -> Tensor:
+    """Return the model's next-token distribution, ``[V]``."""
     ids = torch.tensor([context], device=model.device)
-    logits: Tensor = model(
-        input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1
-    ).logits[0, -1]
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1)
+    logits: Tensor = output.logits[0, -1]
     return torch.softmax(logits.float(), dim=-1).cpu()

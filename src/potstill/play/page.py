@@ -1,4 +1,4 @@
-"""The page, drawn by Gradio: a prompt, an answer of each player side by side, and what came next at a place that is clicked."""
+"""Build the page with Gradio: a prompt, an answer per model, and predictions at a clicked token."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from potstill.play.answers import Candidate, next_tokens, stream_answers
 from potstill.play.players import Player
 from potstill.sampling.sampler import Sampling
 
-HINT = "<p>Choose a token of an answer to see what each model held likeliest there.</p>"
-MARKS = {ord(" "): "·", ord("\n"): "⏎", ord("\t"): "⇥"}  # blanks of a token, shown
+HINT = "<p>Choose a token of an answer to see the most likely tokens of each model there.</p>"
+MARKS = str.maketrans(" \n\t", "·⏎⇥")  # visible symbols for white space
 SELECT_TOKEN = """
 const select = event => {
     const token = event.target.closest('[data-place]');
@@ -28,7 +28,7 @@ element.addEventListener('keydown', select);
 
 
 def make_page(players: Sequence[Player], title: str) -> gr.Blocks:
-    """The page for these players, not yet served."""
+    """Return the page for these models; `serve` starts it."""
     with gr.Blocks(title=f"{title} · potstill", analytics_enabled=False) as page:
         gr.Markdown(f"# {title}")
         prompt = gr.Textbox(label="Prompt", placeholder="Why does it rain?", lines=1, max_lines=8)
@@ -37,7 +37,7 @@ def make_page(players: Sequence[Player], title: str) -> gr.Blocks:
                 gr.Button("Ask", variant="primary", scale=0, min_width=140),
                 gr.Button("Stop", scale=0, min_width=140),
             )
-        temperature, most = _sampling_sliders()
+        temperature, max_tokens = _sampling_sliders()
         with gr.Row():
             answers = [
                 _panel(answer_html(player, []), js_on_load=SELECT_TOKEN) for player in players
@@ -45,64 +45,53 @@ def make_page(players: Sequence[Player], title: str) -> gr.Blocks:
         place = gr.HTML(HINT)
         with gr.Row():
             bars = [_panel(bars_html(player, [])) for player in players]
-        said = gr.State()
+        state = gr.State()  # the question, and the tokens of each answer
 
-        def ask(question: str, heat: float, tokens_at_most: float) -> Iterator[list[Any]]:
+        def ask(question: str, heat: float, max_tokens: float) -> Iterator[list[Any]]:
             sampling = Sampling(
-                max_new_tokens=int(tokens_at_most), temperature=heat, seed=random.getrandbits(32)
+                max_new_tokens=int(max_tokens), temperature=heat, seed=random.getrandbits(32)
             )
-            nothing: list[Any] = [[] for _ in players]
-            yield [
-                *map(answer_html, players, nothing),
-                HINT,
-                *map(bars_html, players, nothing),
-                None,
-            ]
-            kept = [gr.skip() for _ in (place, *bars)]  # a token may be chosen before all is said
+            empty: list[Any] = [[] for _ in players]
+            blank = [*map(answer_html, players, empty), HINT, *map(bars_html, players, empty)]
+            yield [*blank, None]
+            kept = [gr.skip() for _ in (place, *bars)]  # a token may be chosen during streaming
             try:
                 for tokens in stream_answers(players, question, sampling):
                     yield [*map(answer_html, players, tokens), *kept, (question, tokens)]
             except PotstillError as error:
                 raise gr.Error(str(error)) from error
 
-        asked = [button.click, prompt.submit]
-        asking = gr.on(
-            asked,
-            ask,
-            [prompt, temperature, most],
-            [*answers, place, *bars, said],
-            show_progress="hidden",
-        )
+        inputs, shown = [prompt, temperature, max_tokens], [*answers, place, *bars]
+        events = [button.click, prompt.submit]
+        asking = gr.on(events, ask, inputs, [*shown, state], show_progress="hidden")
         stop.click(None, cancels=[asking])
         for player, answer in zip(players, answers, strict=True):
-            answer.select(
-                _at_place(players, player), [said], [*answers, place, *bars], show_progress="hidden"
-            )
+            answer.select(_on_select(players, player), [state], shown, show_progress="hidden")
     return page
 
 
 def _sampling_sliders() -> tuple[gr.Slider, gr.Slider]:
     with gr.Accordion("How answers are sampled", open=False), gr.Row():
         temperature = gr.Slider(
-            0, 2, 0.7, step=0.05, label="Temperature", info="0 takes the likeliest token."
+            0, 2, 0.7, step=0.05, label="Temperature", info="0: the most likely token."
         )
-        most = gr.Slider(
-            8, 512, 64, step=8, label="Tokens at most", info="Where an answer is cut off."
+        max_tokens = gr.Slider(
+            8, 512, 64, step=8, label="Maximum tokens", info="Longer answers are cut off."
         )
-    return temperature, most
+    return temperature, max_tokens
 
 
 def _panel(content: str, **more: Any) -> gr.HTML:
-    """A column that goes below its neighbours where the window is narrow."""
+    """Return a column; in a narrow window the columns are below each other."""
     with gr.Column(min_width=300):
         return gr.HTML(content, container=True, padding=True, **more)
 
 
-def _at_place(players: Sequence[Player], chosen: Player) -> Any:
-    """What happens when a token of one player's answer is clicked."""
+def _on_select(players: Sequence[Player], chosen: Player) -> Any:
+    """Return the handler for a click on a token of one model's answer."""
 
-    def show(said: tuple[str, list[list[int]]], event: gr.EventData) -> list[str]:
-        question, tokens = said
+    def show(state: tuple[str, list[list[int]]], event: gr.EventData) -> list[str]:
+        question, tokens = state
         answer, place = tokens[players.index(chosen)], int(event.place)
         texts = [
             answer_html(player, one, place if player is chosen else None)
@@ -113,25 +102,27 @@ def _at_place(players: Sequence[Player], chosen: Player) -> Any:
             for player in players
         ]
         token = html.escape(marked(chosen.spell(answer[place])))
-        written = f"<p>Where the {chosen.name} wrote <code>{token}</code>, token {place + 1} of its answer:</p>"
-        return [*texts, written, *map(bars_html, players, found)]
+        wrote = f"At token {place + 1} of its answer, the {chosen.name} wrote <code>{token}</code>:"
+        return [*texts, f"<p>{wrote}</p>", *map(bars_html, players, found)]
 
     return show
 
 
 def answer_html(player: Player, tokens: Sequence[int], chosen: int | None = None) -> str:
-    """An answer whose tokens can be clicked, or reached by the keyboard."""
+    """Return an answer whose tokens are buttons for mouse and keyboard."""
     spans = (
-        f'<span role="button" tabindex="0" data-place="{place}" aria-pressed="{str(place == chosen).lower()}"'
+        f'<span role="button" tabindex="0" data-place="{place}"'
+        f' aria-pressed="{str(place == chosen).lower()}"'
         f"{' class=special' if player.is_special(token) else ''}>{html.escape(text)}</span>"
         for place, (token, text) in enumerate(zip(tokens, player.read(tokens), strict=True))
     )
     name, source = html.escape(player.name), html.escape(player.source)
-    return f'<h2>{name} <small title="{source}">{source}</small></h2><div class="answer" aria-label="{name}">{"".join(spans)}</div>'
+    heading = f'<h2>{name} <small title="{source}">{source}</small></h2>'
+    return f'{heading}<div class="answer" aria-label="{name}">{"".join(spans)}</div>'
 
 
 def bars_html(player: Player, candidates: Sequence[Candidate]) -> str:
-    """One bar a candidate; the token that was written stands out."""
+    """Return one bar per candidate; the written token is bold."""
     rows = (
         f"<li{' class=written' if one.written else ''}><code>{html.escape(marked(one.text))}</code>"
         f'<i style="width: {one.probability:.1%}"></i><span>{percent(one.probability)}</span></li>'
@@ -141,10 +132,10 @@ def bars_html(player: Player, candidates: Sequence[Candidate]) -> str:
 
 
 def percent(probability: float) -> str:
-    """``34.6 %``; what would round to nothing says that it is little, not that it is nothing."""
+    """Format a probability: ``34.6 %``, or ``< 0.1 %`` where 0.0 would be misleading."""
     return f"{100 * probability:.1f} %" if probability >= 0.0005 else "< 0.1 %"
 
 
 def marked(text: str) -> str:
-    """The token with its blanks to be seen."""
+    """Return the token with visible symbols for white space."""
     return text.translate(MARKS)

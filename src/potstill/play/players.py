@@ -1,4 +1,4 @@
-"""Who plays: a finished run's teacher, its student before and its student after."""
+"""Open the three models of a finished run: teacher, student before, student after."""
 
 from __future__ import annotations
 
@@ -14,56 +14,59 @@ from potstill.data.chat_templates import ensure_chat_template
 from potstill.errors import OpaqueTokenizer, RunFolderError
 from potstill.evaluation.token_views import spelled
 from potstill.models import dtype_of, load_model
+from potstill.protocols import CausalLM, Tokenizer
 from potstill.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Player:
-    """A model with its tokenizer, and what each of its tokens stands for: bytes, or None for a special one."""
+    """A model with its tokenizer."""
 
     name: str
     source: str
-    model: Any
-    tokenizer: Any
+    model: CausalLM
+    tokenizer: Tokenizer
     tokens: list[bytes | None]
+    """The bytes of every token id; None for a special token."""
 
     def spell(self, token: int) -> str:
-        """One token by itself, as the report spells it; a padded head has rows without a token."""
+        """Return one token as in the report; the head's padding rows have no token."""
         return spelled(token, self.tokens, self.tokenizer) or f"token {token}"
 
     def read(self, tokens: Sequence[int]) -> list[str]:
-        """The text of tokens in a row, a part for each: a character that several make up stands with the last of them."""
+        """Return the text of each token; a character of several tokens belongs to the last."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return [
-            self.spell(token)
-            if self._piece(token) is None
-            else decoder.decode(self._piece(token) or b"")
-            for token in tokens
-        ]
+        parts = []
+        for token in tokens:
+            text = self._bytes_of(token)
+            parts.append(self.spell(token) if text is None else decoder.decode(text))
+        return parts
 
     def is_special(self, token: int) -> bool:
-        """Whether it marks structure and stands for no text."""
-        return self._piece(token) is None
+        """Return True if the token has no text."""
+        return self._bytes_of(token) is None
 
-    def _piece(self, token: int) -> bytes | None:
+    def _bytes_of(self, token: int) -> bytes | None:
         return self.tokens[token] if token < len(self.tokens) else None
 
 
 def open_players(run_dir: str | os.PathLike[str], *, device: str = "auto") -> list[Player]:
-    """Teacher, student before and student after, as the run's ``config.yaml`` names them.
+    """Open teacher, student before and student after, as the run's ``config.yaml`` names them.
 
-    Raises: RunFolderError if the folder is no run or the run has not come to its end; as `load_model` for each model.
+    Raises: RunFolderError if the folder is no run or the run is not finished; the errors of
+    `load_model`.
     """
     run = RunFolder(run_dir)
     config = run.read_config()
     for key in ("teacher", "student", "output_dir"):
         if not isinstance(config.get(key), str):
             raise RunFolderError(
-                f"{run.config}: names no {key}, so not a run of distill or demo; give such a run's folder"
+                f"{run.config}: names no {key}, so not a run of distill or demo; "
+                "give the folder of such a run"
             )
     if not run.student.is_dir():
         raise RunFolderError(
-            f"{run.path}: no student there yet; let the run come to its end, with its own command"
+            f"{run.path}: no student there yet; finish the run with its own command"
         )
     sources = {
         "teacher": config["teacher"],
@@ -77,11 +80,9 @@ def open_players(run_dir: str | os.PathLike[str], *, device: str = "auto") -> li
 
 
 def _moved(source: str, output_dir: str, path: Path) -> str:
-    """A model inside the run's own folder is looked for where that folder is now."""
-    inside = Path(source)
-    return (
-        str(path / inside.relative_to(output_dir)) if inside.is_relative_to(output_dir) else source
-    )
+    """Return where a model is now; one inside the run's folder moves with the folder."""
+    model = Path(source)
+    return str(path / model.relative_to(output_dir)) if model.is_relative_to(output_dir) else source
 
 
 def _open(name: str, source: str, config: dict[str, Any], device: str) -> Player:
@@ -92,6 +93,6 @@ def _open(name: str, source: str, config: dict[str, Any], device: str) -> Player
     ensure_chat_template(tokenizer, config.get("chat_template") or "plain")
     try:
         tokens = token_bytes(tokenizer)
-    except OpaqueTokenizer:  # blanks between its tokens are lost, the rest reads
+    except OpaqueTokenizer:  # only the spaces between its tokens are lost
         tokens = [tokenizer.decode([token]).encode() for token in range(len(tokenizer))]
     return Player(name, source, model, tokenizer, tokens)

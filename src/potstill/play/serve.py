@@ -1,6 +1,6 @@
-"""A run's playground on a port of this machine, which asks nothing of anybody.
+"""Serve the playground of a run on a local port, without requests to other hosts.
 
-Gradio's telemetry is off, and a content security policy forbids the browser whatever is not this server's own.
+Gradio's telemetry is off, and a content security policy allows the browser only this server.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 from potstill.errors import ConfigError
 from potstill.play.players import Player, open_players
 
-POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # Gradio makes functions of its templates
+# Gradio compiles its templates to functions, which needs unsafe-eval.
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 
 def play(
@@ -28,23 +29,20 @@ def play(
 ) -> None:
     """Serve the playground of a finished run until it is interrupted.
 
-    Raises: ConfigError if Gradio is missing or the port is taken, before any model is opened; as `open_players`.
+    Raises: ConfigError if Gradio is missing or the port is taken, before a model is opened; the
+    errors of `open_players`.
     """
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("play needs the package gradio: pip install 'potstill[play]'")
     _check_port(host, port)
-    server = serve(
-        open_players(run_dir, device=device),
-        title=Path(run_dir).resolve().name,
-        host=host,
-        port=port,
-    )
+    players = open_players(run_dir, device=device)
+    server = serve(players, title=Path(run_dir).resolve().name, host=host, port=port)
     print(f"playground: {server.local_url} (Ctrl+C ends it)", flush=True)
     server.block_thread()
 
 
 def serve(players: Sequence[Player], *, title: str, host: str, port: int) -> Any:
-    """The page's server, in a thread of its own: ``local_url`` says where, ``close()`` ends it."""
+    """Start the server in its own thread; it has ``local_url`` and ``close()``."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
     from starlette.middleware import Middleware
@@ -52,6 +50,9 @@ def serve(players: Sequence[Player], *, title: str, host: str, port: int) -> Any
     from potstill.play.page import make_page
 
     page = make_page(players, title)
+    theme = gradio.themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
     page.launch(
         server_name=host,
         server_port=port,
@@ -62,17 +63,15 @@ def serve(players: Sequence[Player], *, title: str, host: str, port: int) -> Any
         enable_monitoring=False,
         run_history=False,
         footer_links=[],
-        theme=gradio.themes.Default(
-            font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-        ),
+        theme=theme,
         css_paths=Path(__file__).parent / "page.css",
-        app_kwargs={"middleware": [Middleware(_OwnThingsOnly)]},
+        app_kwargs={"middleware": [Middleware(_ContentSecurityPolicy)]},
     )
     return page
 
 
-class _OwnThingsOnly:
-    """Puts `POLICY` on whatever the server answers."""
+class _ContentSecurityPolicy:
+    """Add `POLICY` to every response of the server."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -80,28 +79,21 @@ class _OwnThingsOnly:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def send_with_policy(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [
-                    *message["headers"],
-                    (b"content-security-policy", POLICY.encode()),
-                ]
+                header = (b"content-security-policy", POLICY.encode())
+                message["headers"] = [*message["headers"], header]
             await send(message)
 
         await self.app(scope, receive, send_with_policy)
 
 
 def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
-        ):
-            pass
+        socket.create_server((host, port), family=family).close()
     except (OSError, OverflowError) as error:
-        taken = getattr(error, "errno", None) == errno.EADDRINUSE
-        reason = (
-            "is taken"
-            if taken
-            else f"cannot be served ({getattr(error, 'strerror', None) or error})"
-        )
+        reason = f"cannot be served ({getattr(error, 'strerror', None) or error})"
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            reason = "is taken"
         raise ConfigError(
             f"port {port} of {host} {reason}; give another --port, or another --host"
         ) from error
