@@ -35,7 +35,7 @@ class RunFolder:
         self.checkpoints, self.data = self.path / "checkpoints", self.path / "data"
 
     def refuse_other(self, config: dict[str, Any], *, but: Collection[str] = ()) -> None:
-        """Accept a missing or empty folder, or a run with these settings; keys in ``but`` may differ.
+        """Accept a missing or empty folder, or a run with this config; keys in ``but`` may differ.
 
         Raises: RunFolderError that names the setting that differs, or the folder that is no run.
         """

@@ -28,9 +28,13 @@ def pair(one: str, other: str, difference: float, half_width: float = 0.1) -> di
 def compared(*pairs: dict[str, Any]) -> dict[str, Any]:
     names = dict.fromkeys(name for one in pairs for name in (one["one"], one["other"]))
     return {
-        "measure": "kl_nats_per_token", "methods": {name: {} for name in names}, "pairs": list(pairs),
-        "conversations": 60, "answers": 0, "seeds": [0],
-    }  # fmt: skip
+        "measure": "kl_nats_per_token",
+        "methods": {name: {} for name in names},
+        "pairs": list(pairs),
+        "conversations": 60,
+        "answers": 0,
+        "seeds": [0],
+    }
 
 
 def test_the_verdict_is_the_best_against_the_second_then_against_the_untouched_student() -> None:

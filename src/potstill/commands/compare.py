@@ -1,4 +1,4 @@
-"""`potstill compare`: train several methods on the same data with the same budget, and compare them.
+"""`potstill compare`: train methods with the same data and budget, and compare them.
 
 OUTPUT_DIR/
   config.yaml         the settings

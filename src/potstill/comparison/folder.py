@@ -46,7 +46,7 @@ def write_answers(
     max_new_tokens: int,
     seed: int,
 ) -> None:
-    """Write a student's answers to the first ``limit`` held-out prompts, with the teacher's answers.
+    """Write a student's and the teacher's answers to the first ``limit`` held-out prompts.
 
     Does nothing if the answers are already there, or if no conversation ends with an answer.
     """

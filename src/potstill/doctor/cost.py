@@ -100,7 +100,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a run without evaluation (a few percent). Memory is of one device with both models."""
+    """The cost of a run without evaluation (a few percent), with both models on one device."""
 
     student_flops: float
     teacher_flops: float
@@ -193,24 +193,22 @@ def estimate(
         )
         teacher_memory = teacher.parameters * BYTES[plan.precision]
     copy_bytes = 0 if plan.precision == "fp32" else BYTES[plan.precision]
-    activations = (
-        plan.largest_batch_tokens
-        * student.layers
-        * student.numbers_a_layer
-        * ACTIVATION_BYTES[plan.precision]
-    )
+    activations = plan.largest_batch_tokens * student.layers * student.numbers_a_layer
+    activations *= ACTIVATION_BYTES[plan.precision]
     checkpoint = 12 * student.parameters  # weights and two moments in float32
+    hours = None
+    if card is not None:
+        flops_per_second = _flops_per_second(card, plan.precision)
+        hours = (student_flops + teacher_flops) / flops_per_second / 3600
     return Cost(
         student_flops=student_flops,
         teacher_flops=teacher_flops,
-        hours=None
-        if card is None
-        else (student_flops + teacher_flops) / _flops_per_second(card, plan.precision) / 3600,
+        hours=hours,
         student_memory_bytes=student.parameters * (16 + copy_bytes),
         activation_memory_bytes=activations + LOGITS_BYTES,
         teacher_memory_bytes=teacher_memory,
-        disk_bytes=(KEPT_CHECKPOINTS + 1) * checkpoint
-        + 4 * student.parameters,  # a new one is written before the oldest goes
+        # + 1: a new checkpoint is written before the oldest is deleted
+        disk_bytes=(KEPT_CHECKPOINTS + 1) * checkpoint + 4 * student.parameters,
     )
 
 
@@ -223,19 +221,15 @@ def find_card(name: str) -> Card:
 
 def _flops_per_second(card: str, precision: str) -> float:
     found = find_card(card)
-    return UTILIZATION * (
-        found.fp32_flops_per_second if precision == "fp32" else found.bf16_flops_per_second
-    )
+    fp32, bf16 = found.fp32_flops_per_second, found.bf16_flops_per_second
+    return UTILIZATION * (fp32 if precision == "fp32" else bf16)
 
 
 def _active_expert_share(config: Any) -> float:
     """Return the share of experts active for a token; 1 for a dense model."""
     chosen = getattr(config, "num_experts_per_tok", None)
-    counts = (
-        getattr(config, name, None)
-        for name in ("num_local_experts", "num_experts", "n_routed_experts")
-    )
-    count = next((count for count in counts if count), None)
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    count = next((count for name in names if (count := getattr(config, name, None))), None)
     if isinstance(chosen, list):  # for each layer
         chosen = sum(chosen) / len(chosen)
     return chosen / count if chosen and count else 1.0

@@ -1,7 +1,7 @@
 """Count the student's positions in the data at which the teacher gives a target.
 
-Shared tokens do not answer this: two vocabularies can share most tokens and split a text differently,
-or share few and split it alike. So the text is tokenized as in a run.
+The number of shared tokens does not answer this: two vocabularies can share most tokens and split a
+text differently, or share few and split it alike. So the text is tokenized as in a run.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ def notes_on_text(
             yield f"{count} of {measured} conversations {problem}"
     if text.with_target < FEW_TARGETS or text.disagreeing > MANY_DISAGREEING:
         worst = ", ".join(f"{token!r} {count}×" for token, count in text.untaught[:3])
-        note = f"the two tokenizers split this text less alike than usual; tokens without a target: {worst}"
+        note = "the two tokenizers split this text less alike than usual; tokens without a target: "
+        note += worst
         if text.untaught_blank > 0.1:
             note += f" ({text.untaught_blank:.0%} of all are runs of spaces and line breaks)"
         yield note
