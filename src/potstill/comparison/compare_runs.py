@@ -40,7 +40,7 @@ def compare_runs(
     seeds = _same_seeds(runs)
     ratios = _token_ratios(runs) | _answer_ratios(runs, untouched_answers, text_measures)
     deciding = "kl_nats_per_token" if "kl_nats_per_token" in ratios else "bits_per_byte"
-    able = abilities(runs, UNTOUCHED)
+    scores = abilities(runs, UNTOUCHED)
     names = sorted(ratios[deciding], key=lambda name: ratios[deciding][name].value)  # best first
     return {
         "measure": deciding,
@@ -48,10 +48,10 @@ def compare_runs(
         "answers": ratios["stops"][names[0]].numerator.shape[1] if "stops" in ratios else 0,
         "seeds": seeds,
         "notes": _notes(ratios, seeds),
-        "tasks": directions(runs) if able else {},
-        "teacher": _teacher(flat[0], able.get("teacher", {}), answered="stops" in ratios),
+        "tasks": directions(runs) if scores else {},
+        "teacher": _teacher(flat[0], scores.get("teacher", {}), answered="stops" in ratios),
         "methods": {
-            name: _method(name, runs.get(name, []), ratios, able.get(name, {})) for name in names
+            name: _method(name, runs.get(name, []), ratios, scores.get(name, {})) for name in names
         },
         "pairs": [
             _pair(one, other, ratios, deciding) for one, other in itertools.combinations(names, 2)
@@ -133,22 +133,22 @@ def _answer_ratios(
     return measured
 
 
-def _teacher(run: FinishedRun, able: Abilities, *, answered: bool) -> dict[str, Any]:
+def _teacher(run: FinishedRun, scores: Abilities, *, answered: bool) -> dict[str, Any]:
     """Return the teacher's measures, and the mean length of its answers to the same prompts."""
     values = {name: run.evaluation["teacher"].get(name) for name in TOKEN_MEASURES}
     rows = (run.answers() or []) if answered else []
     if rows:
         values["length_words"] = sum(len(words(row["teacher"])) for row in rows) / len(rows)
-    figures, ends = in_figures(able)
+    figures, ends = in_figures(scores)
     return {**values, **figures, "ci95": ends}
 
 
 def _method(
-    name: str, runs: list[FinishedRun], ratios: RatiosByMeasure, able: Abilities
+    name: str, runs: list[FinishedRun], ratios: RatiosByMeasure, scores: Abilities
 ) -> dict[str, Any]:
     own = {measure: by_name[name] for measure, by_name in ratios.items() if name in by_name}
     ends = {measure: list(interval(ratio)) for measure, ratio in own.items()}
-    figures, ends_of_figures = in_figures(able)
+    figures, ends_of_figures = in_figures(scores)
     return {
         **{measure: ratio.value for measure, ratio in own.items()},
         **figures,

@@ -44,19 +44,17 @@ def verdict(evaluation: Evaluation | None) -> Verdict:
         return Verdict("open", "Not measured yet.", missing)
     key, before, after = deciding_measure(evaluation)
     if before is None or after is None:
-        missing = "The evaluation has neither divergence nor bits per byte before and after."
+        missing = "evaluation.json has no measure (KL or bits per byte) both before and after."
         return Verdict("open", "The measurement is incomplete.", missing)
     certain, reason = _more_than_chance(evaluation, key, before, after)
-    by, (better_words, worse_words) = "", ("better", "worse")
-    place = "at predicting the held-out text than before"
+    percent, up, down, where = "", "better", "worse", "at predicting the held-out text than before"
     if key == "kl_nats_per_token":
-        better_words, worse_words = "closer to", "further from"
-        place = "its teacher than before"
-        by = f"{100 * (before - after) / before:.0f}\u00a0% " if before > after else ""
+        up, down, where = "closer to", "further from", "its teacher than before"
+        percent = f"{100 * (before - after) / before:.0f}\u00a0% " if before > after else ""
     if after >= before:
-        change = worse_words if certain and after > before else f"no {better_words}"
-        return Verdict("bad", f"It did not help: the student is {change} {place}.", reason)
-    improved = f"the student is {by}{better_words} {place}"
+        change = down if certain and after > before else f"no {up}"
+        return Verdict("bad", f"It did not help: the student is {change} {where}.", reason)
+    improved = f"the student is {percent}{up} {where}"
     if certain:
         return Verdict("good", f"It helped: {improved}.", reason)
     return Verdict("open", f"Perhaps it helped: {improved}, but this is not certain.", reason)
@@ -85,8 +83,8 @@ def _more_than_chance(
         return False, f"{change} {over}: {too_few}."
     if difference.certain:
         return True, f"{change}, paired {over}: more than chance (95 %)."
-    open_ = "the 95 % interval includes no change at all, so it may be chance"
-    return False, f"{change}, paired {over}: {open_}."
+    uncertain = "the 95 % interval includes no change at all, so it may be chance"
+    return False, f"{change}, paired {over}: {uncertain}."
 
 
 def deciding_measure(evaluation: Evaluation) -> tuple[str, float | None, float | None]:
