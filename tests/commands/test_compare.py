@@ -223,7 +223,7 @@ def test_runs_that_cannot_be_compared_are_refused_and_the_difference_is_named(
     assert "only one method" in refused("one")
     assert "one: seed 0, 0 is there more than once" in refused("one,one,seeded")
     evaluation = json.loads((place / "else" / "evaluation.json").read_text())
-    for damage, says in {
+    for damage, message in {
         "{": "damaged (not JSON)",
         "[]": "damaged (no JSON object)",
         json.dumps({**evaluation, "conversations": None}): "damaged (sums per conversation)",
@@ -232,14 +232,14 @@ def test_runs_that_cannot_be_compared_are_refused_and_the_difference_is_named(
         ): "no sums per conversation",
     }.items():
         (place / "else" / "evaluation.json").write_text(damage)
-        assert says in refused("one,else")
+        assert message in refused("one,else")
     (place / "else" / "evaluation.json").unlink()
     assert "else: no evaluation.json there" in refused("one,else")
     assert "no readable config.yaml" in refused("one,nowhere")
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "message"),
     [
         (
             ["--methods", "text,osmosis"],
@@ -257,14 +257,14 @@ def test_runs_that_cannot_be_compared_are_refused_and_the_difference_is_named(
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(
-    place: Path, capsys: pytest.CaptureFixture[str], more: list[str], says: str
+    place: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
 ) -> None:
     there = sorted(place.rglob("*"))
     assert compare(*more) == 2
     (line,) = [
         line for line in capsys.readouterr().err.splitlines() if line.startswith("potstill:")
     ]
-    assert says in line
+    assert message in line
     assert sorted(place.rglob("*")) == there
 
 

@@ -263,7 +263,7 @@ def test_quick_check_raises_for_impossible_pairs_and_remarks_on_a_costlier_metho
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("opaque", "cannot be recovered"),
         ("nothing shared", "no token in common"),
@@ -284,7 +284,7 @@ def test_bad_input_is_one_line_and_status_2(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     name: str,
-    says: str,
+    message: str,
 ) -> None:
     teacher, student, more = folder("t", toy_tokenizer()), "s", ["--data", data]
     lossy = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
@@ -322,7 +322,7 @@ def test_bad_input_is_one_line_and_status_2(
     (line,) = [
         line for line in capsys.readouterr().err.splitlines() if line.startswith("potstill:")
     ]
-    assert says in line
+    assert message in line
 
 
 def test_the_page_fits_a_terminal_and_json_has_the_same_content(

@@ -187,7 +187,7 @@ def kept(before: list[float], after: list[float]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("gains", "says"),
+    ("gains", "message"),
     [
         ([0.05, 0.04, 0.06, 0.05] * 5, "paired over 20 held-out conversations: more than chance"),
         ([0.5, -0.4, 0.3, -0.35] * 5, "includes no change at all, so it may be chance"),
@@ -198,7 +198,7 @@ def kept(before: list[float], after: list[float]) -> dict[str, Any]:
     ],
 )
 def test_the_difference_is_paired_if_sums_per_conversation_are_there(
-    tmp_path: Path, gains: list[float], says: str
+    tmp_path: Path, gains: list[float], message: str
 ) -> None:
     """Conversations range from 1 to 5 nats: unpaired, none of these differences is visible."""
     before = [1.0 + 4 * i / len(gains) for i in range(len(gains))]
@@ -208,8 +208,8 @@ def test_the_difference_is_paired_if_sums_per_conversation_are_there(
     for model in ("before", "after"):
         evaluation[model]["ci95"]["kl_nats_per_token"] = [1.5, 4.5]
     text = words(page(run_folder(tmp_path, evaluation)))
-    assert says in text
-    assert ("It helped" in text) == ("more than chance" in says)
+    assert message in text
+    assert ("It helped" in text) == ("more than chance" in message)
 
 
 def test_the_worst_prompts_come_first_and_are_those_after_training(tmp_path: Path) -> None:

@@ -219,16 +219,9 @@ def _run(
 def _answer(
     place: Path, model: str, one: DistillRecipe, recipe: CompareRecipe, held_out: list[Any]
 ) -> None:
-    write_answers(
-        place,
-        held_out,
-        opener_of(one),
-        model=model,
-        tokenizer=one.student,
-        limit=recipe.answers,
-        max_new_tokens=recipe.answer_tokens,
-        seed=one.seed,
-    )
+    rows = [row for row in held_out if row.get("messages", [{}])[-1].get("role") == "assistant"]
+    rows, sampling = rows[: recipe.answers], {"max_new_tokens": recipe.answer_tokens}
+    write_answers(place, rows, opener_of(one), model, one.student, seed=one.seed, **sampling)
 
 
 def _distill_recipe(recipe: CompareRecipe) -> DistillRecipe:

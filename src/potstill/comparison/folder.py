@@ -15,10 +15,8 @@ from potstill.generation import answer_prompts
 from potstill.models import ModelOpener
 from potstill.run_folder import write_whole
 
-Conversations = list[Any]
 
-
-def read_data(folder: Path) -> tuple[Conversations, Conversations] | None:
+def read_data(folder: Path) -> tuple[list[Any], list[Any]] | None:
     """Return the copied training and held-out conversations; None if there is no copy yet."""
     train, held_out = folder / "train.jsonl", folder / "held_out.jsonl"
     if not held_out.is_file():
@@ -26,7 +24,7 @@ def read_data(folder: Path) -> tuple[Conversations, Conversations] | None:
     return list(read_conversations(train)), list(read_conversations(held_out))
 
 
-def write_data(folder: Path, train: Conversations, held_out: Conversations) -> None:
+def write_data(folder: Path, train: list[Any], held_out: list[Any]) -> None:
     """Copy the data; write reference.jsonl, too, if every training row has a reference answer."""
     folder.mkdir(exist_ok=True)
     if all("reference" in row and "messages" in row for row in train):
@@ -36,34 +34,20 @@ def write_data(folder: Path, train: Conversations, held_out: Conversations) -> N
 
 
 def write_answers(
-    folder: Path,
-    held_out: Conversations,
-    opener: ModelOpener,
-    *,
-    model: str,
-    tokenizer: str,
-    limit: int,
-    max_new_tokens: int,
-    seed: int,
+    folder: Path, held_out: list[Any], opener: ModelOpener, model: str, base: str, **sampling: Any
 ) -> None:
-    """Write a student's and the teacher's answers to the first ``limit`` held-out prompts.
+    """Write the answers of ``model``, and the teacher's, to held-out conversations with an answer.
 
-    Does nothing if the answers are already there, or if no conversation ends with an answer.
+    ``base`` has the tokenizer. Does nothing if the answers are there, or ``held_out`` is empty.
     """
-    answered = [
-        row for row in held_out if row.get("messages", [{}])[-1].get("role") == "assistant"
-    ][:limit]
-    if not answered or (folder / ANSWERS).is_file():
+    if not held_out or (folder / ANSWERS).is_file():
         return
-    print(f"  {len(answered)} answers of {model}", flush=True)
-    prompts = [without_answer(row["messages"]) for row in answered]
-    student, student_tokenizer = opener.model(model), opener.tokenizer(tokenizer)
-    answers = answer_prompts(
-        student, student_tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed
-    )
+    print(f"  {len(held_out)} answers of {model}", flush=True)
+    prompts = [without_answer(row["messages"]) for row in held_out]
+    answers = answer_prompts(opener.model(model), opener.tokenizer(base), prompts, **sampling)
     rows = [
         {"prompt": last_question(row), "teacher": row["messages"][-1]["content"], **answer}
-        for row, answer in zip(answered, answers, strict=True)
+        for row, answer in zip(held_out, answers, strict=True)
     ]
     folder.mkdir(exist_ok=True)
     write_rows(folder / ANSWERS, rows)

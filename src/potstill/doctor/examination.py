@@ -245,31 +245,27 @@ def _verdict(
 
 def _plan(text: MeasuredText | None, request: _Request, tokenizers: Sequence[Tokenizer]) -> Plan:
     """Return the run of `potstill distill`; without data, a run over a million student tokens."""
-    length, batch_tokens = request.max_length, request.batch_size * request.max_length
-    step_conversations = request.batch_size * request.gradient_accumulation_steps
+    batch, longest = request.batch_size, text.longest if text else request.max_length
+    per_step = batch * request.gradient_accumulation_steps
     if text is None:
         lengths = [len(one.encode(PROBE, add_special_tokens=False)) for one in tokenizers]
-        teacher_tokens = length * lengths[0] / lengths[1]
-        return Plan(
-            steps=request.max_steps or -(-MILLION // (step_conversations * length)),
-            conversations_a_step=step_conversations,
-            tokens=length,
-            supervised=length,
-            teacher_tokens=teacher_tokens,
-            teacher_supervised=teacher_tokens,
-            largest_batch_tokens=batch_tokens,
-            precision=request.precision,
-        )
-    training = text.of - max(1, round(text.of * EVAL_FRACTION))
-    per_conversation = 1 / text.conversations
+        means = [longest] * 2 + [longest * lengths[0] / lengths[1]] * 2
+        steps = -(-MILLION // (per_step * longest))
+    else:
+        training = text.of - max(1, round(text.of * EVAL_FRACTION))
+        steps = PASSES * -(-training // per_step)
+        sums = [text.tokens, text.supervised_tokens]
+        sums += [text.teacher_tokens, text.teacher_supervised_tokens]
+        means = [count * (1 / text.conversations) for count in sums]
+    tokens, supervised, teacher_tokens, teacher_supervised = means
     return Plan(
-        steps=request.max_steps or PASSES * -(-training // step_conversations),
-        conversations_a_step=step_conversations,
-        tokens=text.tokens * per_conversation,
-        supervised=text.supervised_tokens * per_conversation,
-        teacher_tokens=text.teacher_tokens * per_conversation,
-        teacher_supervised=text.teacher_supervised_tokens * per_conversation,
-        largest_batch_tokens=request.batch_size * text.longest,
+        steps=request.max_steps or steps,
+        conversations_a_step=per_step,
+        tokens=tokens,
+        supervised=supervised,
+        teacher_tokens=teacher_tokens,
+        teacher_supervised=teacher_supervised,
+        largest_batch_tokens=batch * longest,
         precision=request.precision,
     )
 
@@ -300,15 +296,10 @@ def _command(request: _Request, method: str) -> str:
     words = ["potstill", "distill", request.teacher, request.student]
     words += ["--data", request.data or "DATA", "--method", method]
     words += ["--output-dir", f"runs/{Path(request.student).name}"]
-    settings = {
-        "max_steps": request.max_steps,
-        "batch_size": request.batch_size,
-        "max_length": request.max_length,
-        "gradient_accumulation_steps": request.gradient_accumulation_steps,
-        "precision": request.precision,
-        "chat_template": request.opener.chat_template,
-        "trust_remote_code": request.opener.trust_remote_code,
-    }
+    names = ("max_steps", "batch_size", "max_length", "gradient_accumulation_steps", "precision")
+    settings = {name: getattr(request, name) for name in names}
+    for name in ("chat_template", "trust_remote_code"):
+        settings[name] = getattr(request.opener, name)
     for name, value in settings.items():
         if value != defaults[name].default:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
