@@ -1,7 +1,8 @@
 """Cell gradients equal text gradients in expectation and have less variance, by enumeration.
 
-The student is a table: free logits for each sequence of tokens that can precede. Its gradient there is p − [u] for text, and p − t̃
-for cells (MATHS.md, the completed target). The teacher's distribution depends on all it has written, at random.
+The student is a table with free logits for each prefix of tokens. Its gradient is p − [u] for text
+and p − t̃ for cells (losses/partitions.py, completed target). The teacher's distribution is a random
+function of its prefix.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from potstill.alignment import VocabularyCells
 
 LLAMA_2 = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] }} [/INST]"
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ bos_token }}[INST] {{ m['content'] }} [/INST]"
     "{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
 )
 

@@ -521,7 +521,8 @@ def test_gradients_are_scaled_in_place_unless_the_graph_is_retained() -> None:
     """A copy of the weight gradient would be the largest tensor of a step."""
     case = random_case()
     loss = fused_linear_divergence(*case.models) / 3
-    stored = loss.grad_fn.next_functions[0][0].saved_tensors[1].data_ptr()  # type: ignore[union-attr]
+    fused = loss.grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    stored = fused.saved_tensors[1].data_ptr()
     (kept,) = torch.autograd.grad(loss, case.weight, retain_graph=True)
     (given,) = torch.autograd.grad(loss, case.weight)
     assert given.data_ptr() == stored != kept.data_ptr()
@@ -565,8 +566,8 @@ def test_bfloat16_autocast_with_float32_weights_stays_close_to_float32(name: str
     with torch.autocast("cpu", dtype=torch.bfloat16):
         fused = fused_linear_divergence(*case.models, divergence=name, chunk_tokens=3)
     assert fused.dtype == torch.float32
-    # Hidden states, weights, logits and the logits' gradient are each rounded by up to 0.4 %. A logit
-    # of 6 moves by 0.02, and total variation's gradient changes sign where q and p are nearly equal.
+    # Hidden states, weights, logits and the logits' gradient are each rounded by up to 0.4 %. So a
+    # logit of 6 moves by 0.02, and total variation's gradient changes sign where q is close to p.
     assert_same(fused, dense(*case.models, name), (case.hidden, case.weight), 5e-2)
 
 

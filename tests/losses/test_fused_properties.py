@@ -108,7 +108,7 @@ def test_a_compiled_model_that_contains_the_loss_gets_the_same_gradients() -> No
     for model in (student, torch.compile(student, backend="aot_eager")):
         student.zero_grad()
         model(*inputs_and_teacher).backward()
-        gradients.append([parameter.grad.clone() for parameter in student.parameters()])  # type: ignore[union-attr]
+        gradients.append([p.grad.clone() for p in student.parameters()])  # type: ignore[union-attr]
     for compiled, plain in zip(*gradients, strict=True):
         torch.testing.assert_close(compiled, plain)
     inputs, teacher_hidden, teacher_weight = inputs_and_teacher

@@ -19,7 +19,7 @@ N, V, H = 24, 300, 32
 
 
 def sharp_pair(seed: int = 0, noise: float = 0.02) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return student, teacher, head and most likely tokens; logits reach 20, both models are close."""
+    """Return a student close to its teacher, head and most likely tokens; logits reach 20."""
     generator = torch.Generator().manual_seed(seed)
     head = torch.randn(V, H, generator=generator)
     teacher = head[torch.randint(V, (N,), generator=generator)] * 0.6 + 0.3 * torch.randn(
@@ -74,7 +74,7 @@ def test_blocks_cover_all_positions_in_order() -> None:
 
 
 def test_a_slice_may_cross_the_end_of_a_chunk() -> None:
-    """Regression: of a block across the end of the teacher's chunk, only its first part came back."""
+    """Regression: of a block across the end of a chunk, only the first part was returned."""
     hidden, weight = torch.randn(N, H), torch.randn(V, H)
     projection = Projection(hidden, Head(weight), chunk_tokens=4)
     for start, stop in ((0, 3), (3, 6), (6, 7), (7, 17), (17, 24)):

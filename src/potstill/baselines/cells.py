@@ -26,7 +26,7 @@ class PushForwardCells(VocabularyCells):
     piece of all tokens that start so. Tokens that end there keep their mass in one residual cell.
     Source: none; this is the obvious method.
 
-    Defects: a student token that spans a teacher boundary (" docstring" over " doc" and "string") is
+    Defects: a student token across a teacher boundary (" docstring" over " doc" and "string") is
     never a first piece, so its target is 0 although the teacher can write those bytes. The text
     shows that the token continued, but the mass of tokens that end is counted here, and again at
     the next root.
@@ -73,8 +73,8 @@ class BytePrefixCells(PushForwardCells):
     Distillation via Byte-Prefix Marginalization*, 2026, arXiv 2607.22334; only the abstract was
     available. Differences: this teaches on the teacher's text, not the student's. Where a student
     token spans a teacher token's start, the paper's bound over several teacher tokens is not
-    computed (cross-entropy only). Residual mass is kept inside a teacher token, dropped at its start
-    (special tokens only).
+    computed (cross-entropy only). Residual mass is kept inside a teacher token. At its start, where
+    only special tokens have such mass, it is dropped.
 
     Defects: those of `PushForwardCells`. Also, the longest match may be a token that the student's
     tokenizer never writes there.
@@ -137,8 +137,8 @@ class BytePrefixCells(PushForwardCells):
 class StrictCells(VocabularyCells):
     """Match only tokens of equal bytes, where one student token covers exactly one teacher token.
 
-    t is the teacher's distribution over the shared tokens, cut to its top ``most`` and renormalized;
-    elsewhere only cross-entropy teaches. Sources: X-Token's strict partition (arXiv 2605.21699), and
+    t is the teacher's distribution over the shared tokens, cut to the top ``most`` and renormalized.
+    All other positions get cross-entropy. Sources: X-Token's strict partition (arXiv 2605.21699) and
     the cautious setting of *Rethinking Cross-Tokenizer On-Policy Distillation: From Alignment
     Coverage to Supervision Reliability* (arXiv 2610.08448). Only the abstracts were available; k is
     our choice.

@@ -86,8 +86,8 @@ def binary_divergence(
 ) -> tuple[Tensor, Tensor]:
     """Return KL((a, 1 − a) ‖ (b, 1 − b)) and its derivative (b − a) / (1 − b) / τ by log_student.
 
-    log a = ``log_teacher`` / τ, log b = ``log_student`` / τ. 1 − b comes from expm1: at τ = 100 it is
-    about −log P / 100, which rounding b would lose.
+    log a = ``log_teacher`` / τ, log b = ``log_student`` / τ. 1 − b is computed by expm1: at τ = 100
+    it is about −log P / 100, which rounding b would lose.
     """
     tiny = torch.finfo(log_student.dtype).tiny
     log_a, log_b = (log / temperature for log in (log_teacher, log_student))

@@ -47,13 +47,13 @@ class Cells(Protocol):
     most: int | None
 
     def next_cells(self, places: Tensor, depth: int | Tensor) -> Tensor:
-        """Return the cell of piece ``depth`` of ``order[places]``; ``count`` for a token that ends."""
+        """Return the cell of piece ``depth`` of ``order[places]``; ``count`` if the token ends."""
         ...
 
 
 @dataclass(frozen=True)
 class Places:
-    """Locate the target of each of the student's N supervised tokens; each field is int64 ``[N]``."""
+    """Locate the target of each of the student's N supervised tokens; each field is int64 [N]."""
 
     teacher_row: Tensor
     """Index of the teacher's hidden state, of M, that predicts here; −1 for none."""
@@ -67,7 +67,7 @@ class Places:
 
 
 class CellPartition:
-    """Use the same cells at every position, plus one without teacher mass for ids in no cell (−1)."""
+    """Use the same cells at every position, plus one without teacher mass for ids without a cell."""
 
     def __init__(self, cells: Tensor, count: int) -> None:
         self.count = count + 1
@@ -75,7 +75,7 @@ class CellPartition:
 
     def pool(self, values: Tensor) -> Tensor:
         """Sum over the tokens of each cell: ``[b, V]`` → ``[b, C + 1]``."""
-        # torch has a fast path for an expanded index: 0.3 ns per element; index_add takes up to 100.
+        # An expanded index uses a fast path: 0.3 ns per element; index_add takes up to 100 ns.
         index = self.cells.expand(len(values), -1)
         return values.new_zeros(len(values), self.count).scatter_add_(-1, index, values)
 
@@ -193,7 +193,7 @@ class _Masses:
         self.is_inside = ((places.depth > 0) & (places.teacher_row >= 0)).cpu()
 
     def __call__(self, positions: slice) -> tuple[Tensor, Tensor]:
-        """Return masses ``[b, C + 1]`` and ``has_mass [b]``: False if their sum underflowed to 0."""
+        """Return masses ``[b, C + 1]`` and ``has_mass [b]``, False if their sum is 0 (underflow)."""
         cells = self.cells
         logits = self.projection.logits(positions)
         q = (logits if self.temperature == 1 else logits.div_(self.temperature)).softmax(-1)
@@ -224,8 +224,8 @@ class _Masses:
 def _check_places(hidden: Tensor, labels: Tensor, places: Places) -> None:
     if labels.shape != hidden.shape[:1] or places.teacher_row.shape != labels.shape:
         raise ValueError(
-            f"labels {tuple(labels.shape)} and places {tuple(places.teacher_row.shape)} must be one "
-            f"for each of the {len(hidden)} hidden states of the student"
+            f"labels {tuple(labels.shape)} and places {tuple(places.teacher_row.shape)} must be "
+            f"one for each of the {len(hidden)} hidden states of the student"
         )
 
 

@@ -161,7 +161,7 @@ class Divergence:
 
     name: str
     dense: Callable[..., Tensor]
-    """``(teacher_logits [N, V], student_logits [N, V], *, temperature, **parameters)`` → ``[N]`` nats."""
+    """``(teacher_logits [N, V], student_logits [N, V], *, temperature, …)`` → ``[N]`` nats."""
     closed_form: ClosedForm | None = None
     """Loss and gradient of one block of logits; if None, autograd differentiates ``dense``."""
     parameters: tuple[Parameter, ...] = ()
@@ -177,7 +177,7 @@ class Divergence:
         return self.closed_form or closed.by_autograd(self.dense)
 
     def parameters_from(self, given: Mapping[str, float]) -> dict[str, float]:
-        """Return this divergence's own parameters: those in ``given``, else the defaults, checked."""
+        """Return the checked parameters of this divergence, from ``given`` or by default."""
         return {one.name: one.check(given.get(one.name, one.default)) for one in self.parameters}
 
 

@@ -11,8 +11,8 @@ distillation. In between are k log-probabilities from a server (`fused_linear_to
 with another tokenizer (cross_tokenizer.py).
 
 D is any divergence of closed_forms.py, over C cells instead of V tokens, with log t and log p_c as
-logits. It returns G_c, the gradient with respect to the logit of cell c; each token of the cell gets
-its share p(w|c):
+logits. It returns G_c, the gradient with respect to the logit of cell c. Each token of the cell
+gets its share p(w|c):
 
     ∂/∂s_w = p(w|c)·G_c + λ·([c = o]·p(w|c) − [w = u])
 
@@ -91,8 +91,8 @@ def on_support(
 ) -> Callable[[Tensor, Tensor], LossAndGradient]:
     """Return D(t ‖ p given S) − log p(S), where S is the set of cells with t_c > 0.
 
-    For forward KL this equals D. For other divergences it is finite where D may be infinite. The
-    text shows that the token is in S, so p(S) is learned by cross-entropy; D compares the cells in S.
+    For forward KL this equals D. For other divergences it is finite where D may be infinite. D
+    compares the cells in S. The text shows that the token is in S, so p(S) gets cross-entropy.
     """
 
     def restricted(log_masses: Tensor, log_pooled: Tensor) -> LossAndGradient:
@@ -150,8 +150,8 @@ def fused_linear_topk(
     rest = 1 - kept.sum(-1, keepdim=True)
     if bool((rest < -1e-3).any()):
         raise ValueError(
-            "log_probabilities: the probabilities of a token sum to more than 1; give the teacher's "
-            "own log-probabilities, not renormalized ones"
+            "log_probabilities: the probabilities at a position sum to more than 1; give the "
+            "teacher's own log-probabilities, not renormalized ones"
         )
     if ids.shape[-1] == len(head):  # the rest is only rounding error
         rest = torch.zeros_like(rest)
@@ -173,6 +173,7 @@ def _check_shapes(hidden: Tensor, ids: Tensor, log_probabilities: Tensor, labels
     n = hidden.shape[:1]
     if ids.shape != log_probabilities.shape or ids.shape[:1] != n or labels.shape != n:
         raise ValueError(
-            f"ids {tuple(ids.shape)}, log_probabilities {tuple(log_probabilities.shape)} and labels "
-            f"{tuple(labels.shape)} must be [N, k], [N, k] and [N] for the {len(hidden)} hidden states"
+            f"ids {tuple(ids.shape)}, log_probabilities {tuple(log_probabilities.shape)} and "
+            f"labels {tuple(labels.shape)}: need [N, k], [N, k] and [N] with N = {len(hidden)}, the "
+            "number of hidden states"
         )
