@@ -1,8 +1,8 @@
 """Cell gradients equal text gradients in expectation and have less variance, by enumeration.
 
 The student is a table with free logits for each prefix of tokens. Its gradient is p − [u] for text
-and p − t̃ for cells (losses/partitions.py, completed target). The teacher's distribution is a random
-function of its prefix.
+and p − t̃ for cells (losses/partitions.py, completed target). The teacher's distribution is random
+for each prefix.
 """
 
 from __future__ import annotations

@@ -137,8 +137,8 @@ class BytePrefixCells(PushForwardCells):
 class StrictCells(VocabularyCells):
     """Match only tokens of equal bytes, where one student token covers exactly one teacher token.
 
-    t is the teacher's distribution over the shared tokens, cut to the top ``most`` and renormalized.
-    All other positions get cross-entropy. Sources: X-Token's strict partition (arXiv 2605.21699) and
+    t is the teacher's distribution over the shared tokens, cut to the top ``most``, renormalized.
+    Other positions get cross-entropy. Sources: X-Token's strict partition (arXiv 2605.21699) and
     the cautious setting of *Rethinking Cross-Tokenizer On-Policy Distillation: From Alignment
     Coverage to Supervision Reliability* (arXiv 2610.08448). Only the abstracts were available; k is
     our choice.

@@ -67,7 +67,7 @@ class Places:
 
 
 class CellPartition:
-    """Use the same cells at every position, plus one without teacher mass for ids without a cell."""
+    """Use the same cells at every position, and an extra one, without target, for other ids."""
 
     def __init__(self, cells: Tensor, count: int) -> None:
         self.count = count + 1
@@ -193,7 +193,7 @@ class _Masses:
         self.is_inside = ((places.depth > 0) & (places.teacher_row >= 0)).cpu()
 
     def __call__(self, positions: slice) -> tuple[Tensor, Tensor]:
-        """Return masses ``[b, C + 1]`` and ``has_mass [b]``, False if their sum is 0 (underflow)."""
+        """Return masses ``[b, C + 1]`` and ``has_mass [b]``: False if the sum underflows."""
         cells = self.cells
         logits = self.projection.logits(positions)
         q = (logits if self.temperature == 1 else logits.div_(self.temperature)).softmax(-1)

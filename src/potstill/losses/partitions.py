@@ -174,6 +174,6 @@ def _check_shapes(hidden: Tensor, ids: Tensor, log_probabilities: Tensor, labels
     if ids.shape != log_probabilities.shape or ids.shape[:1] != n or labels.shape != n:
         raise ValueError(
             f"ids {tuple(ids.shape)}, log_probabilities {tuple(log_probabilities.shape)} and "
-            f"labels {tuple(labels.shape)}: need [N, k], [N, k] and [N] with N = {len(hidden)}, the "
-            "number of hidden states"
+            f"labels {tuple(labels.shape)}: need [N, k], [N, k] and [N] with "
+            f"N = {len(hidden)} hidden states"
         )
