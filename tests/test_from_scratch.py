@@ -45,9 +45,10 @@ def test_loss_and_gradient_of_the_example_are_those_of_the_library(tmp_path: Pat
         loss.backward()
         losses.append(loss.detach())
         gradients.append([parameter.grad.clone() for parameter in student.parameters()])
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+    assert batch["attention_mask"].min() == 0  # some rows are padded
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
     for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert (one - other).norm() <= 1e-5 * other.norm()
 
 
 def test_a_batch_of_the_example_labels_only_the_answers() -> None:

@@ -147,7 +147,7 @@ def test_an_unknown_task_is_an_error_with_the_nearest_name() -> None:
 
 @harness
 def test_a_task_whose_data_cannot_be_loaded_is_an_error() -> None:
-    with pytest.raises(DataError, match="--tasks arc_easy: its data cannot be had"):
+    with pytest.raises(DataError, match="--tasks arc_easy: its data cannot be loaded"):
         Tasks("arc_easy")
 
 
