@@ -20,9 +20,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from potstill.data.messages import checked_messages
 from potstill.errors import DataError
 
-ROLES = ("system", "user", "assistant", "tool")
 BUILDERS = {
     ".json": "json",
     ".parquet": "parquet",
@@ -56,7 +56,7 @@ def read_prompts(source: Source) -> Iterator[Conversation]:
         if "messages" not in row and isinstance(row.get("prompt"), str):
             messages = [{"role": "user", "content": row["prompt"]}]
         else:
-            messages = without_answer(_checked_messages(row.get("messages"), place))
+            messages = without_answer(checked_messages(row.get("messages"), place))
         if not messages:
             expected = '{"prompt": …} or messages that end with a user turn'
             raise DataError(f"{place}: no prompt there; a prompt is {expected}")
@@ -140,7 +140,7 @@ def as_conversation(row: dict[str, Any], place: str) -> Conversation:
     if not isinstance(kept.get("reference", ""), str):
         raise DataError(f"{place}: reference must be an answer as text")
     if row.get("messages") is not None:
-        messages = _checked_messages(row["messages"], place)
+        messages = checked_messages(row["messages"], place)
         if not any(message["role"] == "assistant" for message in messages):
             raise DataError(f"{place}: no assistant turn to learn from; {ANSWER_FIRST}")
         return {"messages": messages, **kept}
@@ -152,15 +152,3 @@ def as_conversation(row: dict[str, Any], place: str) -> Conversation:
     found = ", ".join(sorted(row)) or "no keys"
     hint = f"; {ANSWER_FIRST}" if "prompt" in row else ""
     raise DataError(f"{place}: has {found}; needs messages, prompt and completion, or text{hint}")
-
-
-def _checked_messages(messages: Any, place: str) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not messages:
-        need = 'a list of {"role", "content"} that is not empty'
-        raise DataError(f"{place}: messages must be {need}")
-    for number, message in enumerate(messages, 1):
-        known = isinstance(message, dict) and message.get("role") in ROLES
-        if not (known and isinstance(message.get("content"), str)):
-            need = f"a role ({', '.join(ROLES)}) and its content as text"
-            raise DataError(f"{place}: message {number} needs {need}")
-    return messages
