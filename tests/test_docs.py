@@ -1,6 +1,7 @@
-"""What docs/ shows, done: every block of Python runs by itself and prints what stands below it, and every command parses.
+"""Run what docs/ shows: each block of Python prints what stands below it, each command parses.
 
-A block of Python that cannot simply run says why in a comment on the line above its fence, which neither the site nor GitHub shows:
+A block of Python that cannot simply run says why in a comment on the line above its fence, which
+neither the site nor GitHub shows:
 
     <!-- slow: REASON -->       it runs in the slow tests
     <!-- not run: REASON -->    it is compiled alone
@@ -50,7 +51,7 @@ def blocks(*marks: str | None) -> list[object]:
 
 
 def commands(program: str) -> list[tuple[str, str]]:
-    """Every line of the pages' bash and indented code that begins with this command, and its page."""
+    """Return each line of bash and indented code that begins with this command, and its page."""
     code = {
         page: [*re.findall(r"^ {4}(.+)$", text, re.MULTILINE), *bash_lines(text)]
         for page, text in PAGES.items()

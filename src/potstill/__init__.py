@@ -1,6 +1,7 @@
 """Turn a large language model into a small one.
 
-Public names are imported when they are first used: ``import potstill`` alone brings neither torch nor transformers.
+Public names are imported when they are first used: ``import potstill`` alone imports neither torch
+nor transformers.
 """
 
 from __future__ import annotations

@@ -14,14 +14,14 @@ COMMANDS = {
 """Each command and its positional arguments."""
 
 SUMMARIES = {
-    "demo": "Run everything on two CPU cores: teacher, student, distillation, evaluation and report.",
+    "demo": "Run everything on two CPU cores: teacher, student, distillation, evaluation, report.",
     "doctor": "Check whether and how a teacher can teach a student, and what it will cost.",
     "student": "Make a student from a teacher: keep some layers, or change the tokenizer.",
     "generate": "Let a teacher answer prompts, and make a filtered data set of its answers.",
     "distill": "Train a student, evaluate it before and after, and write a report.",
-    "compare": "Train several methods on the same data with the same budget, and report which is better.",
+    "compare": "Train several methods on the same data and budget; report which is best.",
     "evaluate": "Measure a student against its teacher on held-out conversations.",
     "report": "Write the report of a run again.",
-    "play": "Chat with teacher, student before and student after in a browser (needs potstill[play]).",
+    "play": "Chat with teacher, student before and after in a browser (needs potstill[play]).",
 }
 """The first line of each recipe, so that `potstill --help` imports no command."""

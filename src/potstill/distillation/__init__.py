@@ -1,4 +1,4 @@
-"""A whole run: data → training → student → evaluation → report (run.py, training.py, settings.py)."""
+"""A run: data → training → student → evaluation → report (run.py, training.py, settings.py)."""
 
 from potstill.distillation.run import Run as Run
 from potstill.distillation.run import distill as distill

@@ -45,7 +45,7 @@ class DistillSettings:
     """Training time instead of steps. A few steps are timed at learning rate 0, then the number of
     steps that fits is run."""
     learning_rate: float = 1e-4
-    """Peak learning rate: linear warm-up over the first 5 % of the steps, then cosine decay to 0."""
+    """Peak learning rate: linear warm-up in the first 5 % of the steps, then cosine decay to 0."""
     batch_size: int = 8
     """Conversations in a micro-batch on each device."""
     gradient_accumulation_steps: int = 1

@@ -1,4 +1,4 @@
-"""The training stage of a run: open and check everything, plan the steps, train, save the student."""
+"""The training stage of a run: open and check all, plan the steps, train, save the student."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def _note_precision_and_temperature(rows: list[dict[str, Any]], settings: Distil
     if sampled and settings.method != "text":
         print_main(
             f"note: text was sampled at temperature {', '.join(map(str, sorted(sampled)))}, the "
-            f"teacher's distribution is taken at {taken_at:g}: the loss is unbiased if both are equal"
+            f"teacher's distribution at {taken_at:g}: the loss is unbiased if they are equal"
         )
 
 
@@ -260,7 +260,7 @@ def _arguments(run: RunFolder, settings: DistillSettings, **overrides: Any) -> D
     for name in chosen:
         if name not in known:
             raise ConfigError(
-                f"trainer.{name}: transformers.TrainingArguments has no such setting; check its name"
+                f"trainer.{name}: no setting of transformers.TrainingArguments; check its name"
             )
     try:
         return DistillationConfig(**chosen)

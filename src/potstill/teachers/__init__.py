@@ -1,4 +1,4 @@
-"""Teachers and their targets. To add a kind of teacher, write one file and add one line to KINDS."""
+"""Teachers and their targets. A new kind of teacher is one file and one line in KINDS."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Objective(Protocol):
         ...
 
     def self_divergence(self, rows: list[dict[str, Any]]) -> Tensor | None:
-        """Return the loss with the teacher as its own student, which must be 0; None if undefined."""
+        """Return the loss with the teacher as its own student: 0, or None if undefined."""
         ...
 
 
