@@ -54,7 +54,7 @@ ADDABLE = ("methods", "recipes", "seeds", "text_measures")
 
 @dataclass(frozen=True, kw_only=True)
 class CompareRecipe(DistillRecipe):
-    """Train several methods on the same data with the same budget, and report which is better."""
+    """Train several methods on the same data and budget; report which is best."""
 
     teacher: str = ""
     """Hub id, model folder, GGUF file, or demo."""

@@ -30,7 +30,7 @@ ANSWER_TOKENS = 64
 
 @dataclass(frozen=True)
 class DemoRecipe:
-    """Run everything on two CPU cores: teacher, student, distillation, evaluation and report."""
+    """Run everything on two CPU cores: teacher, student, distillation, evaluation, report."""
 
     output_dir: str = "runs/demo"
     """Folder of the run. The same command continues an interrupted one."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PlayRecipe:
-    """Chat with teacher, student before and student after in a browser (needs potstill[play])."""
+    """Chat with teacher, student before and after in a browser (needs potstill[play])."""
 
     run_dir: str
     """Folder of a finished run of distill or demo."""
