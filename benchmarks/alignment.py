@@ -1,13 +1,14 @@
-"""How much of a student's text does a teacher with other tokens have a target for?
+"""Measure for how many student tokens a teacher with another tokenizer has a target.
 
     make tokenizers && python benchmarks/alignment.py            # all pairs
     python benchmarks/alignment.py llama3:llama2                 # one
 
-Prose is paragraphs of the standard library's docstrings, code its modules, scripts a few sentences in ten others. Columns: seconds
-to compute the cells and how many there are; student tokens for one of the teacher's; of the student's tokens, those that have a
-target (at a root or inside a token they have followed); of the roots, those where the text spells the teacher's token otherwise
-than by its pieces, and those where it is not even in the same cell; milliseconds to encode and align 2 048 student tokens, both
-tokenizers included.
+Prose is docstring paragraphs of the standard library, code its modules, scripts a few sentences in
+ten other scripts. The columns are: seconds to compute the cells, and their number; student tokens
+per teacher token; the share of student tokens with a target (at a root, or inside a token whose
+pieces it follows); the share of roots where the text splits the teacher's token otherwise than its
+pieces do, and where it is not in the same cell; milliseconds to encode and align 2 048 student
+tokens, both tokenizers included.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SCRIPTS = [
 
 
 def paragraphs(modules: list[Path]) -> Iterator[str]:
-    """Docstring paragraphs of at least 250 characters, on one line each."""
+    """Return docstring paragraphs of at least 250 characters, on one line each."""
     for module in modules:
         for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
@@ -97,7 +98,7 @@ def measure(pair: str) -> None:
 
 
 def counted(encode: PairEncoder, answers: list[str]) -> tuple[PairCounts, int]:
-    """What was aligned, and how many tokens the teacher had for it."""
+    """Counts of aligned tokens."""
     counts, teacher_tokens = PairCounts(), 0
     for answer in answers:
         row = encode(
@@ -117,7 +118,8 @@ def counted(encode: PairEncoder, answers: list[str]) -> tuple[PairCounts, int]:
 
 if __name__ == "__main__":
     print(
-        "pair             text       cells in    cells   tokens  ratio   target  otherwise  disagree  skipped  per 2 048"
+        "pair             text       cells in    cells   tokens  ratio   target  otherwise  "
+        "disagree  skipped  per 2 048"
     )
     for name in sys.argv[1:] or PAIRS:
         measure(name)

@@ -1,17 +1,20 @@
-"""Which method teaches a student with other tokens best? SmolLM2-135M → itself with a SentencePiece vocabulary of 32 000 tokens.
+"""Compare the methods that train a student with another tokenizer.
 
-    make tokenizers                                       # Llama-2's, the default of --tokenizer
-    python benchmarks/cross_tokenizer.py                  # all methods, three seeds: two hours on two cores
+    make tokenizers                        # Llama-2's, the default of --tokenizer
+    python benchmarks/cross_tokenizer.py   # all methods, three seeds: two hours on two cores
     python benchmarks/cross_tokenizer.py --layers 15 --seeds 0 --methods text,cells --steps 25,50
-    python benchmarks/cross_tokenizer.py --tokenizer phrases --output runs/phrases    # a student that has " of the" as one token
-    python benchmarks/cross_tokenizer.py --table          # what has been measured so far
+    python benchmarks/cross_tokenizer.py --tokenizer phrases --output runs/phrases
+    python benchmarks/cross_tokenizer.py --table   # the results so far
 
-The teacher answers prompts at temperature 1; every method trains the same student on the same answers in the same order, at a
-constant learning rate. Measured are bits per byte on held-out answers of the teacher, less the teacher's own: in expectation the
-KL per byte from teacher to student, whatever the tokens. Intervals are paired: conversations are resampled, seeds averaged.
+The teacher is SmolLM2-135M-Instruct, the student the same model with a SentencePiece vocabulary of
+32 000 tokens (or, with ``phrases``, a vocabulary that has " of the" as one token). The teacher
+answers prompts at temperature 1; every method trains the same student on the same answers in the
+same order, at a constant learning rate. The measure is bits per byte on held-out answers of the
+teacher, minus the teacher's own: its expectation is KL per byte from teacher to student, for any
+tokens. Intervals are paired, over conversations and seeds.
 
-Each measurement is a line of OUTPUT/results.jsonl, written when it is made. A run that is cut off is made again from its first
-step when the command is given again; finished ones are not.
+Each measurement is a line of OUTPUT/results.jsonl. The same command repeats interrupted runs from
+their first step and skips finished ones.
 """
 
 from __future__ import annotations
@@ -26,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from potstill import DistillationConfig, DistillationTrainer, keep_layers, load_model
@@ -36,7 +38,8 @@ from potstill.data import (
     read_prompts,
     tokenize_conversations,
 )
-from potstill.evaluation import score_tokens
+from potstill.evaluation import conversation_sums, score_tokens
+from potstill.evaluation.paired import Ratios, paired_difference
 from potstill.generation import answer_prompts
 from potstill.models import load_tokenizer
 from potstill.students import change_tokenizer, choose_layers
@@ -57,7 +60,7 @@ ANSWER_TOKENS = 80
 
 
 def sampled(output: Path, answers: int, held_out: int) -> tuple[list[Any], list[Any]]:
-    """The teacher's answers, sampled once: as its logits say, without top-k or top-p."""
+    """Return the teacher's answers, sampled once from its whole distribution (no top-k, top-p)."""
     splits = {"train": answers, "held_out": held_out}
     with resources.as_file(resources.files("potstill.data") / "demo_prompts.jsonl") as path:
         prompts = list(read_prompts(path))
@@ -90,7 +93,7 @@ def sampled(output: Path, answers: int, held_out: int) -> tuple[list[Any], list[
 
 
 def phrases(texts: list[str], size: int = 3000) -> Any:
-    """A byte-level tokenizer whose tokens go beyond words, up to the next punctuation: the student spans the teacher's tokens."""
+    """Return a byte-level tokenizer whose tokens cross words, up to the next punctuation."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -110,17 +113,14 @@ def phrases(texts: list[str], size: int = 3000) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def sums(model: Any, dataset: Any, pad: int) -> tuple[list[float], list[int]]:
-    """Nats and bytes of each conversation."""
-    scores = score_tokens(model.eval(), dataset, pad_token_id=pad)
-    nats = torch.zeros(len(dataset), dtype=torch.float64).index_add_(
-        0, scores.conversation, scores.nll.double()
-    )
-    return nats.tolist(), scores.answer_bytes.tolist()
+def sums(model: Any, dataset: Any, pad: int) -> tuple[list[float], list[float]]:
+    """Return NLL in nats and bytes per conversation."""
+    scored = conversation_sums(score_tokens(model.eval(), dataset, pad_token_id=pad))
+    return scored["nll_nats"], scored["bytes"]
 
 
 class Measure(TrainerCallback):
-    """Writes a line at each of the chosen steps; ``seconds`` are those of training alone."""
+    """Write a line at each of the chosen steps; ``seconds`` are those of training alone."""
 
     def __init__(self, record: Any, steps: list[int]) -> None:
         self.record, self.steps, self.paused = record, steps, 0.0
@@ -149,7 +149,7 @@ def run(options: argparse.Namespace) -> None:
     before = change_tokenizer(cut, teacher_tokenizer, tokenizer).float()
     held_out, _ = tokenize_conversations(test, tokenizer)
 
-    def write(step: int, measured: tuple[list[float], list[int]], **more: Any) -> None:
+    def write(step: int, measured: tuple[list[float], list[float]], **more: Any) -> None:
         row = {
             "layers": options.layers,
             **more,
@@ -222,13 +222,12 @@ def bits_per_byte(row: dict[str, Any]) -> float:
 
 
 def print_table(results: Path, layers: int) -> None:
-    """Bits per byte above the teacher's, and in brackets the 95 % interval of the difference to ``cells`` at the same step."""
+    """Print bits per byte above the teacher's, in brackets the 95 % interval minus ``cells``'."""
     rows = [row for row in read(results) if row["layers"] == layers]
     teacher = next(row for row in rows if row["method"] == "teacher")
     before = next(row for row in rows if row["method"] == "before")
-    print(
-        f"\nteacher {bits_per_byte(teacher):.4f} bits per byte; before {bits_per_byte(before) - bits_per_byte(teacher):+.4f}"
-    )
+    gap = bits_per_byte(before) - bits_per_byte(teacher)
+    print(f"\nteacher {bits_per_byte(teacher):.4f} bits per byte; before {gap:+.4f}")
     steps = sorted({row["step"] for row in rows} - {0})
     print(
         f"{'method':22}{'seeds':>6}{'s/step':>8}"
@@ -247,27 +246,26 @@ def print_table(results: Path, layers: int) -> None:
 
 
 def _cell(rows: list[dict[str, Any]], method: str, step: int, teacher: dict[str, Any]) -> str:
-    ours, theirs = (
-        {
-            row["seed"]: np.array(row["nats"])
-            for row in rows
-            if row["method"] == name and row["step"] == step
-        }
+    ours, reference = (
+        {row["seed"]: row for row in rows if row["method"] == name and row["step"] == step}
         for name in (method, "cells")
     )
     if not ours:
         return ""
-    size = np.array(teacher["bytes"]) * math.log(2)
-    above = float((np.mean(list(ours.values()), 0) - np.array(teacher["nats"])).sum() / size.sum())
-    seeds = ours.keys() & theirs.keys()
+    above = _ratios(list(ours.values())).value - bits_per_byte(teacher)
+    seeds = sorted(ours.keys() & reference.keys())
     if method == "cells" or not seeds:
         return f"{above:.4f}"
-    difference = np.mean([ours[seed] - theirs[seed] for seed in seeds], 0)
-    drawn = np.random.default_rng(0).multinomial(
-        len(size), np.full(len(size), 1 / len(size)), size=4000
+    found = paired_difference(
+        *(_ratios([each[seed] for seed in seeds]) for each in (ours, reference))
     )
-    low, high = np.percentile((drawn @ difference) / (drawn @ size), [2.5, 97.5])
-    return f"{above:.4f} [{low:+.4f}, {high:+.4f}]"
+    return f"{above:.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
+
+def _ratios(rows: list[dict[str, Any]]) -> Ratios:
+    """Return bits per byte of runs that differ in their seed."""
+    bits = np.array([row["nats"] for row in rows]) / math.log(2)
+    return Ratios(bits, np.array([row["bytes"] for row in rows], dtype=float))
 
 
 def main() -> None:
@@ -285,7 +283,7 @@ def main() -> None:
         "--steps",
         type=numbers,
         default=[15, 30, 60],
-        help="measured after so many; the last ends the run",
+        help="evaluate after these steps; the last ends the run",
     )
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
     parser.add_argument("--answers", type=int, default=120)
@@ -296,7 +294,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument(
-        "--table", action="store_true", help="print what has been measured, and measure nothing"
+        "--table", action="store_true", help="print the results so far, run nothing"
     )
     options = parser.parse_args()
     unknown = set(options.methods) - METHODS.keys()

@@ -1,16 +1,18 @@
-"""The teacher's answers a second: our refilled batch against its rivals, and our client against a bare one.
+"""Measure answers per second: the refilled batch and the server client beside their rivals.
 
     python benchmarks/generate.py [--prompts 400] [--max-new-tokens 256] [--continuous]
     python benchmarks/generate.py --server [--concurrency 8] [--prompts 96] [--max-new-tokens 64]
 
-SmolLM2-135M-Instruct in bfloat16 answers the demo's prompts at temperature 0.7 and top-p 0.95, 256 of them at a time. Ours answers
-first, then a plain loop of `model.generate` over padded batches of 32 in the file's order, and with --continuous transformers' own
-continuous batching. In both each answer is made to stop at the length that ours had for that prompt: all do the same work. They
-take turns, so that a machine which others use disturbs all alike, and CPU seconds stand beside seconds. A token is one of the
-answers' own, the end token included.
+SmolLM2-135M-Instruct in bfloat16 answers the demo's prompts at temperature 0.7 and top-p 0.95, 256
+prompts at a time. Ours answers first; then a loop of `model.generate` over padded batches of 32 in
+the file's order, and with --continuous transformers' continuous batching. The rivals stop each
+answer at the length that ours had, so that all do the same work. Contenders take turns, so that
+other load on the machine affects all of them; CPU seconds stand beside seconds. Tokens are those of
+the answers, end tokens included.
 
---server starts `transformers serve --continuous-batching` on this machine and asks it greedily, by turns, with our engine and with
-the `openai` package's asyncio client, as many requests in flight. Needs `pip install 'transformers[serving]'`.
+--server starts `transformers serve --continuous-batching` on this machine and sends greedy requests
+alternately through our engine and through the `openai` package's asyncio client, with as many
+requests in flight. It needs `pip install 'transformers[serving]'`.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ class Stopwatch:
         return result
 
     def table(self) -> str:
-        """Tokens a second, and how many times faster ours is."""
+        """Return a table: tokens per second, and how many times faster ours is."""
         ours = self.tokens[OURS] / self.seconds[OURS]
         lines = [
             "| contender | tokens | seconds | CPU seconds | tokens/s | ours is × faster |",
@@ -74,13 +76,14 @@ class Stopwatch:
         ]
         for name in sorted(self.seconds, key=lambda name: name != OURS):
             tokens, seconds = self.tokens[name], self.seconds[name]
-            numbers = f"{tokens} | {seconds:.0f} | {self.cpu[name]:.0f} | {tokens / seconds:.1f} | {ours * seconds / tokens:.2f}"
+            numbers = f"{tokens} | {seconds:.0f} | {self.cpu[name]:.0f} | "
+            numbers += f"{tokens / seconds:.1f} | {ours * seconds / tokens:.2f}"
             lines.append(f"| {name} | {numbers} |")
         return "\n".join(lines)
 
 
 class Lengths(StoppingCriteria):
-    """Stops each row at a length of its own, counted from the end of the prompts."""
+    """Stop each row at a length of its own, counted from the end of the prompts."""
 
     def __init__(self, prompt_columns: int, lengths: Sequence[int]) -> None:
         self.prompt_columns, self.lengths = prompt_columns, torch.tensor(lengths)
@@ -113,7 +116,7 @@ def plain_loop(
 def continuous(
     model: Any, tokenizer: Any, texts: list[str], lengths: list[int], settings: GenerationConfig
 ) -> int:
-    """transformers' own refilled batch, over a paged cache."""
+    """Run transformers' continuous batching, with a paged cache."""
     config = ContinuousBatchingConfig(
         max_memory_percent=0.1, max_requests_per_batch=BATCH, page_size=16
     )  # its fastest here
@@ -172,7 +175,8 @@ def compare_local(asked: list[Request], sampling: Sampling, with_continuous: boo
     for unit in turns(asked, TURN):
         lengths += take_turns(watch, unit)
         print(
-            f"{len(lengths)} prompts, {sum(lengths)} tokens, {min(lengths)} to {max(lengths)} an answer\n{watch.table()}",
+            f"{len(lengths)} prompts, {sum(lengths)} tokens, "
+            f"{min(lengths)} to {max(lengths)} an answer\n{watch.table()}",
             flush=True,
         )
 
@@ -203,7 +207,8 @@ def compare_served(asked: list[Request], sampling: Sampling, concurrency: int) -
                         len(ids) for ids in tokenizer(said, add_special_tokens=False)["input_ids"]
                     )
                 print(
-                    f"{SERVER_TURN * number + len(unit)} prompts, {concurrency} in flight\n{watch.table()}",
+                    f"{SERVER_TURN * number + len(unit)} prompts, "
+                    f"{concurrency} in flight\n{watch.table()}",
                     flush=True,
                 )
 
@@ -211,7 +216,7 @@ def compare_served(asked: list[Request], sampling: Sampling, concurrency: int) -
 async def bare_client(
     url: str, model: str, unit: list[Request], sampling: Sampling, concurrency: int
 ) -> list[str]:
-    """No retries, no checks, connections kept: what the server does alone."""
+    """Send requests without retries or checks: the server's own speed."""
     import openai
 
     gate = asyncio.Semaphore(concurrency)
@@ -236,7 +241,7 @@ async def bare_client(
 
 @contextlib.contextmanager
 def server(folder: str) -> Iterator[str]:
-    """`transformers serve` on a free port of this machine, its address given once it answers."""
+    """Run `transformers serve` on a free port; yield its address once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -287,7 +292,8 @@ def main() -> None:
         prompts = [row["messages"] for row in read_prompts(path)][-options.prompts :]
     asked = list(requests(prompts, sampling, {}))
     print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads"
+        f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{torch.get_num_threads()} threads"
     )
     if options.server:
         compare_served(asked, sampling, options.concurrency)

@@ -1,13 +1,14 @@
-"""The distillation loss alone, forward and backward: ours, dense PyTorch, TRL, Liger, and the floor of bare matrix products.
+"""Measure the distillation loss alone, forward and backward, beside its rivals and a floor.
 
-    python benchmarks/loss.py [--vocabulary smollm2|151936|262144] [--tokens 2048] [--rounds 3] [--dtypes float32,bfloat16] …
+    python benchmarks/loss.py [--vocabulary smollm2|151936|262144] [--tokens 2048] [--rounds 3]
 
-The floor is what no exact method can do without: both heads projected once, and the student's two gradients, four products
-over all tokens at once, nothing between them. Contenders run in turn in one process, round after round, and a ratio is the
-median of the rounds' own ratios; memory is read in a process of its own for each, above the inputs and the gradients. Errors
-are those of the gradients against float64, ‖g − g₆₄‖ ÷ ‖g₆₄‖, for the cut student and for one that is nearly its teacher.
-``smollm2`` takes real hidden states (the demo's answers read by SmolLM2-135M-Instruct, and by 15 of its 30 layers: run `potstill
-demo` first, or give --data); a number is a vocabulary of random rows.
+Rivals are dense PyTorch, TRL and Liger. The floor is the four matrix products that every exact
+method needs (one projection per head, the student's two gradients), over all tokens at once.
+Contenders take turns in one process; a ratio is the median of the ratios of the rounds. Memory is
+measured in a process per contender, above the inputs and the gradients. Errors are those of the
+gradients against float64, ‖g − g₆₄‖ ÷ ‖g₆₄‖, for the cut student and for one close to its teacher.
+``smollm2`` takes real hidden states: the demo's answers read by SmolLM2-135M-Instruct and by 15 of
+its 30 layers (run `potstill demo` first, or give --data). A number takes random rows.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ IGNORED = -100
 
 
 class Inputs(NamedTuple):
-    """Hidden states ``[N, H]`` and heads ``[V, H]`` of both models; labels ``[N]``, −100 where nothing is to be learned."""
+    """Hidden states ``[N, H]``, heads ``[V, H]`` of both models; labels ``[N]``, −100 ignored"""
 
     student_hidden: Tensor
     student_weight: Tensor
@@ -82,7 +83,8 @@ def main() -> None:
         for share in map(float, options.supervised.split(",")):
             for divergence in options.divergences.split(","):
                 print(
-                    f"\n## {dtype}, {divergence}, {share:.0%} of {options.tokens} tokens, V = {len(inputs.student_weight)}\n"
+                    f"\n## {dtype}, {divergence}, {share:.0%} of {options.tokens} tokens, "
+                    f"V = {len(inputs.student_weight)}\n"
                 )
                 race(options, mask(inputs, share), divergence, dtype, share)
         if not options.no_errors:
@@ -125,7 +127,7 @@ def ratio(one: list[float], other: list[float]) -> str:
 
 
 def errors(options: Any, inputs: Inputs, dtype: str) -> None:
-    """Gradients against float64, over the first 512 tokens."""
+    """Print the errors of gradients against float64, over the first 512 tokens."""
     n = min(512, len(inputs.labels))
     cut = Inputs(
         inputs.student_hidden[:n],
@@ -142,7 +144,8 @@ def errors(options: Any, inputs: Inputs, dtype: str) -> None:
         student_weight=inputs.teacher_weight,
     )
     print(
-        f"\n## {dtype}: gradient error, forward KL, hidden / weight\n\n| | cut student | nearly its teacher |\n|---|---|---|"
+        f"\n## {dtype}: gradient error, forward KL, hidden / weight\n\n"
+        "| | cut student | close to its teacher |\n|---|---|---|"
     )
     exact = [exact_gradients(case) for case in (cut, near)]
     for name, run in CONTENDERS.items():
@@ -166,7 +169,8 @@ def relative(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm())
 
 
-# Contenders: inputs and a divergence's name → ∂/∂hidden and ∂/∂weight of the sum over the tokens that have labels.
+# Contenders: inputs and a divergence's name → ∂/∂hidden and ∂/∂weight of the sum over supervised
+# tokens.
 
 Contender = Callable[[Inputs, str], tuple[Tensor, Tensor]]
 
@@ -303,7 +307,7 @@ def load(options: Any, dtype: torch.dtype) -> Inputs:
 
 
 def real(options: Any, dtype: torch.dtype) -> Inputs:
-    """Answers of the demo's teacher, read by itself and by half its layers: the states at the tokens that are learned."""
+    """Return the states at supervised tokens of the demo's answers, of teacher and cut student."""
     from potstill import keep_layers, load_model
     from potstill.data import BatchLayout, read_conversations, tokenize_conversations
     from potstill.models.heads import hidden_states, supervised
@@ -366,7 +370,7 @@ def measured_apart(options: Any, name: str, divergence: str, dtype: str, share: 
 
 
 def peak_megabytes(options: Any) -> float:
-    """The highest resident size during one call, less that before it and the size of the gradients it returns. Linux."""
+    """Return peak resident bytes of one call, minus those before it and its gradients; Linux."""
     name, _, compacted = options.memory_of.partition(", rows")
     run = on_compacted(CONTENDERS[name]) if compacted else CONTENDERS[name]
     inputs = mask(load(options, getattr(torch, options.dtypes)), float(options.supervised))

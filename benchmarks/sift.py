@@ -1,9 +1,10 @@
-"""A million answers through reading, filters and near-duplicate removal: rows a second, and the memory it took.
+"""Measure reading, filters and near-duplicate removal: rows per second, and peak memory.
 
     python benchmarks/sift.py [--rows 1000000] [--words 60]
 
-The rows are made up: words drawn by Zipf's law, one answer in fifty a near copy of the one before, one in a hundred empty, cut off
-or looping. They are written to a file first, which is not measured. Memory is the peak of the measured process.
+The rows are synthetic: words drawn by Zipf's law, one answer in fifty a near copy of the one
+before, one in a hundred empty, cut off or looping. Writing them is not measured. Memory is the peak
+of the measured process.
 """
 
 from __future__ import annotations

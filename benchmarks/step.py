@@ -1,13 +1,13 @@
-"""A whole training step: ours, TRL's GKDTrainer and plain fine-tuning, on the same student, data and batches.
+"""Measure a training step: ours, TRL's GKDTrainer and plain fine-tuning, on the same batches.
 
-    python benchmarks/step.py --data runs/demo/data/train/conversations.jsonl [--steps 6] [--rounds 2]
+    python benchmarks/step.py --data runs/demo/data/train/conversations.jsonl
 
-The demo's pair: SmolLM2-135M-Instruct in bfloat16 teaches half its layers, float32 weights under bfloat16 autocast, eight
-conversations a step, in the file's order. Every contender runs in a process of its own, in turn, several rounds; the first two
-steps warm up and are not counted. A token is one of the conversations' own, prompts included, padding not. KD efficiency is the
-step ÷ (the teacher's forward pass, its head at the completions included, + a fine-tuning step with a fused cross-entropy on these):
-1 would mean that distilling costs nothing beside what it cannot do without. ``cross`` takes this pair as if it had two tokenizers:
-what cells cost beside ``logits`` at equal student tokens and teacher.
+The teacher is SmolLM2-135M-Instruct in bfloat16, the student half its layers in float32 under
+bfloat16 autocast; eight conversations a step, in the file's order. Each contender runs in its own
+process, in turn, for several rounds; the first two steps are not counted. Tokens include prompts,
+not padding. KD efficiency is the step ÷ (the teacher's forward pass with its head at the supervised
+positions + a fine-tuning step with a fused cross-entropy): 1 means that distillation adds no cost
+of its own. ``cross`` treats this pair as if it had two tokenizers, which shows the cost of cells.
 """
 
 from __future__ import annotations
@@ -63,11 +63,13 @@ def print_table(results: dict[str, list[dict[str, float]]]) -> None:
     print("| contender | tokens/s | seconds a step | ours is × faster |\n|---|---|---|---|")
     for name, rows in results.items():
         print(
-            f"| {name} | {rows[0]['tokens'] / seconds[name]:.0f} | {seconds[name]:.2f} | {seconds[name] / ours:.2f} |"
+            f"| {name} | {rows[0]['tokens'] / seconds[name]:.0f} | {seconds[name]:.2f} "
+            f"| {seconds[name] / ours:.2f} |"
         )
     efficiency = ours / (seconds["teacher forward alone"] + seconds["potstill text"])
     print(
-        f"\nKD efficiency {efficiency:.2f} (step ÷ (teacher forward + completion-only fused fine-tuning step))"
+        f"\nKD efficiency {efficiency:.2f} "
+        "(step ÷ (teacher forward + completion-only fused fine-tuning step))"
     )
 
 
@@ -88,7 +90,7 @@ def pair() -> tuple[Any, Any, Any]:
 
 
 def timed(options: Any, trainer: Any, tokens: int) -> dict[str, float]:
-    """Seconds a step, over the steps after the warm-up."""
+    """Return seconds per step, over the steps after the warm-up."""
     import transformers
 
     times: list[float] = []
@@ -126,7 +128,9 @@ def arguments(options: Any) -> dict[str, Any]:
 def potstill_step(options: Any, method: str, **more: Any) -> dict[str, float]:
     from potstill import DistillationConfig, DistillationTrainer
     from potstill.data import tokenize_conversations
+    from potstill.training.kept_memory import keep_freed_memory
 
+    keep_freed_memory()  # as `potstill distill` does
     teacher, student, tokenizer = pair()
     rows = conversations(options)
     _, counts = tokenize_conversations(rows, tokenizer)
@@ -138,7 +142,7 @@ def potstill_step(options: Any, method: str, **more: Any) -> dict[str, float]:
 
 
 def plain_step(options: Any) -> dict[str, float]:
-    """transformers' Trainer as it comes: padded, dense logits, cross-entropy on the answers."""
+    """Run transformers' Trainer unchanged: padded, dense logits, cross-entropy on answers."""
     import transformers
 
     from potstill.data import BatchLayout, tokenize_conversations
@@ -175,7 +179,7 @@ def trl_step(options: Any) -> dict[str, float]:
 
 
 def trl_step_with_memory_kept(options: Any) -> dict[str, float]:
-    """What our trainer asks of glibc, asked for TRL's."""
+    """Run TRL's step with the allocator setting of our commands."""
     from potstill.training.kept_memory import keep_freed_memory
 
     keep_freed_memory()

@@ -1,21 +1,23 @@
-"""Equal seconds: ours, TRL's GKDTrainer and plain fine-tuning teach the demo's student from the same batches.
+"""Compare potstill with TRL: the same student, batches and seconds of training.
 
-    potstill demo                                          # once: its conversations are learned from and measured on
-    python benchmarks/versus_trl.py                        # four methods, five seeds of 240 seconds: 1 h 45 min on two cores
-    python benchmarks/versus_trl.py --times 5,10 --seeds 0 --held-out 8 --output runs/versus_trl_trial
-    python benchmarks/versus_trl.py --table                # what has been measured so far, and the plot
+    potstill demo                    # once: training and held-out conversations come from it
+    python benchmarks/versus_trl.py  # four methods, five seeds of 240 seconds: 1 h 45 min, 2 cores
+    python benchmarks/versus_trl.py --times 5,10 --seeds 0 --held-out 8 --output runs/trl_trial
+    python benchmarks/versus_trl.py --table          # the results so far, and the plot
 
-SmolLM2-135M-Instruct in bfloat16 teaches half its layers: float32 weights under bfloat16 autocast, embeddings frozen, four
-conversations a step, AdamW at one constant learning rate after a few steps of warm-up. All of that is the same for every method,
-and so is the order of the conversations, which is drawn from the seed before any trainer sees them. TRL's trainers get them
-tokenized, padded by our collator: the same tokens are learned, and no step waits for a tokenizer. Activation checkpointing, TRL's
-default, is off. GKDTrainer learns off-policy (lmbda 0) by forward KL (beta 0), temperature 1.
+The teacher is SmolLM2-135M-Instruct in bfloat16; the student keeps half its layers. Every method
+uses float32 weights under bfloat16 autocast, frozen embeddings, four conversations a step, and
+AdamW at a constant learning rate after a few warm-up steps. The order of the conversations is drawn
+from the seed and is the same for every method. TRL's trainers get the conversations tokenized and
+padded by our collator, so that they learn the same tokens and no step waits for a tokenizer.
+Activation checkpointing, TRL's default, is off. GKDTrainer learns off-policy (lmbda 0) by forward
+KL (beta 0) at temperature 1.
 
-Every run has a process of its own. Its clock starts after two steps and stops while the student is evaluated, at the first
-step that ends beyond each of the times; what is evaluated is a copy of the weights in bfloat16, as `potstill distill` does.
-Results are lines of OUTPUT/results.jsonl, written when a run is finished; the same command makes what is missing. Stopping
-the process group (SIGSTOP, SIGCONT) is harmless: seconds in which the process stood still do not count. Other work on the same
-cores is not: the share of the cores that a run had is printed beside its speed.
+Each run has its own process. Its clock starts after two steps and stops during evaluation, which
+happens at the first step that ends after each of the times, on a copy of the weights in bfloat16
+(as `potstill distill` does). Results are appended to OUTPUT/results.jsonl when a run is finished;
+the same command continues. Seconds in which the process is stopped (SIGSTOP) do not count. Other
+work on the same cores distorts the result; the share of the cores that a run had is printed.
 """
 
 from __future__ import annotations
@@ -49,37 +51,36 @@ METHODS = {
 RIVAL = "trl"
 BATCH = 4
 WARM_UP = 2
-PASSES = 50  # of the data, each in an order of its own: more than anybody gets through
+PASSES = 50  # over the data, each in another order: more than any method completes
 MAX_LENGTH = 1024
-RESAMPLES = 4000
 Rows = list[dict[str, Any]]
 
 
 class Clock:
-    """Seconds, of the wall and of the processor, while it runs.
+    """Count wall seconds and processor seconds while running.
 
-    A thread looks at it ten times a second. A look that is seconds late means that the whole process stood still (SIGSTOP, a laptop
-    asleep), and that time is kept apart.
+    A thread reads the clock ten times a second. A reading that is seconds late means that the whole
+    process was stopped (SIGSTOP, a sleeping laptop); that time is counted apart.
     """
 
     LATE = 2.0
 
     def __init__(self) -> None:
-        self.seconds = self.cpu_seconds = self.stood_still_seconds = 0.0
+        self.seconds = self.cpu_seconds = self.stopped_seconds = 0.0
         self.running, self.lock = False, threading.Lock()
         self.last = time.perf_counter(), time.process_time()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def start(self) -> None:
-        self.look()
+        self.read()
         self.running = True
 
     def stop(self) -> None:
-        self.look()
+        self.read()
         self.running = False
 
-    def look(self) -> float:
-        """Seconds so far."""
+    def read(self) -> float:
+        """Return the seconds so far."""
         with self.lock:
             now = time.perf_counter(), time.process_time()
             passed, worked = (after - before for before, after in zip(self.last, now, strict=True))
@@ -87,7 +88,7 @@ class Clock:
             if self.running:
                 self.cpu_seconds += worked
                 if passed > self.LATE:
-                    self.stood_still_seconds += passed
+                    self.stopped_seconds += passed
                 else:
                     self.seconds += passed
             return self.seconds
@@ -95,11 +96,11 @@ class Clock:
     def _watch(self) -> None:
         while True:
             time.sleep(0.1)
-            self.look()
+            self.read()
 
 
 class Measure(transformers.TrainerCallback):
-    """Calls ``record`` at the first step that ends beyond each of the times; the last one ends the training."""
+    """Call ``record`` at the first step after each of the times; stop training at the last."""
 
     def __init__(self, times: list[float], record: Any) -> None:
         self.due, self.record, self.clock = sorted(times), record, Clock()
@@ -108,21 +109,21 @@ class Measure(transformers.TrainerCallback):
         if state.global_step == WARM_UP:
             self.clock.start()
             return
-        while self.due and self.clock.look() >= self.due[0]:
+        while self.due and self.clock.read() >= self.due[0]:
             self.clock.stop()
             self.record(self.due.pop(0), state.global_step, self.clock)
             self.clock.start()
         control.should_training_stop = not self.due
 
 
-class Judge:
-    """Our evaluation, on models of its own: whatever a trainer has wrapped around its models, it does not touch these."""
+class Evaluator:
+    """Evaluate on models of its own, which no trainer has wrapped."""
 
     def __init__(self, options: Any) -> None:
         self.options, self.held_out = options, None
 
     def __call__(self, student: Any = None) -> dict[str, Any]:
-        """KL nats and tokens of each held-out conversation; without a ``student``, of the untrained one."""
+        """Return KL in nats and tokens per held-out conversation; default: of the untrained."""
         import torch
 
         from potstill import load_model
@@ -153,7 +154,7 @@ def conversations(options: Any, split: str) -> list[Any]:
 
 
 def run(options: Any, method: str, seed: int) -> Rows:
-    """One student trained: what was measured at each of the times."""
+    """Train one student; return what was measured at each of the times."""
     import torch
 
     from potstill import load_model
@@ -161,9 +162,9 @@ def run(options: Any, method: str, seed: int) -> Rows:
 
     torch.set_num_threads(options.threads)
     facts = {"method": method, "seed": seed, "made_with": made_with(options)}
-    judge, rows = Judge(options), []
+    evaluator, rows = Evaluator(options), []
     if method == "before":
-        return [{**facts, "time": 0, **judge()}]
+        return [{**facts, "time": 0, **evaluator()}]
     student, tokenizer = load_model(options.output / "student", dtype="float32")
     for module in (student.get_input_embeddings(), student.get_output_embeddings()):
         module.requires_grad_(False)
@@ -184,15 +185,15 @@ def run(options: Any, method: str, seed: int) -> Rows:
                 "step": step,
                 "seconds": round(clock.seconds, 3),
                 "cpu_seconds": round(clock.cpu_seconds, 3),
-                "stood_still_seconds": round(clock.stood_still_seconds, 3),
+                "stopped_seconds": round(clock.stopped_seconds, 3),
                 "trained_tokens": int(sizes[seen].sum()),
                 "trained_supervised_tokens": int(supervised[seen].sum()),
                 "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-                **judge(student),
+                **evaluator(student),
             }
         )
         print(
-            f"  {due:g} s, step {step}: {kl(rows[-1]):.4f} nats a token",
+            f"  {due:g} s, step {step}: {kl(rows[-1]):.4f} nats per token",
             file=sys.stderr,
             flush=True,
         )
@@ -206,7 +207,7 @@ def run(options: Any, method: str, seed: int) -> Rows:
 
 
 def settings(options: Any, seed: int) -> dict[str, Any]:
-    """What every trainer is given alike; the demo's, with a learning rate that does not depend on how far a run will come."""
+    """Return the settings that all trainers share."""
     return {
         "output_dir": tempfile.mkdtemp(),
         "max_steps": 10**6,
@@ -231,7 +232,7 @@ def settings(options: Any, seed: int) -> dict[str, Any]:
 
 
 def make_trainer(
-    method: str, student: Any, tokenizer: Any, dataset: Any, alike: dict[str, Any]
+    method: str, student: Any, tokenizer: Any, dataset: Any, shared: dict[str, Any]
 ) -> Any:
     from potstill import DistillationConfig, DistillationTrainer, load_model
     from potstill.data import BatchLayout
@@ -240,7 +241,7 @@ def make_trainer(
         return DistillationTrainer(
             student,
             None,
-            DistillationConfig(method="text", **alike),
+            DistillationConfig(method="text", **shared),
             dataset,
             processing_class=tokenizer,
         )
@@ -253,23 +254,23 @@ def make_trainer(
         from trl import SFTConfig, SFTTrainer
 
         return SFTTrainer(
-            student, SFTConfig(**alike, dataset_kwargs={"skip_prepare_dataset": True}), **tokenized
+            student, SFTConfig(**shared, dataset_kwargs={"skip_prepare_dataset": True}), **tokenized
         )
     teacher, teacher_tokenizer = load_model("demo", dtype="bfloat16")
     if method == "trl":
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
         return GKDTrainer(
-            student, teacher, GKDConfig(**alike, lmbda=0.0, beta=0.0, temperature=1.0), **tokenized
+            student, teacher, GKDConfig(**shared, lmbda=0.0, beta=0.0, temperature=1.0), **tokenized
         )
     pair = {"processing_class": tokenizer, "teacher_tokenizer": teacher_tokenizer}
     return DistillationTrainer(
-        student, teacher, DistillationConfig(method="logits", **alike), dataset, **pair
+        student, teacher, DistillationConfig(method="logits", **shared), dataset, **pair
     )
 
 
 def measure_all(options: Any) -> None:
-    """Every run that is not yet in the file, a seed at a time; who begins changes with the seed."""
+    """Run what is not yet in the file, seed by seed; the first method changes with the seed."""
     results = options.output / "results.jsonl"
     done = {(row["method"], row["seed"], row["time"]) for row in read(results)}
     runs = [("before", 0)]
@@ -282,15 +283,11 @@ def measure_all(options: Any) -> None:
             continue
         print(f"{method}, seed {seed}", flush=True)
         flags = ["--only", method, "--seeds", str(seed)]
-        command, quiet = (
-            [sys.executable, __file__, *sys.argv[1:], *flags],
-            {**os.environ, "TQDM_DISABLE": "1"},
-        )
+        command = [sys.executable, __file__, *sys.argv[1:], *flags]
+        quiet = {**os.environ, "TQDM_DISABLE": "1"}
         child = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=quiet, check=False)
         if child.returncode:
-            sys.exit(
-                f"{method}, seed {seed}: failed as written above; finished runs are kept, the same command goes on"
-            )
+            sys.exit(f"{method}, seed {seed}: failed (see above); the same command continues")
         rows = json.loads(child.stdout.splitlines()[-1])
         with results.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -313,20 +310,19 @@ def by_seed(rows: Rows, method: str, at: float) -> dict[int, dict[str, Any]]:
 
 
 def difference(ours: dict[int, Any], theirs: dict[int, Any]) -> str:
-    """Nats a token below or above theirs, with a 95 % interval: seeds and conversations are both drawn again, in pairs."""
+    """Return KL nats per token minus theirs, with the paired 95 % interval of the library."""
+    from potstill.evaluation.paired import Ratios, paired_difference
+
     seeds = sorted(ours.keys() & theirs.keys())
-    tokens = np.array(ours[seeds[0]]["tokens"])
-    nats = np.array([np.subtract(ours[seed]["kl_nats"], theirs[seed]["kl_nats"]) for seed in seeds])
-    generator = np.random.default_rng(0)
-    seed_draws, conversation_draws = (
-        generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-        for count in nats.shape
+    one, other = (
+        Ratios(
+            np.array([rows[seed]["kl_nats"] for seed in seeds]),
+            np.array([rows[seed]["tokens"] for seed in seeds]),
+        )
+        for rows in (ours, theirs)
     )
-    drawn = np.einsum("rs,sc,rc->r", seed_draws / len(seeds), nats, conversation_draws) / (
-        conversation_draws @ tokens
-    )
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return f"{nats.mean(0).sum() / tokens.sum():+.3f} [{low:+.3f}, {high:+.3f}]"
+    found = paired_difference(one, other)
+    return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
 def print_table(rows: Rows, times: list[float]) -> None:
@@ -334,14 +330,23 @@ def print_table(rows: Rows, times: list[float]) -> None:
     print(
         "",
         *sorted({row["made_with"] for row in rows}),
-        f"held-out KL before training: {before:.3f} nats a token\n",
+        f"held-out KL before training: {before:.3f} nats per token\n",
         sep="\n",
     )
-    heads = [f"KL at {at:g} s, to TRL" for at in times]
+    heads = [f"KL at {at:g} s, minus TRL's" for at in times]
     print(
         "| "
         + " | ".join(
-            ["", "seeds", *heads, "steps", "tokens/s", "of them learned", "cores had", "peak MB"]
+            [
+                "",
+                "seeds",
+                *heads,
+                "steps",
+                "tokens/s",
+                "supervised tokens/s",
+                "cores used",
+                "peak MB",
+            ]
         )
         + " |"
     )
@@ -372,25 +377,24 @@ def print_table(rows: Rows, times: list[float]) -> None:
             f"{peak}",
         ]
         print("| " + " | ".join([name, str(len(last)), *cells, *more]) + " |")
-    stood_still = sum(row["stood_still_seconds"] for row in rows if row["time"] == times[-1])
-    print(
-        f"\nIntervals 95 %, paired, over seeds and conversations; {stood_still:.0f} s of standing still not counted."
-    )
+    stopped = sum(row["stopped_seconds"] for row in rows if row["time"] == times[-1])
+    print("\nIntervals: 95 %, paired, over seeds and conversations;", end=" ")
+    print(f"{stopped:.0f} s in which a process was stopped are not counted.")
 
 
 def draw_plot(rows: Rows, times: list[float], file: Path) -> None:
-    """Held-out KL over seconds: the mean over seeds, and a band from the best seed to the worst."""
+    """Plot held-out KL over seconds: the mean over seeds, and a band from best to worst seed."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 3.4))
-    for method, colour in zip(METHODS, ("#d94801", "#2171b5", "#fdae6b", "#9ecae1"), strict=True):
+    for method, color in zip(METHODS, ("#d94801", "#2171b5", "#fdae6b", "#9ecae1"), strict=True):
         at = [time for time in times if by_seed(rows, method, time)]
         seeds = [[kl(row) for row in by_seed(rows, method, time).values()] for time in at]
         if at:
             axes.plot(
                 at,
                 [np.mean(one) for one in seeds],
-                color=colour,
+                color=color,
                 marker="o",
                 markersize=3,
                 label=METHODS[method],
@@ -399,11 +403,11 @@ def draw_plot(rows: Rows, times: list[float], file: Path) -> None:
                 at,
                 [min(one) for one in seeds],
                 [max(one) for one in seeds],
-                color=colour,
+                color=color,
                 alpha=0.2,
                 linewidth=0,
             )
-    axes.set(xscale="log", xlabel="seconds of training", ylabel="held-out KL, nats a token")
+    axes.set(xscale="log", xlabel="seconds of training", ylabel="held-out KL, nats per token")
     axes.set_xticks(times, [f"{time:g}" for time in times])
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
@@ -422,7 +426,8 @@ def made_with(options: Any) -> str:
         if cpuinfo.is_file()
         else None
     )
-    cores = f"{found[1] if found else platform.processor()}, {options.threads} threads on {os.cpu_count()} cores"
+    processor = found[1] if found else platform.processor()
+    cores = f"{processor}, {options.threads} threads on {os.cpu_count()} cores"
     installed = [
         name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)
     ]
@@ -449,13 +454,16 @@ def main() -> None:
         type=lambda text: sorted(map(float, text.split(","))),
         default=[30.0, 60.0, 120.0, 240.0],
     )
-    parser.add_argument("--held-out", type=int, help="measure on so many conversations; all")
+    parser.add_argument("--held-out", type=int, help="held-out conversations; default: all")
     parser.add_argument(
-        "--learning-rate", type=float, default=2e-4, help="6e-4 stands still after a minute"
+        "--learning-rate",
+        type=float,
+        default=2e-4,
+        help="with 6e-4 KL stops falling after a minute",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
-        "--table", action="store_true", help="print what has been measured, and measure nothing"
+        "--table", action="store_true", help="print the results so far, run nothing"
     )
     parser.add_argument("--plot", type=Path, help="an SVG file; OUTPUT/versus_trl.svg")
     parser.add_argument("--only", help=argparse.SUPPRESS)
@@ -464,7 +472,7 @@ def main() -> None:
         print(json.dumps(run(options, options.only, options.seeds[0])))
         return
     if not options.table:
-        refuse(parser, options)
+        validate(parser, options)
         from potstill.commands.demo import LAYERS
         from potstill.students import make_student
 
@@ -473,13 +481,13 @@ def main() -> None:
         measure_all(options)
     rows = read(options.output / "results.jsonl")
     if not rows:
-        parser.error(f"{options.output}: nothing has been measured there")
+        parser.error(f"{options.output}: no results there")
     print_table(rows, options.times)
     draw_plot(rows, options.times, options.plot or options.output / "versus_trl.svg")
 
 
-def refuse(parser: argparse.ArgumentParser, options: Any) -> None:
-    """Say what is missing before anything is measured."""
+def validate(parser: argparse.ArgumentParser, options: Any) -> None:
+    """Exit with a message if something is missing."""
     unknown = set(options.methods) - METHODS.keys()
     if unknown:
         parser.error(
@@ -487,12 +495,11 @@ def refuse(parser: argparse.ArgumentParser, options: Any) -> None:
         )
     if {"trl", "sft"} & set(options.methods) and not importlib.util.find_spec("trl"):
         parser.error(
-            "TRL is not installed: pip install --no-deps trl==1.16.0, or leave it out with --methods ours,text"
+            "TRL is not installed: pip install --no-deps trl==1.16.0, or use --methods ours,text"
         )
     if not (options.data_from / "data" / "held_out" / "conversations.jsonl").is_file():
-        parser.error(
-            f"{options.data_from}: no data there; run `potstill demo` first, or name its folder with --data-from"
-        )
+        need = "run `potstill demo` first, or give its folder as --data-from"
+        parser.error(f"{options.data_from}: no data there; {need}")
 
 
 if __name__ == "__main__":
