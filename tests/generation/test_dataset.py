@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from potstill.data.duplicates import NearDuplicates
+from potstill.data.words import ngrams, words
 from potstill.errors import ConfigError, DataError
 from potstill.generation import filters, write_dataset
 from potstill.generation.card import WHAT
 from potstill.generation.dataset import likeliest, shortest, sift
-from potstill.generation.duplicates import NearDuplicates
-from potstill.generation.words import ngrams, words
 
 CHECKS = {"empty": filters.empty, "cut_off": filters.cut_off}
 

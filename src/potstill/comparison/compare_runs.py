@@ -10,11 +10,11 @@ import numpy as np
 from potstill.comparison.abilities import Abilities, abilities, directions, in_figures
 from potstill.comparison.finished_runs import FinishedRun, refuse_unlike, same_tokens
 from potstill.comparison.text_measures import length_words, loops, measures_against, stops
+from potstill.data.words import words
 from potstill.errors import RunFolderError
 from potstill.evaluation.measures import MEASURES, TOKEN_MEASURES
 from potstill.evaluation.paired import Ratios, interval, paired_difference, regressions, verdict
 from potstill.evaluation.scores import measure_ratios
-from potstill.generation.words import words
 
 UNTOUCHED = "untouched"
 WORST_PROMPTS = 5

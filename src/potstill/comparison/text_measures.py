@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from potstill.data.words import words
 from potstill.errors import ConfigError
 from potstill.generation.filters import repetition_loop
-from potstill.generation.words import words
 
 Row = dict[str, Any]
 

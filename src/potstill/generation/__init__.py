@@ -3,7 +3,7 @@
 keys.py      prompts → requests, each with a key that decides its answer
 engine.py    the interface of the engines local.py, server.py, vllm.py and ray.py
 store.py     answers on disk, safe against kills
-dataset.py   answers → conversations.jsonl, by filters.py and duplicates.py; card.py describes it
+dataset.py   answers → conversations.jsonl, by filters.py; card.py describes it
 """
 
 from potstill.generation.card import counts_table as counts_table

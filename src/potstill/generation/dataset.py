@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from potstill.data.duplicates import NearDuplicates
+from potstill.data.words import words
 from potstill.errors import ConfigError, DataError
-from potstill.generation.duplicates import NearDuplicates
 from potstill.generation.filters import Filter, Row, answer
-from potstill.generation.words import words
 
 CONVERSATIONS, DROPPED = "conversations.jsonl", "dropped.jsonl"
 

@@ -1,7 +1,7 @@
 """Filter answers: a filter takes one row and returns True if the row is to be dropped.
 
 A row is ``{"messages": […, the answer], "cut_off": …, …}``. The first filter that returns True is
-the reason. Duplicates need several rows and are found by duplicates.py.
+the reason. Duplicates need several rows and are found by data/duplicates.py.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from potstill.data.words import ngrams, words
 from potstill.errors import ConfigError
-from potstill.generation.words import ngrams, words
 
 Row = dict[str, Any]
 Filter = Callable[[Row], bool]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 import rensa
 
-from potstill.generation.words import ngrams, words
+from potstill.data.words import ngrams, words
 
 SIGNATURE, BANDS = 128, 16
 SHINGLE_WORDS = 3
@@ -59,6 +59,25 @@ class NearDuplicates:
                 texts, others = order[candidates], earlier[candidates]
                 duplicate[texts] |= _similarity(signatures, texts, others) >= self.threshold
         return duplicate
+
+    def matches(self, earlier: NearDuplicates) -> np.ndarray:
+        """Return ``[texts]``, True for each text that is similar to one of ``earlier``."""
+        self._sign()
+        earlier._sign()
+        found = np.zeros(sum(map(len, self._bands)), dtype=bool)
+        if not self._bands or not earlier._bands:
+            return found
+        bands, signatures = np.concatenate(self._bands), np.concatenate(self._signatures)
+        others = np.concatenate(earlier._signatures)
+        for band, known in zip(bands.T, np.concatenate(earlier._bands).T, strict=True):
+            order = np.argsort(known, kind="stable")
+            for side, shift in (("left", 0), ("right", -1)):  # first and last text of equal band
+                place = np.searchsorted(known, band, side, sorter=order) + shift  # type: ignore[call-overload]
+                candidate = order[place.clip(0, len(order) - 1)]
+                texts = np.flatnonzero(known[candidate] == band)
+                same = signatures[texts] == others[candidate[texts]]
+                found[texts] |= same.mean(-1) >= self.threshold
+        return found
 
     def _sign(self) -> None:
         if not self._shingles:
