@@ -60,5 +60,7 @@ def _mean(runs: list[FinishedRun], when: str) -> Abilities:
     means: Abilities = {}
     for task, measured in found[0].items():
         for metric, error in measured["stderr"].items():
-            means[f"{task} {metric}"] = sum(one[task][metric] for one in found) / len(found), error
+            values = [one[task][metric] for one in found]
+            if None not in values:  # not finite
+                means[f"{task} {metric}"] = sum(values) / len(values), error
     return means

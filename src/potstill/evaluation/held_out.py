@@ -11,8 +11,9 @@ import torch
 
 from potstill.alignment import shared_rows
 from potstill.data import IGNORED, encode_conversation, tokenize_conversations, without_answer
-from potstill.errors import VocabularyMismatch
+from potstill.errors import DataError, VocabularyMismatch
 from potstill.evaluation.scores import TokenScores, conversation_sums, score_teacher, score_tokens
+from potstill.models.vocabulary import padding_id
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.teachers import Teacher, as_teacher
 
@@ -21,7 +22,7 @@ class HeldOut:
     """Hold ``conversations`` in the tokens of both models.
 
     ``rows`` is the number of vocabulary rows that the models share; None if they share none.
-    Raises: as `tokenize_conversations`.
+    Raises: as `tokenize_conversations`; DataError if the answers have no text.
     """
 
     def __init__(
@@ -46,6 +47,10 @@ class HeldOut:
         kept = [one for one in conversations if all(has_answer(one, each) for each in pair)]
         self.conversations = conversations = kept or conversations
         self.dataset, _ = tokenize_conversations(conversations, tokenizer, max_length=max_length)
+        if not any(self.dataset["answer_bytes"]):
+            raise DataError(
+                "the held-out answers have no text, so nothing can be measured; give others"
+            )
         self.teacher_dataset, _ = tokenize_conversations(
             conversations, teacher_tokenizer, max_length=max_length
         )
@@ -57,7 +62,7 @@ class HeldOut:
 
         ``likeliest`` as in `score_tokens`.
         """
-        pad = self.tokenizer.pad_token_id
+        pad = padding_id(self.tokenizer, student)
         if self.rows is None:
             return score_tokens(student, self.dataset, pad_token_id=pad, likeliest=likeliest)
         source = as_teacher(teacher)
@@ -73,8 +78,10 @@ class HeldOut:
 
     def score_teacher(self, teacher: CausalLM | Teacher) -> TokenScores:
         """Score the teacher; its KL from itself is 0 and its agreement 1, by definition."""
-        pad = self.teacher_tokenizer.pad_token_id
-        scores = score_teacher(as_teacher(teacher), self.teacher_dataset, pad_token_id=pad)
+        source = as_teacher(teacher)
+        model, tokenizer = source.model, self.teacher_tokenizer
+        pad = padding_id(tokenizer, model) if model is not None else tokenizer.pad_token_id or 0
+        scores = score_teacher(source, self.teacher_dataset, pad_token_id=pad)
         if self.rows is None:
             return scores
         zeros, ones = torch.zeros_like(scores.nll), torch.ones_like(scores.nll)

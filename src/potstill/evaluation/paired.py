@@ -101,13 +101,17 @@ def _ends(
     equal, equal_seeds = (np.full(count, 1 / count) for count in (conversations, seeds))
     drawn = random.multinomial(conversations, equal, size=resamples)
     drawn_seeds = random.multinomial(seeds, equal_seeds, size=resamples) / seeds
-    low, high = np.percentile((measured(drawn) * drawn_seeds).sum(1), [2.5, 97.5])
+    low, high = np.nanpercentile((measured(drawn) * drawn_seeds).sum(1), [2.5, 97.5])
     return float(low), float(high)
 
 
 def _resampled(ratios: Ratios, drawn: Any) -> Any:
-    """Return the measure ``[R, S]``; ``drawn [R, C]`` counts draws of each conversation."""
-    return (drawn @ ratios.numerator.T) / (drawn @ ratios.denominator.T)
+    """Return the measure ``[R, S]``; ``drawn [R, C]`` counts draws of each conversation.
+
+    NaN for a draw of conversations that have nothing to measure, such as empty answers.
+    """
+    top, bottom = drawn @ ratios.numerator.T, drawn @ ratios.denominator.T
+    return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
 
 
 def verdict(one: str, other: str, difference: Difference, measure: Measure) -> str:

@@ -18,9 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from potstill.data import BatchLayout
+from potstill.errors import ModelError
 from potstill.evaluation.paired import Ratios, interval
 from potstill.losses import CallableHead, Head, Projection
 from potstill.models.heads import hidden_states, model_inputs, output_head, supervised
+from potstill.models.vocabulary import highest_id, refuse_unknown_ids
 from potstill.teachers import Target, Teacher
 from potstill.teachers.targets import most_likely
 
@@ -68,8 +70,12 @@ def score_tokens(
 
     ``rows`` cuts the vocabulary to what it shares with ``teacher`` for KL and agreement; NLL uses
     all of it. ``likeliest`` is the number of most likely tokens that are kept of each model.
+    Raises: ModelError if a score is not finite, or a token id is not in a vocabulary.
     """
     head = output_head(model)
+    refuse_unknown_ids(model, highest_id(dataset, "input_ids"), role="model")
+    if teacher is not None and teacher.model is not None:
+        refuse_unknown_ids(teacher.model, highest_id(dataset, "input_ids"), role="teacher")
     layout = BatchLayout(pad_token_id, packed=False)
     parts: list[tuple[Tensor, ...]] = []
     starts = range(0, len(dataset), batch_size)
@@ -85,6 +91,8 @@ def score_tokens(
     columns = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     conversation, nll, kl, agrees, *next_tokens = columns
     known = teacher is not None
+    _refuse_infinite(nll, "−log p of the text", model)
+    _refuse_infinite(kl, "divergence from the teacher", model)
     return TokenScores(
         nll,
         kl if known else None,
@@ -103,7 +111,10 @@ def score_teacher(
     """Score a teacher's own prediction of tokenized conversations, from its targets alone.
 
     Works for a teacher without a model in this process. KL and agreement are None.
+    Raises: ModelError as `score_tokens`.
     """
+    if teacher.model is not None:
+        refuse_unknown_ids(teacher.model, highest_id(dataset, "input_ids"), role="teacher")
     layout = BatchLayout(pad_token_id, packed=False)
     device = "cpu" if teacher.model is None else teacher.model.device
     nll, conversation = [], []
@@ -113,8 +124,21 @@ def score_teacher(
         chosen = batch["labels"][:, 1:] != -100
         nll.append(teacher.targets(batch).label_nll(batch["labels"][:, 1:][chosen]).cpu())
         conversation.append(start + chosen.nonzero()[:, 0].cpu())
-    answer_bytes = torch.tensor(dataset["answer_bytes"])
-    return TokenScores(torch.cat(nll), None, None, torch.cat(conversation), answer_bytes)
+    answer_bytes, all_nll = torch.tensor(dataset["answer_bytes"]), torch.cat(nll)
+    _refuse_infinite(all_nll, "−log p of the text by the teacher", teacher.model)
+    return TokenScores(all_nll, None, None, torch.cat(conversation), answer_bytes)
+
+
+def _refuse_infinite(values: Tensor, what: str, model: Any) -> None:
+    """Raises: ModelError, because neither JSON nor a mean can hold NaN or an infinity."""
+    count = int((~values.isfinite()).sum())
+    if count:
+        name = "the teacher" if model is None else model.config.name_or_path or type(model).__name__
+        dtype = "" if model is None else f" in {str(model.dtype).removeprefix('torch.')}"
+        raise ModelError(
+            f"{name}: the {what} is NaN or infinite{dtype} for {count} of {len(values)} tokens; "
+            "use --precision bf16 or fp32, or check the weights"
+        )
 
 
 def summarize(scores: TokenScores, *, seed: int = 0) -> dict[str, Any]:

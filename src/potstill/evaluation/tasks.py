@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib.util
 import logging
+import math
 from typing import Any, Literal
 
 from potstill.errors import ConfigError, DataError
@@ -104,8 +105,20 @@ def _open(name: str) -> list[Any]:
     return [loaded["groups"][name]] if name in loaded["groups"] else [*loaded["tasks"].values()]
 
 
+def _finite(value: Any) -> float | None:
+    """Return a number; None for ``N/A``, NaN and infinity (the perplexity of a random model)."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _metrics(results: dict[str, Any], higher_is_better: dict[str, bool | None]) -> Measures:
-    """Return the metrics of ``{"acc,none": …, "acc_stderr,none": …}``, without the filter none."""
+    """Return the metrics of ``{"acc,none": …, "acc_stderr,none": …}``, without the filter none.
+
+    None is a metric or an error that is not finite.
+    """
     measured: Measures = {"questions": results.get("sample_len")}
     errors: dict[str, float | None] = {}
     lower = []
@@ -113,9 +126,8 @@ def _metrics(results: dict[str, Any], higher_is_better: dict[str, bool | None]) 
         if "," not in name or "_stderr," in name:
             continue
         metric = name.removesuffix(",none")
-        measured[metric] = float(value)
-        error = results.get("_stderr,".join(name.rsplit(",", 1)))
-        errors[metric] = None if isinstance(error, str) or error is None else float(error)
+        measured[metric] = _finite(value)
+        errors[metric] = _finite(results.get("_stderr,".join(name.rsplit(",", 1))))
         if higher_is_better.get(name.split(",")[0]) is False:
             lower.append(metric)
     return {**measured, "stderr": errors, "lower_is_better": lower}

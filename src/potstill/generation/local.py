@@ -18,9 +18,11 @@ from tqdm import tqdm
 
 from potstill.data.chat_templates import render
 from potstill.data.conversations import Conversation
+from potstill.errors import ModelError
 from potstill.generation.engine import Answer, Request, Unit
 from potstill.generation.keys import answered, identify, requests
 from potstill.models.heads import carries_state
+from potstill.models.vocabulary import padding_id, refuse_unknown_ids
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.sampling.batch import Batch, Row
 from potstill.sampling.sampler import Sampling, sample_tokens, uniforms
@@ -40,7 +42,7 @@ def answer_prompts(
     """Return the prompts with answers, as conversations, in order; ``sampling`` as in `Sampling`.
 
     One stopped by the token limit has ``"cut_off": true``. The global random state is not used.
-    Raises: ConfigError, ChatTemplateError.
+    Raises: ConfigError, ChatTemplateError; ModelError for logits that are not finite.
     """
     chosen = Sampling(**sampling)
     engine = LocalEngine(model, tokenizer, chosen, batch_size=batch_size)
@@ -56,7 +58,7 @@ class LocalEngine:
     """Answer with a transformers model, ``batch_size`` prompts at a time.
 
     ``source`` identifies the model; ``nats`` also returns each answer's mean −log p.
-    Raises, from `answer`: ChatTemplateError.
+    Raises, from `answer`: ChatTemplateError; ModelError for logits that are not finite.
     """
 
     def __init__(
@@ -100,7 +102,9 @@ class LocalEngine:
         # Prompts of similar length need little padding. `pop` takes the longest first.
         allowed = (row for row in rows if row.max_tokens > 0)
         waiting = sorted(allowed, key=lambda row: len(row.prompt))
-        batch = Batch(self.model, self.tokenizer.pad_token_id, self._choose)
+        highest = max((i for prompt in prompts for i in prompt), default=-1)
+        refuse_unknown_ids(self.model, highest, role="teacher")
+        batch = Batch(self.model, padding_id(self.tokenizer, self.model), self._choose)
         with tqdm(total=len(rows), unit="answer", desc="  of these", leave=False) as progress:
             while waiting or batch.rows:
                 active = [row for row in batch.rows if not self._is_done(row)]
@@ -129,6 +133,12 @@ class LocalEngine:
         return min(rows, max(1, self.batch_size // 8)) if waiting else -(-rows // 4)
 
     def _choose(self, logits: Tensor, rows: Sequence[Any]) -> None:
+        if not logits.amax(-1).isfinite().all():  # −∞ removes a token, but not all of them
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{self.source or self.model.name_or_path}: its logits are NaN or infinite in "
+                f"{dtype}; use --precision bf16 or fp32, or check the weights"
+            )
         uniform = torch.stack(
             [row.uniforms[min(len(row.tokens), len(row.uniforms) - 1)] for row in rows]
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import shutil
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from potstill.errors import PotstillError
 from potstill.generation import filters
 from potstill.generation.card import counts_table, dataset_card
 from potstill.generation.dataset import CONVERSATIONS, Choose, write_dataset
@@ -44,7 +47,7 @@ def make_dataset(
 
     keys = [request.key for request in wanted()]
     decides = {**engine.identity, **(made_with or {}), **asdict(sampling), "prompts": digest(keys)}
-    with AnswerStore(folder, decides) as store:
+    with _removed_if_unanswered(folder), AnswerStore(folder, decides) as store:
         for name in store.damaged:
             print(f"{name}: damaged or missing; its answers are made again", flush=True)
         _answer_all(wanted(), len(keys), engine, store, folder)
@@ -58,6 +61,18 @@ def make_dataset(
     write_whole(folder / "README.md", dataset_card(decides, counts))
     print(counts_table(counts), flush=True)
     return folder / CONVERSATIONS
+
+
+@contextlib.contextmanager
+def _removed_if_unanswered(folder: Path) -> Iterator[None]:
+    """Remove a new folder on an error before the first answer: other settings can then use it."""
+    is_new = not folder.exists()
+    try:
+        yield
+    except PotstillError:
+        if is_new and not any(file.stat().st_size for file in folder.glob("answers/*.jsonl")):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def standard_filters(*, keep: Collection[str] = ()) -> dict[str, Filter]:

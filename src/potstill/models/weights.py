@@ -55,19 +55,28 @@ def open_checkpoint(location: Source, *, source: Source, **opening: Any) -> Any:
 
 
 def refuse_infinite(source: Source, model: Any) -> None:
-    """Raises: ModelError if a weight is NaN or infinite. A bias of −∞ removes a token."""
+    """Raises: ModelError if a weight is NaN or infinite."""
+    name = infinite_weight(model)
+    if name:
+        dtype = str(model.get_parameter(name).dtype).removeprefix("torch.")
+        raise ModelError(
+            f"{source}: the weight {name} is NaN or infinite in {dtype}; open it in bfloat16 "
+            "or float32 if it was saved in one of them, else get an undamaged copy"
+        )
+
+
+def infinite_weight(model: Any) -> str | None:
+    """Return the name of a weight that is NaN or infinite. A bias of −∞ removes a token: no."""
     import torch
 
     for name, weight in model.named_parameters():
         if not weight.is_floating_point() or weight.is_meta:
             continue
+        # A sum is one pass without a copy, and is not finite if one number is not.
         total = weight.detach().sum(dtype=torch.promote_types(weight.dtype, torch.float32))
         if not (torch.isfinite(total) or (weight.dim() == 1 and total == -torch.inf)):
-            dtype = str(weight.dtype).removeprefix("torch.")
-            raise ModelError(
-                f"{source}: the weight {name} is NaN or infinite in {dtype}; open it in bfloat16 "
-                "or float32 if it was saved in one of them, else get an undamaged copy"
-            )
+            return str(name)
+    return None
 
 
 def mend_generation_config(source: Source, config: Any) -> None:

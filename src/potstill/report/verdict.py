@@ -202,7 +202,10 @@ def _task_rows(tasks: Any) -> list[dict[str, Any]]:
                 cells: list[Cell] = []
                 for model in ("before", "after", "teacher"):
                     found, error = tasks[model][task][metric], tasks[model][task]["stderr"][metric]
-                    cells.append((figure(found), ends(task_interval(found, error)), ""))
+                    if found is None:
+                        cells.append(("", [], "not finite"))
+                    else:
+                        cells.append((figure(found), ends(task_interval(found, error)), ""))
                 unit = f"{metric}, {plural(measured['questions'], 'question')}"
                 rows.append(_row(str(task), unit, better(measured, metric), cells, None))
         return rows

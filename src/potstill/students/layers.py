@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from potstill.errors import ConfigError, ModelError
+from potstill.models.weights import infinite_weight
 from potstill.protocols import CausalLM, Tokenizer
 
 
@@ -88,7 +89,12 @@ def save_student(
     """Write a Hugging Face folder: safetensors, tokenizer, generation config and model card.
 
     ``weights`` replaces the student's state dict: the gathered weights of a sharded model.
+    Raises: ModelError if a weight is NaN or infinite.
     """
+    infinite = infinite_weight(student) if weights is None else None
+    if infinite:
+        found = f"the student's weight {infinite} is NaN or infinite, so it is not saved"
+        raise ModelError(f"{found}; lower --learning-rate if it was trained")
     student.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(_model_card(provenance), encoding="utf-8")
