@@ -99,13 +99,14 @@ class RunFolder:
         """Return evaluation.json. Raises: RunFolderError if the file is missing or damaged."""
         rerun = "delete it and run the same command again"
         try:
-            evaluation = json.loads(self.evaluation.read_bytes())
+            evaluation = json.loads(self.evaluation.read_bytes(), parse_constant=_refuse_constant)
         except OSError as error:
             raise RunFolderError(
                 f"{self.path}: no evaluation.json there; finish the run with its own command"
             ) from error
         except (ValueError, RecursionError) as error:
-            raise RunFolderError(f"{self.evaluation}: damaged (not JSON); {rerun}") from error
+            found = str(error) if isinstance(error, _NoNumber) else "not JSON"
+            raise RunFolderError(f"{self.evaluation}: damaged ({found}); {rerun}") from error
         if not isinstance(evaluation, dict):
             raise RunFolderError(f"{self.evaluation}: damaged (no JSON object); {rerun}")
         return evaluation
@@ -124,6 +125,14 @@ class RunFolder:
                 return folder
             shutil.rmtree(folder)
         return None
+
+
+class _NoNumber(ValueError):
+    """A value that JSON does not have."""
+
+
+def _refuse_constant(name: str) -> None:
+    raise _NoNumber(f"a result is {name}: the measurement overflowed")
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -152,8 +161,16 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, completely or not at all."""
-    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write ``value`` as JSON, completely or not at all.
+
+    Raises: RunFolderError if a number is NaN or infinite, which JSON cannot hold.
+    """
+    try:
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        found = "not written, because a result is NaN or infinite"
+        raise RunFolderError(f"{path}: {found}; use another precision") from error
+    write_whole(path, text + "\n")
 
 
 @contextlib.contextmanager

@@ -301,10 +301,14 @@ def test_without_a_divergence_bits_per_byte_decide(tmp_path: Path) -> None:
 
 def test_a_value_that_is_not_a_number_counts_as_not_measured(tmp_path: Path) -> None:
     assert "The measurement is incomplete." in page(
-        run_folder(
-            tmp_path, {"before": {"bits_per_byte": float("nan")}, "after": [], "samples": "none"}
-        )
+        run_folder(tmp_path, {"before": {"bits_per_byte": "1.2"}, "after": [], "samples": "none"})
     )
+
+
+def test_an_evaluation_with_nan_is_refused(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, {"before": {"bits_per_byte": float("nan")}})
+    with pytest.raises(RunFolderError, match=r"a result is NaN: the measurement overflowed"):
+        write_report(folder)
 
 
 def test_the_page_of_a_run_without_evaluation_reports_it(tmp_path: Path) -> None:

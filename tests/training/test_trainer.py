@@ -131,7 +131,7 @@ def test_a_non_finite_loss_stops_before_the_weights_change(tmp_path: Path) -> No
     with torch.no_grad():
         student.lm_head.weight[5] = float("nan")
     before = weights(student)
-    with pytest.raises(NonFiniteLoss, match="at step 1; the student was not updated"):
+    with pytest.raises(NonFiniteLoss, match="logits of the student .*NaN or infinite in float32"):
         trainer(tmp_path, student).train()
     assert all(
         torch.equal(t, before[n]) or t.isnan().any() for n, t in student.state_dict().items()

@@ -51,4 +51,4 @@ def run(recipe: EvaluateRecipe) -> None:
         trust_remote_code=recipe.trust_remote_code,
     )
     measured = evaluation.as_dict()
-    print(json.dumps(measured, indent=1) if recipe.json else as_table(measured))
+    print(json.dumps(measured, indent=1, allow_nan=False) if recipe.json else as_table(measured))

@@ -48,12 +48,14 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         numbers = {name: value for name, value in logs.items() if isinstance(value, int | float)}
-        row = {"step": state.global_step, **numbers}
+        # fp16 skips steps whose gradient norm is not finite; JSON cannot hold the norm.
+        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        row = {"step": state.global_step, **finite}
         row["tokens"] = self.earlier["tokens"] + seen
         row["seconds"] = round(self.earlier["seconds"] + seconds, 3)
         row["tokens_per_second"] = round(seen / seconds, 1)
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 class ProgressBar(ProgressCallback):

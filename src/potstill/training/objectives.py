@@ -25,6 +25,8 @@ from potstill.models.heads import (
     supervised,
     trainable_head,
 )
+from potstill.models.vocabulary import padding_id
+from potstill.processes import print_main
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.teachers import LossSettings, Teacher, as_teacher, single_device_model
 from potstill.training.cross_objective import CrossObjective, choose_cells
@@ -124,6 +126,11 @@ def make_objective(
     ConfigError if a teacher is missing; VocabularyMismatch if `logits` is asked for and the tokens
     differ.
     """
+    if getattr(student.config.get_text_config(), "output_router_logits", False):
+        print_main(
+            "note: the student's config has output_router_logits; the router loss that balances "
+            "its experts is not part of the loss, which is the distance to the teacher alone"
+        )
     if args.method == "text":
         return TextObjective(tokenizer, _layout([student], tokenizer, args.packed))
     if teacher is None:
@@ -164,4 +171,5 @@ def _layout(models: list[CausalLM], tokenizer: Tokenizer, packed: bool) -> Batch
     variable_length = any(
         "flash" in str(getattr(model.config, "_attn_implementation", "")) for model in models
     )
-    return BatchLayout(tokenizer.pad_token_id or 0, packed, one_line=packed and variable_length)
+    pad = min(padding_id(tokenizer, model) for model in models)
+    return BatchLayout(pad, packed, one_line=packed and variable_length)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from potstill.errors import SelfCheckFailed
+from potstill.errors import NonFiniteLoss, SelfCheckFailed
 from potstill.models.heads import head_logits, unwrapped
 from potstill.training.objectives import Objective
 
@@ -45,7 +45,9 @@ def check_objective(
     layout: Layout | None = None,
     device: Device = "cpu",
 ) -> None:
-    """Check ``objective`` on a few encoded conversations ``rows``. Raises: SelfCheckFailed.
+    """Check ``objective`` on a few encoded conversations ``rows``.
+
+    Raises: SelfCheckFailed; NonFiniteLoss for logits that are not finite.
 
     ``layout`` replaces the objective's own. Autocast's precision, if on, sets the tolerances.
     """
@@ -69,9 +71,16 @@ def _check_logits(name: str, model: nn.Module, ids: list[int], device: Device) -
     """Compare the model's own logits with those that the losses compute."""
     inputs = {"input_ids": torch.tensor([ids[:TOKENS]], device=device)}
     expected = model(**inputs, use_cache=False).logits[0].float()
+    dtype = _working_dtype(model, device)
+    if not expected.amax(-1).isfinite().all():
+        found = f"the logits of the {name} {unwrapped(model).config.name_or_path} are NaN or"
+        raise NonFiniteLoss(
+            f"{found} infinite in {str(dtype).removeprefix('torch.')}; use --precision bf16 or "
+            "fp32, or check its weights"
+        )
     computed = head_logits(model, inputs)[0, :, : expected.shape[-1]].float().to(expected.device)
     error = float((expected - computed).abs().max() / expected.abs().max().clamp_min(1e-6))
-    if error > LOGITS_TOLERANCE[_precision(_working_dtype(model, device))]:
+    if error > LOGITS_TOLERANCE[_precision(dtype)]:
         raise SelfCheckFailed(
             f"self-check: the logits of the {name}, {type(unwrapped(model)).__name__}, are "
             f"{error:.1%} off those of its head: its architecture has an operation on logits that "

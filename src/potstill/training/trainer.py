@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, Trainer
 
 from potstill.data.conversations import as_conversation
 from potstill.errors import ConfigError, NonFiniteLoss
+from potstill.models.vocabulary import highest_id, refuse_unknown_ids
 from potstill.processes import print_main
 from potstill.training.config import DistillationConfig
 from potstill.training.objectives import Objective, make_objective
@@ -37,9 +38,10 @@ class DistillationTrainer(Trainer):
     found by the teacher's name if it is not given. An ``objective`` (`make_objective`) replaces
     both.
 
-    Raises: VocabularyMismatch if teacher and student do not share their tokens; ConfigError if a
-    teacher is missing; from `train`, SelfCheckFailed before the first step, and NonFiniteLoss
-    before the optimizer step that would damage the student.
+    Raises: VocabularyMismatch if teacher and student do not share their tokens; ModelError for data
+    with a token id beyond a model's vocabulary; ConfigError if a teacher is missing; from `train`,
+    SelfCheckFailed before the first step, and NonFiniteLoss before the optimizer step that would
+    damage the student.
     """
 
     args: DistillationConfig
@@ -73,6 +75,7 @@ class DistillationTrainer(Trainer):
             data_collator=kwargs.pop("data_collator", None) or self.objective.layout,
             **kwargs,
         )
+        self._refuse_unknown_ids()
         fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if fsdp is not None and getattr(fsdp, "fsdp_version", 2) == 1:
             found = "FSDP version 1 shards a head's weight outside of the model's forward"
@@ -83,6 +86,18 @@ class DistillationTrainer(Trainer):
         self.tokens_seen, self.seconds_evaluating = 0, 0.0
         self._checked = False
         self._evaluated = torch.zeros(2, dtype=torch.float64)
+
+    def _refuse_unknown_ids(self) -> None:
+        """Check that student and teacher have a row for each token id of the data."""
+        teacher = None if self.objective.teacher is None else self.objective.teacher.model
+        for dataset in (self.train_dataset, self.eval_dataset):
+            for one in dataset.values() if isinstance(dataset, dict) else [dataset]:
+                read = highest_id(one, "input_ids")
+                refuse_unknown_ids(self.model, read, role="student")
+                if teacher is not None:
+                    read_by_teacher = highest_id(one, "teacher_input_ids")
+                    highest = read if read_by_teacher < 0 else read_by_teacher
+                    refuse_unknown_ids(teacher, highest, role="teacher")
 
     def compute_loss(
         self,
