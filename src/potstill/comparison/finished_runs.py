@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from potstill.errors import RunFolderError
 from potstill.evaluation.scores import measure_ratios
 from potstill.run_folder import RunFolder
@@ -72,12 +74,12 @@ def open_run(folder: str | Path) -> FinishedRun:
 
 
 def _has_whole_sums(run: FinishedRun) -> bool:
-    """Return True if every column of sums has one value per prompt."""
+    """Return True if every column of sums has one finite value per prompt."""
     try:
         sizes = {len(run.conversations["prompts"])}
         for when in ("before", "after"):
             for pair in measure_ratios(run.conversations[when]).values():
-                sizes |= {len(column) for column in pair or ()}
+                sizes |= {len(column) if np.isfinite(column).all() else 0 for column in pair or ()}
         return len(sizes) == 1 and min(sizes) > 0 and isinstance(run.evaluation["teacher"], dict)
     except (KeyError, TypeError, ValueError, AttributeError):
         return False

@@ -126,6 +126,7 @@ def evaluate(
     pair = HeldOut(reader, tokenizer, _conversations(data), max_length=max_length)
     is_open = not isinstance(teacher, is_source)
     source = as_teacher(teacher) if is_open else open_teacher(str(teacher), **vars(opener))
+    of_teacher = summarize(pair.score_teacher(source))  # first: its errors name the teacher
     model: Any = opener.model(student) if isinstance(student, is_source) else student
     was_training = model.training
     model.eval()
@@ -136,8 +137,7 @@ def evaluate(
             abilities = {"teacher": chosen_tasks.measure(source.model, reader), **abilities}
     finally:
         model.train(was_training)
-    measured, of_teacher = summarize(student_scores), summarize(pair.score_teacher(source))
-    kept = pair.per_conversation({"student": student_scores})
+    measured, kept = summarize(student_scores), pair.per_conversation({"student": student_scores})
     return Evaluation(measured, of_teacher, kept["fingerprint"], kept["student"], abilities)
 
 

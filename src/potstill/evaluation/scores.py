@@ -26,6 +26,9 @@ from potstill.models.vocabulary import highest_id, refuse_unknown_ids
 from potstill.teachers import Target, Teacher
 from potstill.teachers.targets import most_likely
 
+INFINITE = 1e10
+"""Nats. The losses use a large number for a logit of −∞."""
+
 
 @dataclass(frozen=True)
 class Likeliest:
@@ -129,15 +132,17 @@ def score_teacher(
     return TokenScores(all_nll, None, None, torch.cat(conversation), answer_bytes)
 
 
-def _refuse_infinite(values: Tensor, what: str, model: Any) -> None:
-    """Raises: ModelError, because neither JSON nor a mean can hold NaN or an infinity."""
-    count = int((~values.isfinite()).sum())
+def _refuse_infinite(values: Tensor | None, what: str, model: Any) -> None:
+    """Raises: ModelError for NaN and infinity, which neither JSON nor a mean can hold."""
+    if values is None:
+        return
+    count = len(values) - int((values.abs() < INFINITE).sum())
     if count:
         name = "the teacher" if model is None else model.config.name_or_path or type(model).__name__
         dtype = "" if model is None else f" in {str(model.dtype).removeprefix('torch.')}"
         raise ModelError(
             f"{name}: the {what} is NaN or infinite{dtype} for {count} of {len(values)} tokens; "
-            "use --precision bf16 or fp32, or check the weights"
+            "use --precision bf16 or fp32, or check the weights for NaN and −∞"
         )
 
 
