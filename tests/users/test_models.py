@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import tiny_model, toy_tokenizer
-from potstill.errors import ConfigError, ModelError, ModelNotFound
+from potstill.data import read_conversations
+from potstill.errors import ConfigError, DataError, ModelError, ModelNotFound
 from potstill.models import load_config, load_generation_config, load_model, load_tokenizer
 from potstill.students import keep_layers
 
@@ -259,6 +260,13 @@ def test_a_tokenizer_that_is_a_git_lfs_pointer_is_called_one(tmp_path: Path) -> 
     (tmp_path / "tokenizer.json").write_text(POINTER)
     with pytest.raises(ModelError, match=r"tokenizer.json: a Git LFS pointer"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.txt", "data.parquet"])
+def test_data_that_is_a_git_lfs_pointer_is_called_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(POINTER)
+    with pytest.raises(DataError, match=f"{name}: a Git LFS pointer"):
+        list(read_conversations(tmp_path / name))
 
 
 def gguf_file(path: Path, *, left_out: str = "none") -> Path:

@@ -22,6 +22,7 @@ from typing import Any
 
 from potstill.data.messages import checked_messages
 from potstill.errors import DataError
+from potstill.models.files import POINTER_FOUND, is_lfs_pointer
 
 BUILDERS = {
     ".json": "json",
@@ -79,6 +80,8 @@ def with_reference(conversation: Conversation) -> Conversation:
 def _rows(source: Source, split: str, streaming: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each row with its place, for error messages."""
     path = Path(source).expanduser()
+    if path.is_file() and os.access(path, os.R_OK) and is_lfs_pointer(path):
+        raise DataError(f"{path}: {POINTER_FOUND}")
     if path.suffix in (".jsonl", ".ndjson"):
         return json_lines(path)
     rows = enumerate(_open_dataset(source, split, streaming), 1)

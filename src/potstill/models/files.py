@@ -10,6 +10,7 @@ from potstill.errors import ModelError, ModelNotFound, UnsafeWeights
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 INDEX = "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+POINTER_FOUND = "a Git LFS pointer, not the file itself; run git lfs pull there"
 
 
 def check_folder(folder: Path) -> None:
@@ -52,13 +53,18 @@ def check_pointers(folder: Path) -> None:
 def refuse_pointer(path: Path) -> None:
     """Raises: ModelError if a file is a Git LFS pointer, ModelNotFound if it cannot be read."""
     try:
-        with path.open("rb") as file:
-            start = file.read(len(LFS_POINTER))
+        is_pointer = is_lfs_pointer(path)
     except OSError as error:
         found = f"cannot be read ({error.strerror})"
         raise ModelNotFound(f"{path}: {found}; check its permissions and links") from error
-    if start == LFS_POINTER:
-        raise ModelError(f"{path}: a Git LFS pointer, not the file itself; run git lfs pull there")
+    if is_pointer:
+        raise ModelError(f"{path}: {POINTER_FOUND}")
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Return whether a file is what Git LFS writes in place of a large file."""
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def check_gguf(path: Path) -> None:
