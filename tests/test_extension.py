@@ -35,6 +35,9 @@ class BigramTeacher:
         hidden, _ = supervised(self.embedding[batch["input_ids"]], batch["labels"])
         return StatesTarget(hidden, self.head)
 
+    def require(self, rows: object) -> None:
+        pass
+
 
 @pytest.fixture
 def bigram(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ class ShardStore:
 
     def __enter__(self) -> Self:
         self.shards.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder / ".lock")
+        self._lock = lock_folder(self.folder / ".lock")
         if not self.manifest_file.is_file():
             self._write_manifest()
         for path in sorted(self.shards.glob("*.jsonl")):
@@ -102,7 +102,7 @@ class ShardStore:
         os.fsync(self._file.fileno())
         self._file.close()
         name = _shard_name(self._number)
-        sealed = {"rows": self._rows, "sha256": _checksum(self.shards / name)}
+        sealed = {"rows": self._rows, "sha256": checksum(self.shards / name)}
         self.manifest["shards"][name] = sealed
         self._write_manifest()
         self._start_shard(self._number + 1)
@@ -152,7 +152,7 @@ class ShardStore:
 
     def _open_shard(self, path: Path) -> None:
         sealed = self.manifest["shards"].get(path.name)
-        if sealed and _checksum(path) != sealed["sha256"]:
+        if sealed and checksum(path) != sealed["sha256"]:
             self._set_aside(path)
             return
         offsets, end = _complete_units(path)
@@ -199,12 +199,12 @@ def _shard_name(number: int) -> str:
     return f"{number:05}.jsonl"
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _lock(path: Path) -> IO[str]:
+def lock_folder(path: Path) -> IO[str]:
     """Lock the file at `path` until it is closed. Raises: RunFolderError if it is locked."""
     file = path.open("w")
     try:

@@ -7,7 +7,7 @@ target (`alignment/positions.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +102,7 @@ class PairEncoder:
         student = encode_conversation(conversation, self.student_tokenizer)
         teacher = encode_conversation(conversation, self.teacher_tokenizer)
         if conversation.get("teacher_ids"):
-            teacher = self._as_sampled(teacher, conversation["teacher_ids"])
+            teacher = with_sampled_ids(teacher, conversation["teacher_ids"], self.teacher_tokens)
         found = self._align(teacher, student)
         if found is None:
             return None
@@ -132,32 +132,37 @@ class PairEncoder:
             student_tokens=self.student_tokens,
         )
 
-    def _as_sampled(self, row: Encoded, sampled: list[int]) -> Encoded:
-        """Return the row with the sampled ids for its last answer, if they have the same bytes."""
-        ids, labels = row["input_ids"], row["labels"]
-        stop = next((i + 1 for i in reversed(range(len(labels))) if labels[i] != IGNORED), 0)
-        start = next((i + 1 for i in reversed(range(stop)) if labels[i] == IGNORED), 0)
-        written, end = self._without_end(ids[start:stop])
-        text, sampled_end = self._without_end(sampled)
-        if self._text(text) is None or self._text(text) != self._text(written):
-            return row
-        answer = [*text, *(sampled_end or end)] if end else text
-        return {
-            **row,
-            "input_ids": [*ids[:start], *answer, *ids[stop:]],
-            "labels": [*labels[:start], *answer, *labels[stop:]],
-        }
 
-    def _without_end(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """Return the ids, and the special token at their end, if there is one."""
-        ended = bool(ids) and self._text(ids[-1:]) is None
-        return (ids[:-1], ids[-1:]) if ended else (ids, [])
+def with_sampled_ids(row: Encoded, sampled: list[int], tokens: Sequence[bytes | None]) -> Encoded:
+    """Return the row with the sampled ids for its last answer, if they have the same bytes.
 
-    def _text(self, ids: list[int]) -> bytes | None:
-        """Return the bytes of the ids; None if one of them has none."""
-        tokens = self.teacher_tokens
-        pieces = [tokens[i] if i < len(tokens) else None for i in ids]
-        return None if None in pieces else b"".join(filter(None, pieces))
+    ``tokens`` are the bytes of the tokenizer's tokens, None for special ones.
+    """
+    ids, labels = row["input_ids"], row["labels"]
+    stop = next((i + 1 for i in reversed(range(len(labels))) if labels[i] != IGNORED), 0)
+    start = next((i + 1 for i in reversed(range(stop)) if labels[i] == IGNORED), 0)
+    written, end = _without_end(ids[start:stop], tokens)
+    text, sampled_end = _without_end(sampled, tokens)
+    if _text(text, tokens) is None or _text(text, tokens) != _text(written, tokens):
+        return row
+    answer = [*text, *(sampled_end or end)] if end else text
+    return {
+        **row,
+        "input_ids": [*ids[:start], *answer, *ids[stop:]],
+        "labels": [*labels[:start], *answer, *labels[stop:]],
+    }
+
+
+def _without_end(ids: list[int], tokens: Sequence[bytes | None]) -> tuple[list[int], list[int]]:
+    """Return the ids, and the special token at their end, if there is one."""
+    ended = bool(ids) and _text(ids[-1:], tokens) is None
+    return (ids[:-1], ids[-1:]) if ended else (ids, [])
+
+
+def _text(ids: list[int], tokens: Sequence[bytes | None]) -> bytes | None:
+    """Return the bytes of the ids; None if one of them has none."""
+    pieces = [tokens[i] if i < len(tokens) else None for i in ids]
+    return None if None in pieces else b"".join(filter(None, pieces))
 
 
 def tokenize_pairs(

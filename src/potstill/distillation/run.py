@@ -20,7 +20,8 @@ import torch
 from potstill.data import without_answer
 from potstill.data.conversations import as_conversation
 from potstill.distillation.settings import DistillSettings, check_names
-from potstill.distillation.training import opener_of, split_data, train
+from potstill.distillation.targets import opener_of
+from potstill.distillation.training import split_data, train
 from potstill.errors import RunFolderError
 from potstill.evaluation import (
     Evaluation,

@@ -15,7 +15,7 @@ class DistillSettings:
     """Train a student, evaluate it before and after, and write a report."""
 
     teacher: str
-    """Hub id, model folder, GGUF file, or demo."""
+    """Hub id, model folder, GGUF file, demo, or the folder of a capture."""
     student: str
     """The same, for the model to train. It is not changed: the trained student is written to
     OUTPUT_DIR/student."""
@@ -36,6 +36,8 @@ class DistillSettings:
     eval_steps: float | None = None
     """Measure the loss on the held-out conversations every so many steps, for the report's curve;
     below 1 a share of the run: 0.25 measures four times."""
+    teacher_model: str | None = None
+    """With the folder of a capture as teacher: the model that captures what the folder lacks."""
     tasks: str | None = None
     """Tasks for the teacher and for the student before and after: names of lm-evaluation-harness
     tasks and .jsonl files of questions, separated by commas (needs potstill[lm-eval])."""

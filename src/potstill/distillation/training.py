@@ -13,11 +13,11 @@ from transformers.trainer_callback import ProgressCallback
 from potstill.data import read_conversations
 from potstill.defaults import PASSES
 from potstill.distillation.settings import DistillSettings
+from potstill.distillation.targets import capture_missing, opener_of, require_targets
 from potstill.doctor import quick_check
 from potstill.errors import ConfigError, DataError
 from potstill.evaluation import fingerprint
 from potstill.generation.filters import users_function
-from potstill.models import ModelOpener, dtype_of
 from potstill.processes import broadcast_from_main, is_main_process, print_main, process_count
 from potstill.run_folder import RunFolder, whole_folder
 from potstill.students import save_student
@@ -32,16 +32,6 @@ from potstill.training import (
 
 TIMED_STEPS = 3
 MOST_BETWEEN_CHECKPOINTS = 500
-
-
-def opener_of(settings: DistillSettings) -> ModelOpener:
-    """Return how this run opens its teacher and, for evaluation, its students."""
-    return ModelOpener(
-        device=settings.device,
-        dtype=dtype_of(settings.precision),
-        chat_template=settings.chat_template,
-        trust_remote_code=settings.trust_remote_code,
-    )
 
 
 def check_pair(settings: DistillSettings) -> None:
@@ -69,8 +59,10 @@ def train(run: RunFolder, settings: DistillSettings) -> None:
 
     Everything is opened first, so that a mistake is known before anything is written.
     """
-    check_pair(settings)
     training, held_out = split_data(settings)
+    if settings.teacher_model:
+        capture_missing(settings, [*training, *held_out])
+    check_pair(settings)
     if not held_out:
         raise DataError(
             "no conversation is left to hold out for evaluation; give --eval-data or more data"
@@ -82,6 +74,7 @@ def train(run: RunFolder, settings: DistillSettings) -> None:
     student, tokenizer, objective = _open_pair(base, settings)
     dataset, counts = objective.encode(training, max_length=settings.max_length)
     print_main(f"data: {counts}; {len(held_out)} conversations held out")
+    require_targets(settings, dataset, held_out)
     watched = None
     if settings.eval_steps:
         watched = objective.encode(held_out, max_length=settings.max_length)[0]

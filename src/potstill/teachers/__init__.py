@@ -11,6 +11,11 @@ from potstill.models import ModelOpener
 from potstill.protocols import Tokenizer
 from potstill.teachers.base import Teacher as Teacher
 from potstill.teachers.base import single_device_model as single_device_model
+from potstill.teachers.capture import CaptureCounts as CaptureCounts
+from potstill.teachers.capture import capture_conversations as capture_conversations
+from potstill.teachers.captured import CapturedTeacher as CapturedTeacher
+from potstill.teachers.captured import captured_keep as captured_keep
+from potstill.teachers.captured import is_capture, open_captured, open_captured_tokenizer
 from potstill.teachers.local import LocalTeacher as LocalTeacher
 from potstill.teachers.local import open_local
 from potstill.teachers.targets import BlockScores as BlockScores
@@ -36,7 +41,8 @@ class TeacherKind:
 LOCAL = TeacherKind(
     "local", lambda source: True, open_local, lambda source, opener: opener.tokenizer(source)
 )
-KINDS = [LOCAL]
+CAPTURED = TeacherKind("captured", is_capture, open_captured, open_captured_tokenizer)
+KINDS = [CAPTURED, LOCAL]
 """The first kind that matches a source opens it; keep LOCAL last."""
 
 
@@ -46,7 +52,7 @@ def teacher_kind(source: str) -> TeacherKind:
 
 
 def open_teacher(source: str | os.PathLike[str], **settings: Any) -> Teacher:
-    """Open a teacher: hub id, model folder, GGUF file or ``demo``.
+    """Open a teacher: hub id, model folder, GGUF file, ``demo`` or the folder of a capture.
 
     ``settings`` are those of `potstill.models.ModelOpener`: device, dtype, chat_template,
     trust_remote_code. Raises: as `potstill.load_model`.
@@ -68,7 +74,10 @@ def as_teacher(teacher: Any, tokenizer: Tokenizer | None = None) -> Teacher:
 
 __all__ = [
     "KINDS",
+    "LOCAL",
     "BlockScores",
+    "CaptureCounts",
+    "CapturedTeacher",
     "CellTarget",
     "LocalTeacher",
     "LogitsTarget",
@@ -78,6 +87,8 @@ __all__ = [
     "Teacher",
     "TeacherKind",
     "as_teacher",
+    "capture_conversations",
+    "captured_keep",
     "open_teacher",
     "open_teacher_tokenizer",
     "single_device_model",

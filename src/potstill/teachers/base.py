@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from potstill.teachers.targets import Target
 
 
 class Teacher(Protocol):
-    """A source of targets: a model in this process, later a capture on disk or a server."""
+    """A source of targets: a model in this process, or a capture on disk."""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -38,6 +39,13 @@ class Teacher(Protocol):
 
         ``batch`` has ``input_ids``, ``labels`` and the other model inputs, ``[B, T]``. The target
         is on the batch's device.
+        """
+        ...
+
+    def require(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Check before training that there are targets for these encoded conversations.
+
+        Raises: DataError if some have none.
         """
         ...
 

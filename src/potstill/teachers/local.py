@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,6 +45,9 @@ class LocalTeacher:
         # A model on several cards leaves its states on the last one.
         hidden, _ = supervised(states, batch["labels"].to(states.device))
         return StatesTarget(hidden.to(device), self._head_on(device))
+
+    def require(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Accept any conversations: the model reads all of them."""
 
     def _head_on(self, device: torch.device) -> Head | CallableHead:
         if device not in self._heads:

@@ -1,0 +1,54 @@
+"""`potstill capture`: store a teacher's knowledge of conversations, to train without it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from potstill.defaults import MAX_LENGTH
+
+
+@dataclass(frozen=True)
+class CaptureRecipe:
+    """Store a teacher's hidden states on conversations, to train without the teacher."""
+
+    teacher: str
+    """Hub id, model folder, GGUF file, or demo."""
+    data: str
+    """Conversations with answers, as a .jsonl file or a data set's name."""
+    output_dir: str
+    """Folder of the capture; the same command continues an interrupted one."""
+    keep: str = "states"
+    """states (exact), or states8 (8 bits, half the size)."""
+    max_length: int = MAX_LENGTH
+    """Tokens at which a conversation is cut; use the same for distill."""
+    chat_template: str | None = None
+    """plain, or the path of a Jinja template."""
+    precision: str = "bf16"
+    """bf16, fp16 or fp32."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Read it first."""
+
+
+def run(recipe: CaptureRecipe) -> None:
+    """Capture, and print what was captured."""
+    from potstill.data import read_conversations
+    from potstill.models import ModelOpener, dtype_of
+    from potstill.teachers import capture_conversations
+
+    counts = capture_conversations(
+        recipe.teacher,
+        read_conversations(recipe.data),
+        recipe.output_dir,
+        keep=recipe.keep,
+        max_length=recipe.max_length,
+        opener=ModelOpener(
+            device=recipe.device,
+            dtype=dtype_of(recipe.precision),
+            chat_template=recipe.chat_template,
+            trust_remote_code=recipe.trust_remote_code,
+        ),
+    )
+    print(f"{recipe.output_dir}: {counts}")
+    print(f"next: potstill distill {recipe.output_dir} STUDENT --data {recipe.data}")

@@ -1,0 +1,60 @@
+"""A run's teacher before training: capture what is missing, check that all targets exist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from potstill.data import tokenize_conversations
+from potstill.distillation.settings import DistillSettings
+from potstill.models import ModelOpener, dtype_of
+from potstill.processes import broadcast_from_main, is_main_process, print_main
+from potstill.teachers import (
+    LOCAL,
+    capture_conversations,
+    captured_keep,
+    open_teacher,
+    teacher_kind,
+)
+
+
+def opener_of(settings: DistillSettings) -> ModelOpener:
+    """Return how this run opens its teacher and, for evaluation, its students."""
+    return ModelOpener(
+        device=settings.device,
+        dtype=dtype_of(settings.precision),
+        chat_template=settings.chat_template,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def capture_missing(settings: DistillSettings, conversations: list[dict[str, Any]]) -> None:
+    """Capture from ``teacher_model`` what the capture folder ``teacher`` lacks."""
+    if is_main_process():
+        counts = capture_conversations(
+            str(settings.teacher_model),
+            conversations,
+            settings.teacher,
+            keep=captured_keep(settings.teacher) or "states",
+            max_length=settings.max_length,
+            opener=opener_of(settings),
+        )
+        print_main(f"{settings.teacher}: {counts}")
+    broadcast_from_main(True)  # the other processes wait for the files
+
+
+def require_targets(
+    settings: DistillSettings, dataset: Any, held_out: list[dict[str, Any]]
+) -> None:
+    """Check that the teacher has targets for all rows, also those that only evaluation reads."""
+    if teacher_kind(settings.teacher) is LOCAL:
+        return
+    teacher = open_teacher(settings.teacher, **vars(opener_of(settings)))
+    if settings.method == "text":
+        print_main("note: method text learns from the text alone; its teacher is only evaluated")
+    else:
+        teacher.require(dataset)
+    if teacher.tokenizer is not None:
+        rows, _ = tokenize_conversations(
+            held_out, teacher.tokenizer, max_length=settings.max_length
+        )
+        teacher.require(rows)

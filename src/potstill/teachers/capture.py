@@ -1,0 +1,149 @@
+"""Capture a teacher: store its hidden states at the supervised tokens of conversations.
+
+The conversations are read once, and those that the folder does not have yet are gathered into
+shards of `SHARD_CONVERSATIONS`. A shard is written whole or not at all, and its bytes depend on its
+conversations alone: after a kill, the same command continues and ends with the same files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from potstill.alignment import token_bytes
+from potstill.data import TokenCounts, encode_conversation
+from potstill.data.pairs import with_sampled_ids
+from potstill.errors import ConfigError, RunFolderError
+from potstill.models import ModelOpener
+from potstill.protocols import Tokenizer
+from potstill.shards import lock_folder
+from potstill.teachers.capture_writer import CaptureWriter
+from potstill.teachers.captured import KEEPS, CaptureFolder, is_capture, row_key
+
+SHARD_CONVERSATIONS = 256
+
+
+@dataclass
+class CaptureCounts(TokenCounts):
+    """Count what was read, and what the folder had already."""
+
+    captured: int = 0
+    """Conversations that this call captured."""
+    present: int = 0
+    """Conversations that were captured before, or occur twice in the data."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}; {self.captured} captured now, {self.present} before"
+
+
+def capture_conversations(
+    teacher: str,
+    conversations: Iterable[dict[str, Any]],
+    output_dir: str | Path,
+    *,
+    keep: str = "states",
+    max_length: int,
+    opener: ModelOpener | None = None,
+    progress: bool = True,
+) -> CaptureCounts:
+    """Store what ``teacher`` knows about ``conversations`` that the folder does not have yet.
+
+    ``keep``: ``states`` are the inputs of the LM head in the teacher's dtype; ``states8`` are the
+    same in 8 bits. Conversations are cut at ``max_length`` tokens. The model is only opened if
+    there is something to capture.
+
+    Raises: ConfigError; RunFolderError if the folder holds something else; ModelError for a head
+    that cannot be stored or states that are not finite.
+    """
+    if keep not in KEEPS:
+        raise ConfigError(f"--keep {keep}: must be one of {', '.join(KEEPS)}")
+    opener = opener or ModelOpener()
+    tokenizer = opener.tokenizer(teacher)
+    folder = CaptureFolder(Path(output_dir).expanduser())
+    made_with = {
+        "teacher": str(teacher),
+        "keep": keep,
+        "max_length": max_length,
+        "tokenizer": _text_hash(json.dumps(tokenizer.get_vocab(), sort_keys=True)),
+        "chat_template": _text_hash(str(tokenizer.chat_template)),
+    }
+    _refuse_other(folder, made_with)
+    writer = CaptureWriter(folder, made_with, keep, opener, tokenizer, progress)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with lock_folder(folder.path / ".lock"):
+        writer.read_present()
+        counts = CaptureCounts()
+        for shard in _missing_in_shards(conversations, tokenizer, max_length, writer, counts):
+            writer.write(shard)
+        writer.finish()
+    return counts
+
+
+def _missing_in_shards(
+    conversations: Iterable[dict[str, Any]],
+    tokenizer: Tokenizer,
+    max_length: int,
+    writer: CaptureWriter,
+    counts: CaptureCounts,
+) -> Iterator[list[dict[str, Any]]]:
+    shard: list[dict[str, Any]] = []
+    tokens: list[bytes | None] = []
+    for conversation in conversations:
+        row = encode_conversation(conversation, tokenizer, max_length=max_length)
+        if not counts.add(row):
+            continue
+        readings = [row]
+        if conversation.get("teacher_ids"):  # `cross` reads what the teacher sampled
+            tokens = tokens or token_bytes(tokenizer)
+            readings.append(_as_sampled(conversation, tokenizer, tokens, max_length))
+        missing = {row_key(one)[0]: one for one in readings}
+        missing = {key: one for key, one in missing.items() if key not in writer.present}
+        counts.captured += bool(missing)
+        counts.present += not missing
+        writer.present |= missing.keys()
+        shard += missing.values()
+        if len(shard) >= SHARD_CONVERSATIONS:
+            yield shard
+            shard = []
+    if shard:
+        yield shard
+
+
+def _as_sampled(
+    conversation: dict[str, Any],
+    tokenizer: Tokenizer,
+    tokens: Sequence[bytes | None],
+    max_length: int,
+) -> dict[str, Any]:
+    row = encode_conversation(conversation, tokenizer)
+    row = with_sampled_ids(row, conversation["teacher_ids"], tokens)
+    return {name: row[name][:max_length] for name in ("input_ids", "labels")}
+
+
+def _refuse_other(folder: CaptureFolder, made_with: dict[str, Any]) -> None:
+    if folder.path.is_file():
+        raise RunFolderError(f"{folder.path}: a file; give a folder as --output-dir")
+    if not folder.manifest_file.is_file():
+        found = {path.name for path in folder.path.iterdir()} if folder.path.is_dir() else set()
+        if found - {".lock", "shards", "tokenizer", ".tokenizer.unfinished", "head.safetensors"}:
+            raise RunFolderError(
+                f"{folder.path}: not empty, and not a capture; give another --output-dir"
+            )
+        return
+    if not is_capture(str(folder.path)):
+        raise RunFolderError(f"{folder.path}: not a capture; give another --output-dir")
+    manifest = folder.read_manifest()
+    for name, value in made_with.items():
+        if manifest.get(name) != value:
+            raise RunFolderError(
+                f"{folder.path}: captured with {name} {manifest.get(name)}, not {value}; "
+                "give another --output-dir"
+            )
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,225 @@
+"""Write a capture: compute the teacher's hidden states shard by shard (format: captured.py)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from potstill.data import BatchLayout
+from potstill.errors import ModelError, RunFolderError
+from potstill.losses import CallableHead, Projection, forward_kl
+from potstill.models import ModelOpener
+from potstill.models.heads import output_head
+from potstill.processes import print_main
+from potstill.protocols import CausalLM, Tokenizer
+from potstill.run_folder import whole_folder, write_json
+from potstill.shards import checksum
+from potstill.teachers.captured import (
+    FORMAT,
+    CaptureFolder,
+    damaged_shard,
+    dequantize,
+    open_shard,
+    quantize,
+    row_key,
+)
+from potstill.teachers.local import LocalTeacher
+
+BATCH_TOKENS = 4096
+ROUNDING_TOKENS = 4096
+"""The cost of rounding to 8 bits is measured on this many tokens."""
+
+
+@dataclass
+class CaptureWriter:
+    """Write shards, and the manifest after each."""
+
+    folder: CaptureFolder
+    made_with: dict[str, Any]
+    keep: str
+    opener: ModelOpener
+    tokenizer: Tokenizer
+    progress: bool
+    present: set[bytes] = field(default_factory=set)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    _teacher: LocalTeacher | None = None
+
+    def read_present(self) -> None:
+        """Read which conversations are stored; set damaged shards aside."""
+        for unfinished in self.folder.path.glob("shards/.*"):
+            unfinished.unlink()
+        if not self.folder.manifest_file.is_file():
+            return
+        self.manifest = self.folder.read_manifest()
+        for name, known in list(self.manifest["shards"].items()):
+            path = self.folder.shard(name)
+            try:
+                with open_shard(self.folder, name, self.manifest) as shard:
+                    keys = shard.get_tensor("keys").numpy()
+                if checksum(path) != known["sha256"]:
+                    raise damaged_shard(path, "its checksum differs")
+            except ModelError:
+                print_main(f"{path}: damaged; its conversations are captured again")
+                if path.is_file():
+                    path.replace(path.with_suffix(".damaged"))
+                del self.manifest["shards"][name]
+                continue
+            self.present |= {key.tobytes() for key in keys}
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Compute and write one shard."""
+        teacher = self._open()
+        keys, hidden = [], []
+        for batch_rows in tqdm(
+            _batches(rows),
+            desc=f"  shard {len(self.manifest['shards']) + 1}",
+            unit="batch",
+            leave=False,
+            disable=not self.progress,
+        ):
+            keys += [row_key(row) for row in batch_rows]
+            hidden.append(self._states(teacher, batch_rows))
+        states = torch.cat(hidden)
+        if not torch.isfinite(states).all():
+            raise ModelError(
+                f"{self.made_with['teacher']}: its hidden states are not finite in "
+                f"{self.manifest['dtype']}; use --precision bf16 or fp32"
+            )
+        sizes = [0, *(count for _, count in keys)]
+        tensors = {
+            "keys": torch.tensor(np.frombuffer(b"".join(key for key, _ in keys), dtype=np.uint8)),
+            "starts": torch.tensor(sizes).cumsum(0),
+        }
+        tensors["keys"] = tensors["keys"].view(len(keys), -1)
+        if self.keep == "states8":
+            tensors["hidden"], tensors["scales"] = quantize(states)
+            self._measure_rounding(teacher, states)
+        else:
+            tensors["hidden"] = states
+        self._save(tensors)
+
+    def _open(self) -> LocalTeacher:
+        """Open the teacher; store its head and tokenizer if the folder is new."""
+        if self._teacher is not None:
+            return self._teacher
+        model = self.opener.model(self.made_with["teacher"])
+        weights = _weights_hash(model)
+        if self.manifest:
+            if self.manifest["weights"] != weights:
+                raise RunFolderError(
+                    f"{self.folder.path}: captured from other weights of this teacher (in "
+                    f"{self.manifest['dtype']}); give the same --precision or another --output-dir"
+                )
+        else:
+            self._begin(model, weights)
+        self._teacher = LocalTeacher(model)
+        return self._teacher
+
+    def _begin(self, model: CausalLM, weights: str) -> None:
+        head = output_head(model)
+        if isinstance(head, CallableHead):
+            raise ModelError(
+                f"{self.made_with['teacher']}: its LM head is quantized and cannot be stored; "
+                "use a model whose head has floating-point weights"
+            )
+        (self.folder.path / "shards").mkdir(exist_ok=True)
+        with whole_folder(self.folder.tokenizer) as unfinished:
+            self.tokenizer.save_pretrained(unfinished)
+        tensors = {"weight": head.weight.detach().cpu().contiguous()}
+        if head.bias is not None:
+            tensors["bias"] = head.bias.detach().cpu()
+        unfinished_head = self.folder.path / ".head.unfinished"
+        save_file(tensors, unfinished_head)
+        unfinished_head.replace(self.folder.head)
+        kept_head = {
+            "rows": len(head),
+            "scale": head.scale,
+            "softcap": head.softcap,
+            "sha256": checksum(self.folder.head),
+        }
+        self.manifest = {
+            "kind": "capture",
+            "format": FORMAT,
+            **self.made_with,
+            "revision": getattr(model.config, "_commit_hash", None),
+            "weights": weights,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "hidden_size": head.weight.shape[1],
+            "head": kept_head,
+            "shards": {},
+        }
+        write_json(self.folder.manifest_file, self.manifest)
+
+    def _states(self, teacher: LocalTeacher, rows: list[dict[str, Any]]) -> Tensor:
+        layout = BatchLayout(self.tokenizer.pad_token_id or 0, packed=False)
+        batch = {name: column.to(teacher.model.device) for name, column in layout(rows).items()}
+        return teacher.targets(batch).hidden.cpu()
+
+    def _measure_rounding(self, teacher: LocalTeacher, states: Tensor) -> None:
+        if "rounding_kl_nats" in self.manifest:
+            return
+        exact = states[:ROUNDING_TOKENS]
+        rounded = dequantize(*quantize(exact)).to(exact.dtype)
+        head = output_head(teacher.model)
+        device = teacher.model.device
+        other = Projection(rounded.to(device), head)
+        nats = [
+            forward_kl(logits, other.logits(positions)).double().sum()
+            for positions, logits in Projection(exact.to(device), head).blocks()
+        ]
+        self.manifest["rounding_kl_nats"] = float(sum(nats)) / len(exact)
+
+    def _save(self, tensors: dict[str, Tensor]) -> None:
+        name = f"{hashlib.sha256(tensors['keys'].numpy().tobytes()).hexdigest()[:16]}.safetensors"
+        path = self.folder.shard(name)
+        unfinished = path.with_name(f".{name}.unfinished")
+        save_file(tensors, unfinished)
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        self.manifest["shards"][name] = {
+            "conversations": len(tensors["keys"]),
+            "tokens": len(tensors["hidden"]),
+            "bytes": path.stat().st_size,
+            "sha256": checksum(path),
+        }
+        write_json(self.folder.manifest_file, self.manifest)
+
+    def finish(self) -> None:
+        """Write the totals."""
+        if not self.manifest:
+            return
+        shards = self.manifest["shards"].values()
+        for name in ("conversations", "tokens", "bytes"):
+            self.manifest[name] = sum(shard[name] for shard in shards)
+        write_json(self.folder.manifest_file, self.manifest)
+
+
+def _batches(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return batches of conversations of similar length, of at most `BATCH_TOKENS` tokens."""
+    batches: list[list[dict[str, Any]]] = []
+    for row in sorted(rows, key=lambda row: len(row["input_ids"])):
+        if batches and len(row["input_ids"]) * (len(batches[-1]) + 1) <= BATCH_TOKENS:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def _weights_hash(model: CausalLM) -> str:
+    """Return 16 digits that identify the weights, from a few values of each tensor."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        values = parameter.detach().flatten()
+        step = max(1, len(values) // 64)
+        digest.update(values[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

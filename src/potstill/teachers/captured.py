@@ -1,0 +1,295 @@
+"""A teacher on disk: its hidden states at the supervised tokens of conversations, and its LM head.
+
+CAPTURE_DIR/
+  manifest.json       the teacher, what is kept, hashes, counts, and a checksum for each shard
+  head.safetensors    the LM head
+  tokenizer/          the teacher's tokenizer and chat template
+  shards/*.safetensors
+      keys    [C, 16]  which conversation (`conversation_key`), uint8
+      starts  [C + 1]  its first row in the tensors below, int64
+      hidden  [N, H]   the input of the LM head; int8 if `states8` was kept
+      scales  [N, 1]   the factor of each int8 row, float32 (`states8` alone)
+
+A conversation is found by its token ids and its supervised positions, so the order of the data, the
+number of passes, the batch size and packing do not matter. C conversations, N tokens, H hidden
+size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from potstill.data import IGNORED
+from potstill.errors import DataError, ModelError
+from potstill.losses import Head
+from potstill.models import ModelOpener
+from potstill.protocols import Tokenizer
+from potstill.shards import checksum
+from potstill.teachers.targets import StatesTarget
+
+FORMAT = 1
+KEEPS = ("states", "states8")
+KEY_BYTES = 16
+
+
+@dataclass(frozen=True)
+class CaptureFolder:
+    """The paths of a capture, and its manifest."""
+
+    path: Path
+
+    @property
+    def manifest_file(self) -> Path:
+        """Everything that is known about the capture, as JSON."""
+        return self.path / "manifest.json"
+
+    @property
+    def head(self) -> Path:
+        """The teacher's LM head."""
+        return self.path / "head.safetensors"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The teacher's tokenizer."""
+        return self.path / "tokenizer"
+
+    def shard(self, name: str) -> Path:
+        """Return the file of a shard."""
+        return self.path / "shards" / name
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Return the manifest. Raises: ModelError if it is missing, damaged or too new."""
+        try:
+            manifest: dict[str, Any] = json.loads(self.manifest_file.read_bytes())
+            found = manifest["format"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"{self.manifest_file}: damaged or missing; capture again in a new folder"
+            ) from error
+        if found != FORMAT:
+            raise ModelError(
+                f"{self.manifest_file}: format {found}, and this version reads format {FORMAT}; "
+                "update potstill, or capture again"
+            )
+        return manifest
+
+
+def is_capture(source: str) -> bool:
+    """Return whether ``source`` is the folder of a capture."""
+    file = Path(source).expanduser() / "manifest.json"
+    try:
+        return file.is_file() and json.loads(file.read_bytes()).get("kind") == "capture"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def captured_keep(source: str) -> str | None:
+    """Return what a capture keeps; None if ``source`` is not a capture."""
+    if not is_capture(source):
+        return None
+    keep: str = CaptureFolder(Path(source).expanduser()).read_manifest()["keep"]
+    return keep
+
+
+def conversation_key(ids: Iterable[int], supervised: Iterable[bool]) -> bytes:
+    """Return 16 bytes that identify a conversation by what the teacher reads and is asked.
+
+    >>> one = conversation_key([5, 6, 7], [False, False, True])
+    >>> one == conversation_key([5, 6, 7], [False, True, True])
+    False
+    """
+    digest = hashlib.blake2b(np.asarray(ids, dtype="<i4").tobytes(), digest_size=KEY_BYTES)
+    digest.update(np.asarray(supervised, dtype=bool).tobytes())
+    return digest.digest()
+
+
+def row_key(row: dict[str, Any]) -> tuple[bytes, int]:
+    """Return the key and the number of supervised tokens of an encoded conversation.
+
+    A row for two tokenizers is read with the teacher's.
+    """
+    prefix = "teacher_" if "teacher_input_ids" in row else ""
+    supervised = np.asarray(row[f"{prefix}labels"]) != IGNORED
+    supervised[:1] = False
+    return conversation_key(row[f"{prefix}input_ids"], supervised), int(supervised.sum())
+
+
+def batch_keys(batch: dict[str, Tensor]) -> Iterator[tuple[bytes, int]]:
+    """Yield key and number of supervised tokens of each conversation, in the batch's order."""
+    ids, labels = (batch[name].cpu().numpy() for name in ("input_ids", "labels"))
+    chosen = labels != IGNORED
+    chosen[:, 0] = False
+    length = ids.shape[1]
+    lengths = batch["attention_mask"].sum(1).tolist() if "attention_mask" in batch else None
+    positions = batch["position_ids"].cpu().numpy() if "position_ids" in batch else None
+    for row in range(len(ids)):
+        end = length if lengths is None else int(lengths[row])
+        starts = [0] if positions is None else np.flatnonzero(positions[row, :end] == 0).tolist()
+        for start, stop in zip(starts, [*starts[1:], end], strict=True):
+            supervised = chosen[row, start:stop].copy()
+            supervised[:1] = False
+            if supervised.any():  # padding at the end of a packed row has none
+                yield conversation_key(ids[row, start:stop], supervised), int(supervised.sum())
+
+
+class CapturedTeacher:
+    """Give the targets of conversations that were captured. It has no model.
+
+    Raises: ModelError for a folder that is damaged.
+    """
+
+    model: None = None
+
+    def __init__(self, path: Path, *, tokenizer: Tokenizer | None = None) -> None:
+        self.folder, self.tokenizer = CaptureFolder(path), tokenizer
+        self.manifest = self.folder.read_manifest()
+        self.head = read_head(self.folder, self.manifest)
+        self.dtype: torch.dtype = getattr(torch, self.manifest["dtype"])
+        self._heads: dict[torch.device, Head] = {}
+        self._open: dict[str, Any] = {}
+        self._places: dict[bytes, tuple[str, int, int]] = {}
+        for name in self.manifest["shards"]:
+            with open_shard(self.folder, name, self.manifest) as shard:
+                starts = shard.get_tensor("starts").tolist()
+                keys = shard.get_tensor("keys").numpy()
+            for key, start, stop in zip(keys, starts, starts[1:], strict=False):
+                self._places[key.tobytes()] = (name, start, stop)
+
+    @property
+    def vocabulary_rows(self) -> int:
+        """Rows of the head."""
+        return len(self.head)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def targets(self, batch: dict[str, Tensor]) -> StatesTarget:
+        """Return the kept states at the supervised positions. Raises: DataError if there are none.
+
+        The states are those of the capture whatever else the batch holds: a teacher reads each
+        conversation alone.
+        """
+        device = batch["labels"].device
+        parts = [self._states(key, count) for key, count in batch_keys(batch)]
+        empty = torch.zeros(0, self.head.weight.shape[1], dtype=self.dtype)
+        return StatesTarget(torch.cat([empty, *parts]).to(device), self._head_on(device))
+
+    def require(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Check that all encoded conversations were captured, and their shards are whole.
+
+        Raises: DataError with the number of missing ones and the beginning of the first;
+        ModelError for a damaged shard.
+        """
+        missing, first, total, shards = 0, None, 0, set()
+        for row in rows:
+            key, count = row_key(row)
+            if not count:
+                continue
+            total += 1
+            if key in self._places:
+                shards.add(self._places[key][0])
+            else:
+                missing, first = missing + 1, first or row
+        # A flipped bit in a key makes a conversation look missing: check all files first.
+        for name in sorted(shards if first is None else self.manifest["shards"]):
+            self._shard(name)
+        if first is not None:
+            raise DataError(self._missing(missing, total, first))
+
+    def _missing(self, missing: int, total: int, row: dict[str, Any]) -> str:
+        ids = row.get("teacher_input_ids", row["input_ids"])
+        begin = "" if self.tokenizer is None else f", first {self.tokenizer.decode(ids)[:80]!r}"
+        return (
+            f"{self.folder.path}: {missing} of {total} conversations were not captured{begin}; "
+            f"capture them (potstill capture with the same data, chat template and --max-length "
+            f"{self.manifest['max_length']}), or name the teacher as --teacher-model"
+        )
+
+    def _states(self, key: bytes, count: int) -> Tensor:
+        if key not in self._places:
+            raise DataError(
+                f"{self.folder.path}: a conversation of this batch was not captured; "
+                "run potstill capture with the same data"
+            )
+        name, start, stop = self._places[key]
+        assert stop - start == count, "a key covers the number of supervised tokens"
+        shard = self._shard(name)
+        hidden: Tensor = shard.get_slice("hidden")[start:stop]
+        if hidden.dtype == torch.int8:
+            hidden = dequantize(hidden, shard.get_slice("scales")[start:stop])
+        return hidden.to(self.dtype)
+
+    def _shard(self, name: str) -> Any:
+        """Return an open, memory-mapped shard, whose checksum is verified once."""
+        if name not in self._open:
+            if checksum(self.folder.shard(name)) != self.manifest["shards"][name]["sha256"]:
+                raise damaged_shard(self.folder.shard(name), "its checksum differs")
+            self._open[name] = open_shard(self.folder, name, self.manifest)
+        return self._open[name]
+
+    def _head_on(self, device: torch.device) -> Head:
+        if device not in self._heads:
+            self._heads[device] = self.head.to(device)
+        return self._heads[device]
+
+
+def quantize(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 rows and their factors: ``[N, H]`` → ``[N, H]``, ``[N, 1]`` in float32."""
+    wide = hidden.float()
+    scales = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return (wide / scales).round().to(torch.int8), scales
+
+
+def dequantize(rows: Tensor, scales: Tensor) -> Tensor:
+    """Return what `quantize` was given, up to rounding, in float32."""
+    return rows.float() * scales
+
+
+def open_shard(folder: CaptureFolder, name: str, manifest: dict[str, Any]) -> Any:
+    """Return a shard, memory-mapped. Raises: ModelError if it is missing or cut short."""
+    path = folder.shard(name)
+    try:
+        if path.stat().st_size != manifest["shards"][name]["bytes"]:
+            raise damaged_shard(path, "its size differs")
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise damaged_shard(path, "missing or unreadable") from error
+
+
+def damaged_shard(path: Path, reason: str) -> ModelError:
+    """Return the error for a shard that cannot be used."""
+    return ModelError(
+        f"{path}: damaged ({reason}); run the same potstill capture again, which replaces it"
+    )
+
+
+def read_head(folder: CaptureFolder, manifest: dict[str, Any]) -> Head:
+    """Return the teacher's head. Raises: ModelError if the file is missing or damaged."""
+    file = folder.head
+    if not file.is_file() or checksum(file) != manifest["head"]["sha256"]:
+        raise ModelError(f"{file}: damaged or missing; run potstill capture again in a new folder")
+    tensors, kept = load_file(file), manifest["head"]
+    return Head(tensors["weight"], tensors.get("bias"), kept["scale"], kept["softcap"])
+
+
+def open_captured(source: str, opener: ModelOpener) -> CapturedTeacher:
+    """Open a capture folder as a teacher."""
+    return CapturedTeacher(
+        Path(source).expanduser(), tokenizer=open_captured_tokenizer(source, opener)
+    )
+
+
+def open_captured_tokenizer(source: str, opener: ModelOpener) -> Tokenizer:
+    """Open the tokenizer that is kept with a capture."""
+    return opener.tokenizer(CaptureFolder(Path(source).expanduser()).tokenizer)
