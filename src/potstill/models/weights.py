@@ -7,8 +7,10 @@ warning. For distillation both are errors: the teacher or the student would be a
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
+import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -50,6 +52,7 @@ def open_checkpoint(location: Source, *, source: Source, **opening: Any) -> Any:
             raise ModelError(f"{source}: {found}; get the whole checkpoint") from error
     _refuse_misfit(source, model, **loading)
     note_untied(model)
+    _leave_out_router_loss(source, model.config.get_text_config())
     mend_generation_config(source, model.generation_config)
     return model
 
@@ -187,6 +190,26 @@ def note_untied(model: Any) -> None:
     if weights[0] is not None and weights[0] is not weights[1]:
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
+
+
+def _leave_out_router_loss(source: Source, config: Any) -> None:
+    """Switch off the loss that balances a mixture's experts: no loss of distillation uses it.
+
+    With it on, transformers cannot generate with a cache and a padded batch.
+    """
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
+        _note_router_loss(str(source))
+
+
+@functools.cache
+def _note_router_loss(source: str) -> None:
+    print(
+        f"note: {source}: output_router_logits is switched off; the loss that balances the "
+        "experts is not part of distillation, whose loss is the distance to the teacher alone",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 @contextlib.contextmanager

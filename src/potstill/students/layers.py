@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from potstill.errors import ConfigError, ModelError
+from potstill.models.vocabulary import embedding_rows
 from potstill.models.weights import infinite_weight
 from potstill.protocols import CausalLM, Tokenizer
 
@@ -95,6 +96,10 @@ def save_student(
     if infinite:
         found = f"the student's weight {infinite} is NaN or infinite, so it is not saved"
         raise ModelError(f"{found}; lower --learning-rate if it was trained")
+    for config in (student.config, student.config.get_text_config(), student.generation_config):
+        pad = getattr(config, "pad_token_id", None)
+        if pad is not None and pad >= embedding_rows(student):  # the Trainer copies the tokenizer's
+            config.pad_token_id = None
     student.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(_model_card(provenance), encoding="utf-8")

@@ -65,17 +65,21 @@ class DistillationTrainer(Trainer):
         self.objective = objective or make_objective(
             args, model, processing_class, teacher, teacher_tokenizer
         )
+        train_dataset, eval_dataset = (
+            _encoded(dataset, self.objective, args.max_length)
+            for dataset in (train_dataset, eval_dataset)
+        )
+        _refuse_unknown_ids(model, self.objective, train_dataset, eval_dataset)
         args._n_gpu = min(args.n_gpu, 1)  # disable nn.DataParallel; use DDP or FSDP
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_encoded(train_dataset, self.objective, args.max_length),
-            eval_dataset=_encoded(eval_dataset, self.objective, args.max_length),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             data_collator=kwargs.pop("data_collator", None) or self.objective.layout,
             **kwargs,
         )
-        self._refuse_unknown_ids()
         fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if fsdp is not None and getattr(fsdp, "fsdp_version", 2) == 1:
             found = "FSDP version 1 shards a head's weight outside of the model's forward"
@@ -86,18 +90,6 @@ class DistillationTrainer(Trainer):
         self.tokens_seen, self.seconds_evaluating = 0, 0.0
         self._checked = False
         self._evaluated = torch.zeros(2, dtype=torch.float64)
-
-    def _refuse_unknown_ids(self) -> None:
-        """Check that student and teacher have a row for each token id of the data."""
-        teacher = None if self.objective.teacher is None else self.objective.teacher.model
-        for dataset in (self.train_dataset, self.eval_dataset):
-            for one in dataset.values() if isinstance(dataset, dict) else [dataset]:
-                read = highest_id(one, "input_ids")
-                refuse_unknown_ids(self.model, read, role="student")
-                if teacher is not None:
-                    read_by_teacher = highest_id(one, "teacher_input_ids")
-                    highest = read if read_by_teacher < 0 else read_by_teacher
-                    refuse_unknown_ids(teacher, highest, role="teacher")
 
     def compute_loss(
         self,
@@ -189,6 +181,19 @@ class DistillationTrainer(Trainer):
                 "student was not updated, earlier checkpoints are good: lower --learning-rate, use "
                 "bf16 instead of fp16, or check the data of that step"
             )
+
+
+def _refuse_unknown_ids(model: Any, objective: Objective, *datasets: Any) -> None:
+    """Check that student and teacher have a row for each token id of the data."""
+    teacher = None if objective.teacher is None else objective.teacher.model
+    parts = (one.values() if isinstance(one, Mapping) else [one] for one in datasets)
+    for dataset in itertools.chain.from_iterable(parts):
+        read = highest_id(dataset, "input_ids")
+        refuse_unknown_ids(model, read, role="student")
+        if teacher is not None:
+            read_by_teacher = highest_id(dataset, "teacher_input_ids")
+            highest = read if read_by_teacher < 0 else read_by_teacher
+            refuse_unknown_ids(teacher, highest, role="teacher")
 
 
 def _encoded(dataset: Any, objective: Objective, max_length: int) -> Any:
