@@ -35,7 +35,7 @@ class BigramTeacher:
         hidden, _ = supervised(self.embedding[batch["input_ids"]], batch["labels"])
         return StatesTarget(hidden, self.head)
 
-    def require(self, rows: object) -> None:
+    def require(self, rows: object, loss: object = None) -> None:
         pass
 
 

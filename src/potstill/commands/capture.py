@@ -18,7 +18,10 @@ class CaptureRecipe:
     output_dir: str
     """Folder of the capture; the same command continues an interrupted one."""
     keep: str = "states"
-    """states (exact), or states8 (8 bits, half the size)."""
+    """states (exact), states8 (8 bits, half the size), or sparse (about 32 bytes a token;
+    forward_kl with the same tokenizer only)."""
+    threshold: float = 0.03
+    """sparse: tokens of at least this probability are kept, others are sampled."""
     max_length: int = MAX_LENGTH
     """Tokens at which a conversation is cut; use the same for distill."""
     chat_template: str | None = None
@@ -42,6 +45,7 @@ def run(recipe: CaptureRecipe) -> None:
         read_conversations(recipe.data),
         recipe.output_dir,
         keep=recipe.keep,
+        threshold=recipe.threshold,
         max_length=recipe.max_length,
         opener=ModelOpener(
             device=recipe.device,

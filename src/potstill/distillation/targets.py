@@ -6,10 +6,12 @@ from typing import Any
 
 from potstill.data import tokenize_conversations
 from potstill.distillation.settings import DistillSettings
+from potstill.errors import ConfigError
 from potstill.models import ModelOpener, dtype_of
 from potstill.processes import broadcast_from_main, is_main_process, print_main
 from potstill.teachers import (
     LOCAL,
+    LossSettings,
     capture_conversations,
     captured_keep,
     open_teacher,
@@ -43,7 +45,10 @@ def capture_missing(settings: DistillSettings, conversations: list[dict[str, Any
 
 
 def require_targets(
-    settings: DistillSettings, dataset: Any, held_out: list[dict[str, Any]]
+    settings: DistillSettings,
+    loss: LossSettings,
+    dataset: Any,
+    held_out: list[dict[str, Any]],
 ) -> None:
     """Check that the teacher has targets for all rows, also those that only evaluation reads."""
     if teacher_kind(settings.teacher) is LOCAL:
@@ -52,7 +57,12 @@ def require_targets(
     if settings.method == "text":
         print_main("note: method text learns from the text alone; its teacher is only evaluated")
     else:
-        teacher.require(dataset)
+        if settings.method == "cross" and captured_keep(settings.teacher) == "sparse":
+            raise ConfigError(
+                f"{settings.teacher}: a sparse capture; method cross needs the teacher's hidden "
+                "states; capture with --keep states"
+            )
+        teacher.require(dataset, loss)
     if teacher.tokenizer is not None:
         rows, _ = tokenize_conversations(
             held_out, teacher.tokenizer, max_length=settings.max_length

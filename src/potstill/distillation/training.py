@@ -15,8 +15,8 @@ from potstill.defaults import PASSES
 from potstill.distillation.settings import DistillSettings
 from potstill.distillation.targets import capture_missing, opener_of, require_targets
 from potstill.doctor import quick_check
-from potstill.errors import ConfigError, DataError
-from potstill.evaluation import fingerprint
+from potstill.errors import ConfigError, DataError, NonFiniteLoss, SelfCheckFailed
+from potstill.evaluation import HeldOut, fingerprint
 from potstill.generation.filters import users_function
 from potstill.processes import broadcast_from_main, is_main_process, print_main, process_count
 from potstill.run_folder import RunFolder, whole_folder
@@ -67,6 +67,7 @@ def train(run: RunFolder, settings: DistillSettings) -> None:
         raise DataError(
             "no conversation is left to hold out for evaluation; give --eval-data or more data"
         )
+    _read_held_out(settings, held_out)
     data = {"train": fingerprint(training), "held out": fingerprint(held_out)}
     run.refuse_other_data(data)
     _note_precision_and_temperature(training, settings)
@@ -74,7 +75,7 @@ def train(run: RunFolder, settings: DistillSettings) -> None:
     student, tokenizer, objective = _open_pair(base, settings)
     dataset, counts = objective.encode(training, max_length=settings.max_length)
     print_main(f"data: {counts}; {len(held_out)} conversations held out")
-    require_targets(settings, dataset, held_out)
+    require_targets(settings, base.loss_settings, dataset, held_out)
     watched = None
     if settings.eval_steps:
         watched = objective.encode(held_out, max_length=settings.max_length)[0]
@@ -102,6 +103,13 @@ def train(run: RunFolder, settings: DistillSettings) -> None:
     _save(one, run, settings, max_steps)
 
 
+def _read_held_out(settings: DistillSettings, held_out: list[dict[str, Any]]) -> None:
+    """Encode the held-out conversations as evaluation will, to find what it would refuse."""
+    opener = opener_of(settings)
+    readers = open_teacher_tokenizer(settings.teacher, opener), opener.tokenizer(settings.student)
+    HeldOut(*readers, held_out, max_length=settings.max_length)
+
+
 def _open_pair(base: DistillationConfig, settings: DistillSettings) -> tuple[Any, Any, Any]:
     """Return student, its tokenizer and the objective."""
     opener = opener_of(settings)
@@ -123,7 +131,12 @@ def _train_from_checkpoint(one: DistillationTrainer, run: RunFolder, max_steps: 
     checkpoint = broadcast_from_main(run.last_checkpoint() if is_main_process() else None)
     start = f", from {checkpoint.name}" if checkpoint else ""
     print_main(f"training for {max_steps} steps{start}")
-    one.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        one.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (NonFiniteLoss, SelfCheckFailed):
+        if is_main_process() and checkpoint is None and not run.read_metrics()[0]:
+            run.forget()  # no step was done: other settings can use the folder
+        raise
 
 
 def _save(

@@ -10,7 +10,7 @@ from torch import Tensor
 from potstill.losses import CallableHead
 from potstill.models.heads import output_head
 from potstill.protocols import CausalLM, Tokenizer
-from potstill.teachers.targets import Target
+from potstill.teachers.targets import LossSettings, Target
 
 
 class Teacher(Protocol):
@@ -42,10 +42,11 @@ class Teacher(Protocol):
         """
         ...
 
-    def require(self, rows: Iterable[dict[str, Any]]) -> None:
+    def require(self, rows: Iterable[dict[str, Any]], loss: LossSettings | None = None) -> None:
         """Check before training that there are targets for these encoded conversations.
 
-        Raises: DataError if some have none.
+        ``loss`` is what they are used for. Raises: DataError if some have none, ConfigError if the
+        targets cannot give this loss.
         """
         ...
 

@@ -25,6 +25,7 @@ from potstill.teachers.capture_writer import CaptureWriter
 from potstill.teachers.captured import KEEPS, CaptureFolder, is_capture, row_key
 
 SHARD_CONVERSATIONS = 256
+THRESHOLD = 0.03
 
 
 @dataclass
@@ -46,6 +47,7 @@ def capture_conversations(
     output_dir: str | Path,
     *,
     keep: str = "states",
+    threshold: float = THRESHOLD,
     max_length: int,
     opener: ModelOpener | None = None,
     progress: bool = True,
@@ -53,14 +55,17 @@ def capture_conversations(
     """Store what ``teacher`` knows about ``conversations`` that the folder does not have yet.
 
     ``keep``: ``states`` are the inputs of the LM head in the teacher's dtype; ``states8`` are the
-    same in 8 bits. Conversations are cut at ``max_length`` tokens. The model is only opened if
-    there is something to capture.
+    same in 8 bits; ``sparse`` are a few tokens of each distribution, those of at least
+    ``threshold`` and a sample of the others (losses/sparse.py). Conversations are cut at
+    ``max_length`` tokens. The model is only opened if there is something to capture.
 
     Raises: ConfigError; RunFolderError if the folder holds something else; ModelError for a head
     that cannot be stored or states that are not finite.
     """
     if keep not in KEEPS:
         raise ConfigError(f"--keep {keep}: must be one of {', '.join(KEEPS)}")
+    if not 1e-3 <= threshold < 0.5:
+        raise ConfigError(f"--threshold {threshold}: must be at least 0.001 and below 0.5")
     opener = opener or ModelOpener()
     tokenizer = opener.tokenizer(teacher)
     folder = CaptureFolder(Path(output_dir).expanduser())
@@ -71,6 +76,8 @@ def capture_conversations(
         "tokenizer": _text_hash(json.dumps(tokenizer.get_vocab(), sort_keys=True)),
         "chat_template": _text_hash(str(tokenizer.chat_template)),
     }
+    if keep == "sparse":
+        made_with["threshold"] = threshold
     _refuse_other(folder, made_with)
     writer = CaptureWriter(folder, made_with, keep, opener, tokenizer, progress)
     folder.path.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from potstill.data import BatchLayout
+from potstill.data import IGNORED, BatchLayout
 from potstill.errors import ModelError, RunFolderError
 from potstill.losses import CallableHead, Projection, forward_kl
 from potstill.models import ModelOpener
@@ -32,6 +32,7 @@ from potstill.teachers.captured import (
     row_key,
 )
 from potstill.teachers.local import LocalTeacher
+from potstill.teachers.sparse import encode_sparse
 
 BATCH_TOKENS = 4096
 ROUNDING_TOKENS = 4096
@@ -77,34 +78,65 @@ class CaptureWriter:
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Compute and write one shard."""
         teacher = self._open()
-        keys, hidden = [], []
-        for batch_rows in tqdm(
+        keys: list[bytes] = []
+        sizes, parts = [0], []
+        batches = tqdm(
             _batches(rows),
             desc=f"  shard {len(self.manifest['shards']) + 1}",
             unit="batch",
             leave=False,
             disable=not self.progress,
-        ):
-            keys += [row_key(row) for row in batch_rows]
-            hidden.append(self._states(teacher, batch_rows))
-        states = torch.cat(hidden)
-        if not torch.isfinite(states).all():
+        )
+        for batch_rows in batches:
+            found = [row_key(row) for row in batch_rows]
+            keys += [key for key, _ in found]
+            sizes += [count for _, count in found]
+            parts.append(self._encode(teacher, batch_rows, found))
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        for name in ("mass_starts", "id_starts"):
+            if name in tensors:
+                tensors[name] = torch.cat(
+                    [torch.zeros(1, dtype=torch.int64), tensors[name]]
+                ).cumsum(0)
+        tensors["keys"] = torch.tensor(np.frombuffer(b"".join(keys), dtype=np.uint8)).view(
+            len(keys), -1
+        )
+        tensors["starts"] = torch.tensor(sizes).cumsum(0)
+        self._save(tensors)
+
+    def _encode(
+        self, teacher: LocalTeacher, rows: list[dict[str, Any]], found: list[tuple[bytes, int]]
+    ) -> dict[str, Tensor]:
+        """Return what is kept of one batch; ``found`` are keys and numbers of tokens."""
+        states, labels = self._states(teacher, rows)
+        if not bool(torch.isfinite(states).all()):
             raise ModelError(
                 f"{self.made_with['teacher']}: its hidden states are not finite in "
                 f"{self.manifest['dtype']}; use --precision bf16 or fp32"
             )
-        sizes = [0, *(count for _, count in keys)]
-        tensors = {
-            "keys": torch.tensor(np.frombuffer(b"".join(key for key, _ in keys), dtype=np.uint8)),
-            "starts": torch.tensor(sizes).cumsum(0),
-        }
-        tensors["keys"] = tensors["keys"].view(len(keys), -1)
+        if self.keep == "states":
+            return {"hidden": states.cpu()}
         if self.keep == "states8":
-            tensors["hidden"], tensors["scales"] = quantize(states)
             self._measure_rounding(teacher, states)
-        else:
-            tensors["hidden"] = states
-        self._save(tensors)
+            hidden, scales = quantize(states.cpu())
+            return {"hidden": hidden, "scales": scales}
+        head, columns = output_head(teacher.model), []
+        sizes = [count for _, count in found]
+        pairs = zip(states.split(sizes), labels.split(sizes), found, strict=True)
+        for part, part_labels, (key, _) in pairs:
+            seed = int.from_bytes(key[:8], "little")
+            columns.append(
+                encode_sparse(
+                    part, head, part_labels, threshold=self.made_with["threshold"], seed=seed
+                )
+            )
+        kept = {
+            name: torch.from_numpy(np.concatenate([one[name] for one in columns]))
+            for name in columns[0]
+        }
+        for name, column in (("mass_starts", "masses"), ("id_starts", "ids")):
+            kept[name] = torch.tensor([len(one[column]) for one in columns])
+        return kept
 
     def _open(self) -> LocalTeacher:
         """Open the teacher; store its head and tokenizer if the folder is new."""
@@ -158,10 +190,12 @@ class CaptureWriter:
         }
         write_json(self.folder.manifest_file, self.manifest)
 
-    def _states(self, teacher: LocalTeacher, rows: list[dict[str, Any]]) -> Tensor:
+    def _states(self, teacher: LocalTeacher, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        """Return the states ``[N, H]`` and labels ``[N]`` of a batch's supervised tokens."""
         layout = BatchLayout(self.tokenizer.pad_token_id or 0, packed=False)
         batch = {name: column.to(teacher.model.device) for name, column in layout(rows).items()}
-        return teacher.targets(batch).hidden.cpu()
+        labels = batch["labels"][:, 1:]
+        return teacher.targets(batch).hidden, labels[labels != IGNORED]
 
     def _measure_rounding(self, teacher: LocalTeacher, states: Tensor) -> None:
         if "rounding_kl_nats" in self.manifest:
@@ -187,7 +221,7 @@ class CaptureWriter:
         unfinished.replace(path)
         self.manifest["shards"][name] = {
             "conversations": len(tensors["keys"]),
-            "tokens": len(tensors["hidden"]),
+            "tokens": int(tensors["starts"][-1]),
             "bytes": path.stat().st_size,
             "sha256": checksum(path),
         }

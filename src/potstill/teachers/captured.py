@@ -1,4 +1,4 @@
-"""A teacher on disk: its hidden states at the supervised tokens of conversations, and its LM head.
+"""A teacher on disk: what it knows at the supervised tokens of conversations, and its LM head.
 
 CAPTURE_DIR/
   manifest.json       the teacher, what is kept, hashes, counts, and a checksum for each shard
@@ -9,6 +9,7 @@ CAPTURE_DIR/
       starts  [C + 1]  its first row in the tensors below, int64
       hidden  [N, H]   the input of the LM head; int8 if `states8` was kept
       scales  [N, 1]   the factor of each int8 row, float32 (`states8` alone)
+      for `sparse` instead of `hidden`: bytes of `sparse.py`, with `mass_starts` and `id_starts`
 
 A conversation is found by its token ids and its supervised positions, so the order of the data, the
 number of passes, the batch size and packing do not matter. C conversations, N tokens, H hidden
@@ -36,10 +37,11 @@ from potstill.losses import Head
 from potstill.models import ModelOpener
 from potstill.protocols import Tokenizer
 from potstill.shards import checksum
-from potstill.teachers.targets import StatesTarget
+from potstill.teachers.sparse import PER_TOKEN, SparseTarget, decode_sparse, join
+from potstill.teachers.targets import LossSettings, StatesTarget
 
 FORMAT = 1
-KEEPS = ("states", "states8")
+KEEPS = ("states", "states8", "sparse")
 KEY_BYTES = 16
 
 
@@ -158,13 +160,13 @@ class CapturedTeacher:
         self.dtype: torch.dtype = getattr(torch, self.manifest["dtype"])
         self._heads: dict[torch.device, Head] = {}
         self._open: dict[str, Any] = {}
-        self._places: dict[bytes, tuple[str, int, int]] = {}
+        self._places: dict[bytes, tuple[str, int, int, int]] = {}
         for name in self.manifest["shards"]:
             with open_shard(self.folder, name, self.manifest) as shard:
                 starts = shard.get_tensor("starts").tolist()
                 keys = shard.get_tensor("keys").numpy()
-            for key, start, stop in zip(keys, starts, starts[1:], strict=False):
-                self._places[key.tobytes()] = (name, start, stop)
+            for i, (key, start, stop) in enumerate(zip(keys, starts, starts[1:], strict=False)):
+                self._places[key.tobytes()] = (name, i, start, stop)
 
     @property
     def vocabulary_rows(self) -> int:
@@ -174,23 +176,28 @@ class CapturedTeacher:
     def __len__(self) -> int:
         return len(self._places)
 
-    def targets(self, batch: dict[str, Tensor]) -> StatesTarget:
-        """Return the kept states at the supervised positions. Raises: DataError if there are none.
+    def targets(self, batch: dict[str, Tensor]) -> StatesTarget | SparseTarget:
+        """Return what is kept for the supervised positions. Raises: DataError if there is nothing.
 
-        The states are those of the capture whatever else the batch holds: a teacher reads each
-        conversation alone.
+        It does not depend on the rest of the batch: a teacher reads each conversation alone.
         """
         device = batch["labels"].device
-        parts = [self._states(key, count) for key, count in batch_keys(batch)]
+        places = [self._place(key, count) for key, count in batch_keys(batch)]
+        if self.manifest["keep"] == "sparse":
+            return join([self._sparse(*place) for place in places], device)
+        parts = [self._states(*place) for place in places]
         empty = torch.zeros(0, self.head.weight.shape[1], dtype=self.dtype)
         return StatesTarget(torch.cat([empty, *parts]).to(device), self._head_on(device))
 
-    def require(self, rows: Iterable[dict[str, Any]]) -> None:
+    def require(self, rows: Iterable[dict[str, Any]], loss: LossSettings | None = None) -> None:
         """Check that all encoded conversations were captured, and their shards are whole.
 
-        Raises: DataError with the number of missing ones and the beginning of the first;
-        ModelError for a damaged shard.
+        ``loss``, if given, must be one that the kept targets can give. Raises: DataError with the
+        number of missing conversations and the beginning of the first; ModelError for a damaged
+        shard; ConfigError for the loss.
         """
+        if loss is not None and self.manifest["keep"] == "sparse":
+            SparseTarget.refuse(loss)
         missing, first, total, shards = 0, None, 0, set()
         for row in rows:
             key, count = row_key(row)
@@ -216,14 +223,28 @@ class CapturedTeacher:
             f"{self.manifest['max_length']}), or name the teacher as --teacher-model"
         )
 
-    def _states(self, key: bytes, count: int) -> Tensor:
+    def _place(self, key: bytes, count: int) -> tuple[str, int, int, int]:
         if key not in self._places:
             raise DataError(
                 f"{self.folder.path}: a conversation of this batch was not captured; "
                 "run potstill capture with the same data"
             )
-        name, start, stop = self._places[key]
-        assert stop - start == count, "a key covers the number of supervised tokens"
+        place = self._places[key]
+        assert place[3] - place[2] == count, "a key covers the number of supervised tokens"
+        return place
+
+    def _sparse(self, name: str, number: int, start: int, stop: int) -> SparseTarget:
+        shard = self._shard(name)
+        columns = {column: shard.get_slice(column)[start:stop] for column in PER_TOKEN}
+        for column, starts in (("masses", "mass_starts"), ("ids", "id_starts")):
+            first, last = shard.get_slice(starts)[number : number + 2].tolist()
+            columns[column] = shard.get_slice(column)[first:last]
+        arrays = {column: tensor.numpy() for column, tensor in columns.items()}
+        return decode_sparse(
+            arrays, threshold=self.manifest["threshold"], vocabulary_rows=len(self.head)
+        )
+
+    def _states(self, name: str, number: int, start: int, stop: int) -> Tensor:
         shard = self._shard(name)
         hidden: Tensor = shard.get_slice("hidden")[start:stop]
         if hidden.dtype == torch.int8:

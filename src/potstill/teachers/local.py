@@ -12,7 +12,7 @@ from potstill.losses import CallableHead, Head
 from potstill.models import ModelOpener
 from potstill.models.heads import hidden_states, output_head, supervised
 from potstill.protocols import CausalLM, Tokenizer
-from potstill.teachers.targets import StatesTarget
+from potstill.teachers.targets import LossSettings, StatesTarget
 
 
 class LocalTeacher:
@@ -46,7 +46,7 @@ class LocalTeacher:
         hidden, _ = supervised(states, batch["labels"].to(states.device))
         return StatesTarget(hidden.to(device), self._head_on(device))
 
-    def require(self, rows: Iterable[dict[str, Any]]) -> None:
+    def require(self, rows: Iterable[dict[str, Any]], loss: LossSettings | None = None) -> None:
         """Accept any conversations: the model reads all of them."""
 
     def _head_on(self, device: torch.device) -> Head | CallableHead:
