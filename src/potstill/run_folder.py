@@ -58,6 +58,14 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
+    def forget(self) -> None:
+        """Delete settings, metrics and checkpoints, and the folder if nothing else is in it."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for file in (self.config, self.metrics):
+            file.unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
     def note_data(self, fingerprints: dict[str, str]) -> None:
         """Store the fingerprints of the data next to the checkpoints."""
         self.checkpoints.mkdir(exist_ok=True)

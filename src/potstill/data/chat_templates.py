@@ -26,7 +26,8 @@ Message = dict[str, Any]
 def render(tokenizer: Tokenizer, messages: list[Message], *, for_answer: bool = False) -> str:
     """Return the text of a conversation; ``for_answer`` appends the generation prompt.
 
-    Raises: ChatTemplateError if there is no chat template or it rejects the conversation.
+    Raises: ChatTemplateError if there is no chat template, or it rejects the conversation or loses
+    its prompt.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ChatTemplateError(
@@ -40,6 +41,10 @@ def render(tokenizer: Tokenizer, messages: list[Message], *, for_answer: bool = 
     except Exception as error:  # a template is a program and may raise anything
         reason = " ".join(str(error).split())[:200]
         raise ChatTemplateError(f"the chat template refuses a conversation: {reason}") from error
+    prompt = messages[-1]["content"] if for_answer else ""
+    if isinstance(prompt, str) and "".join(prompt.split()) not in "".join(text.split()):
+        lost = f"the chat template loses the user's text ({prompt[:60]!r})"
+        raise ChatTemplateError(f"{lost}; use another template")
     return text
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 from potstill.errors import ModelError, ModelNotFound, PotstillError, UnsafeWeights
+from potstill.models.files import is_json_object
 
 Source = str | os.PathLike[str]
 UNREACHABLE = ("connect", "offline", "couldn't find", "not a valid model identifier", "resolve")
@@ -47,6 +49,11 @@ def explained(source: Source, error: BaseException) -> ModelError:
         found = "no safetensors there, and pickled weights are not opened; convert the model first"
     elif "unrecognized model in" in lowered and Path(source).is_dir():
         found = "no config.json there that names its model type; give a model folder or a hub id"
+    elif damaged := _damaged_file(source):
+        found = f"{damaged} is damaged; copy or download it again"
+    elif "padding_idx" in lowered:
+        found = "the pad_token_id of config.json is not below its vocab_size; use the config.json "
+        found += "of these weights"
     elif "backend tokenizer" in lowered or "can't load tokenizer" in lowered:
         found = "no tokenizer there (tokenizer.json or tokenizer.model); copy its files there"
     elif any(words in lowered for words in UNREACHABLE):
@@ -55,3 +62,20 @@ def explained(source: Source, error: BaseException) -> ModelError:
     else:
         return ModelError(f"{source}: cannot be opened as a causal language model: {text[:300]}")
     return kind(f"{source}: {found}")
+
+
+def _damaged_file(source: Source) -> str | None:
+    """Return the name of a text file in the folder that is the reason, because it is unreadable."""
+    folder = Path(source).expanduser()
+    for path in sorted(folder.glob("*.json")):
+        if not is_json_object(path):
+            return path.name
+    for path in sorted(folder.glob("*.jinja")):
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            return path.name
+    tokenizer = folder / "tokenizer.json"
+    if tokenizer.is_file() and "model" not in json.loads(tokenizer.read_bytes()):
+        return tokenizer.name
+    return None

@@ -8,7 +8,7 @@ from pathlib import Path
 from potstill.errors import ModelError, ModelNotFound, UnsafeWeights
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 POINTER_FOUND = "a Git LFS pointer, not the file itself; run git lfs pull there"
 
@@ -22,7 +22,7 @@ def check_folder(folder: Path) -> None:
     if not (is_adapter or (folder / "config.json").is_file()):
         need = "a Hugging Face model folder, a .gguf file or a hub id is needed"
         raise ModelNotFound(f"{folder}: no config.json there; {need}")
-    check_pointers(folder)
+    check_settings(folder)
     weights = sorted(folder.glob("*.safetensors"))
     whole = [path for path in weights if path.name != ADAPTER_WEIGHTS]
     if is_adapter and whole:
@@ -43,11 +43,23 @@ def check_folder(folder: Path) -> None:
     raise ModelNotFound(f"{folder}: no .safetensors file beside {beside}; copy the weights there")
 
 
-def check_pointers(folder: Path) -> None:
-    """Raises: ModelError if a file of the folder is a Git LFS pointer."""
+def check_settings(folder: Path) -> None:
+    """Raises: ModelError if a file is a Git LFS pointer, or a configuration not a JSON object."""
     for pattern in ("*.safetensors", "*.json", "*.model"):
         for path in sorted(folder.glob(pattern)):
             refuse_pointer(path)
+    # transformers goes on without a generation config that it cannot read.
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and not is_json_object(folder / name):
+            raise ModelError(f"{folder / name}: not a JSON object; copy or download it again")
+
+
+def is_json_object(path: Path) -> bool:
+    """Return whether a file holds a JSON object."""
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def refuse_pointer(path: Path) -> None:
@@ -92,6 +104,9 @@ def _check_shards(folder: Path) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         found = f"damaged ({type(error).__name__})"
         raise ModelError(f"{index}: {found}; copy or download it again") from error
+    if WHOLE not in named and (folder / WHOLE).is_file():
+        found = f"two checkpoints, {WHOLE} and the {len(named)} files of {INDEX}"
+        raise ModelError(f"{folder}: {found}; move one of them to another folder")
     absent = [name for name in named if not (folder / name).is_file()]
     if absent:
         found = f"{len(absent)} of the {len(named)} files of {INDEX} are missing ({absent[0]})"

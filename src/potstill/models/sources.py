@@ -12,11 +12,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from potstill.errors import ConfigError, ModelNotFound
+from potstill.errors import ChatTemplateError, ConfigError, ModelNotFound
 from potstill.models.adapters import Adapter, adapter_at, merged
 from potstill.models.explained import Source as Source
 from potstill.models.explained import readable_errors
-from potstill.models.files import check_folder, check_pointers
+from potstill.models.files import check_folder, check_settings
 from potstill.models.gguf import converted
 from potstill.models.weights import open_checkpoint, refuse_infinite
 
@@ -42,7 +42,8 @@ def load_model(
     adapter is merged into its base model. ``dtype`` is ``float32``, ``bfloat16``, ``float16`` or
     ``auto`` (as saved); ``device`` is ``cpu``, ``cuda``, ``mps``, or ``auto`` (the best available).
 
-    Raises: ModelNotFound, UnsafeWeights, ModelError; ConfigError for a wrong dtype or device.
+    Raises: ModelNotFound, UnsafeWeights, ModelError; ConfigError for a wrong dtype or device;
+    ChatTemplateError for a template that is not Jinja.
     """
     # Check the settings before the slow imports.
     torch_dtype = _torch_dtype(dtype)
@@ -81,9 +82,24 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
         tokenizer = opener.from_pretrained(
             location, revision=revision, trust_remote_code=trust_remote_code
         )
+    _check_template(source, tokenizer)
     if tokenizer.pad_token_id is None:  # padding is masked everywhere, so any id will do
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_template(source: Source, tokenizer: Any) -> None:
+    """Raises: ChatTemplateError if the chat template is not Jinja."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    try:
+        if isinstance(tokenizer.chat_template, str):
+            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        found = f"its chat template is not Jinja ({error.message}, line {error.lineno})"
+        raise ChatTemplateError(f"{source}: {found}; correct it in chat_template.jinja") from error
+    except (TemplateError, TypeError, ValueError):  # it may refuse this conversation
+        return
 
 
 def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
@@ -180,7 +196,7 @@ def locate(source: Source, *, weights: bool = True, revision: str | None = None)
             raise ModelNotFound(f"{source}: no such GGUF file; check the path")
         return str(converted(path))
     if path.is_dir():
-        check_folder(path) if weights else check_pointers(path)
+        check_folder(path) if weights else check_settings(path)
         return str(path)
     name = str(source)
     is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1

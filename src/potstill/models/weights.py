@@ -58,7 +58,7 @@ def open_checkpoint(location: Source, *, source: Source, **opening: Any) -> Any:
 
 
 def refuse_infinite(source: Source, model: Any) -> None:
-    """Raises: ModelError if a weight is NaN or infinite."""
+    """Raises: ModelError if a weight is NaN or infinite, or the embedding is all zeros."""
     name = infinite_weight(model)
     if name:
         dtype = str(model.get_parameter(name).dtype).removeprefix("torch.")
@@ -66,6 +66,9 @@ def refuse_infinite(source: Source, model: Any) -> None:
             f"{source}: the weight {name} is NaN or infinite in {dtype}; open it in bfloat16 "
             "or float32 if it was saved in one of them, else get an undamaged copy"
         )
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    if embedding is not None and not embedding.is_meta and not embedding.any():
+        raise ModelError(f"{source}: its embedding is all zeros; get an undamaged copy")
 
 
 def infinite_weight(model: Any) -> str | None:
