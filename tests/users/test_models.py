@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import tiny_model, toy_tokenizer
+from conftest import conversations, tiny_model, toy_tokenizer, write_rows
+from potstill import cli
 from potstill.data import read_conversations
 from potstill.errors import ConfigError, DataError, ModelError, ModelNotFound
 from potstill.models import load_config, load_generation_config, load_model, load_tokenizer
@@ -153,6 +155,33 @@ def mixture(folder: Path) -> Any:
     model.save_pretrained(folder)
     toy_tokenizer().save_pretrained(folder)
     return model
+
+
+def test_a_quantized_checkpoint_is_checked_too(tmp_path: Path) -> None:
+    def quantized(weights: Weights) -> Weights:
+        made = {}
+        for name, weight in weights.items():
+            made[name] = weight
+            if "proj" in name:
+                blocks = weight.view(weight.shape[0] // 16, 16, weight.shape[1] // 16, 16)
+                scale = blocks.abs().amax((1, 3)) / 448
+                scaled = blocks / scale[:, None, :, None]
+                made[name] = scaled.view_as(weight).to(torch.float8_e4m3fn)
+                made[f"{name}_scale_inv"] = scale
+        return made
+
+    edit_weights(write(tmp_path), quantized)
+    with pytest.raises(ModelError, match=r"does not use its weights .*weight_scale_inv"):
+        load_model(tmp_path)
+    settings = {"quant_method": "fp8", "weight_block_size": [16, 16], "dequantize": True}
+    settings["modules_to_not_convert"] = ["lm_head"]
+    edit_json(tmp_path / "config.json", quantization_config=settings)
+    opened, expected = load_model(tmp_path)[0], tiny_model()
+    weights = [model.model.layers[0].mlp.up_proj.weight for model in (opened, expected)]
+    torch.testing.assert_close(*weights, rtol=0.1, atol=1e-3)
+    edit_weights(tmp_path, without("layers.1.mlp.up_proj"))
+    with pytest.raises(ModelError, match=r"no weights for model.layers.1.mlp.up_proj.weight"):
+        load_model(tmp_path)
 
 
 def test_what_other_tools_add_or_leave_out_is_no_error(tmp_path: Path) -> None:
@@ -351,6 +380,17 @@ def test_a_generation_config_that_transformers_refuses_to_save_is_mended(
     assert load_generation_config(tmp_path / "again").eos_token_id == [265, 3]
 
 
+def test_a_student_with_such_a_generation_config_is_trained_and_saved(pair_folder: Path) -> None:
+    student = write(pair_folder / "sampler", layers=2)
+    edit_json(student / "generation_config.json", **SAMPLING, eos_token_id=[265, 3])
+    write_rows(pair_folder / "data.jsonl", conversations(20))
+    command = "distill teacher sampler --data data.jsonl --output-dir run --max-steps 2"
+    assert cli.main(shlex.split(f"{command} --device cpu --precision fp32")) == 0
+    saved = load_generation_config(pair_folder / "run" / "student")
+    assert 3 in saved.eos_token_id
+    assert saved.temperature in (None, 1.0)
+
+
 def test_a_sampling_generation_config_keeps_its_settings(tmp_path: Path) -> None:
     edit_json(write(tmp_path) / "generation_config.json", do_sample=True, **SAMPLING)
     model, _ = load_model(tmp_path)
@@ -399,6 +439,7 @@ class TestAdapters:
         expected_logits = expected(input_ids=ids).logits
         torch.testing.assert_close(opened(input_ids=ids).logits, expected_logits)
         assert not any("lora" in name for name in opened.state_dict())
+        assert all(parameter.requires_grad for parameter in opened.parameters())
         return opened
 
     @pytest.mark.parametrize(
@@ -516,6 +557,31 @@ class TestAdapters:
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
         load_model(adapter)
         assert set(asked) == {("some/base", "abc")}
+
+    def test_an_adapter_is_a_teacher_a_student_and_can_be_saved_as_a_whole_model(
+        self, pair_folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        expected = self.save(pair_folder / "adapter", pair_folder / "teacher")
+        write_rows(pair_folder / "data.jsonl", conversations(20))
+        write_rows(pair_folder / "prompts.jsonl", [{"prompt": "the rain"}])
+        steps = "--data data.jsonl --device cpu --precision fp32 --max-steps 2"
+        keep = "--keep repetition_loop,cut_off --device cpu"
+        for command in (
+            f"distill adapter student --output-dir one {steps}",
+            f"distill teacher adapter --output-dir two {steps}",
+            "evaluate adapter --teacher teacher --data data.jsonl --device cpu",
+            f"generate adapter --prompts prompts.jsonl --output-dir three {keep}",
+            "doctor adapter student --data data.jsonl",
+            "student adapter --output-dir four --keep-layers all",
+        ):
+            assert cli.main(shlex.split(command)) == 0, command
+        self.same(pair_folder / "four", expected)
+        assert not (pair_folder / "four" / "adapter_config.json").exists()
+        assert not (pair_folder / "two" / "student" / "adapter_config.json").exists()
+        capsys.readouterr()
+        vllm = "generate adapter --prompts prompts.jsonl --output-dir five --engine vllm"
+        assert cli.main(shlex.split(vllm)) == 2
+        assert "potstill student adapter --keep-layers all" in capsys.readouterr().err
 
     def test_without_peft_the_package_is_named(
         self, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,7 @@ from potstill.generation.dataset import CHOICES, Choose
 from potstill.generation.filters import Filter
 from potstill.generation.make import make_dataset, standard_filters
 from potstill.models import ModelOpener, dtype_of, locate
+from potstill.models.adapters import adapter_at
 from potstill.sampling import Sampling
 
 
@@ -161,9 +162,13 @@ def _local(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
 def _vllm(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
     from potstill.generation.vllm import VllmEngine
 
+    location = locate(recipe.teacher)
+    if adapter_at(location):
+        merge = f"potstill student {recipe.teacher} --keep-layers all --output-dir MERGED"
+        raise ConfigError(f"{recipe.teacher}: vllm needs a whole model, not an adapter; {merge}")
     return VllmEngine(
         recipe.teacher,
-        locate(recipe.teacher),
+        location,
         _opener(recipe).tokenizer(recipe.teacher),
         sampling,
         dtype=dtype_of(recipe.precision),

@@ -84,6 +84,8 @@ def merged(model: Any, adapter: Adapter) -> Any:
             raise ModelError(f"{adapter.folder}: {found}; give the base model it was trained on")
         whole = wrapped.merge_and_unload(safe_merge=True)
     note_untied(whole)
+    for parameter in whole.parameters():  # peft has frozen the base
+        parameter.requires_grad_(parameter.is_floating_point())
     return whole
 
 

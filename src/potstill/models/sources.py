@@ -248,6 +248,7 @@ def _locate_on_hub(hub_id: str, weights: bool, revision: str | None) -> str:
         found = "no such folder or file, not in the hub's cache, and the hub does not answer"
         need = "check the name, or give a model folder or a .gguf file"
         raise ModelNotFound(f"{hub_id}: {found}; {need}")
+    check_folder(Path(cached)) if weights else check_settings(Path(cached))
     return cached
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import re
 import sys
 from collections.abc import Collection, Iterator
@@ -76,11 +77,13 @@ def infinite_weight(model: Any) -> str | None:
     import torch
 
     for name, weight in model.named_parameters():
-        if not weight.is_floating_point() or weight.is_meta:
+        if weight.dtype.itemsize < 2 or not weight.is_floating_point():  # 8 bits: quantized
             continue
-        # A sum is one pass without a copy, and is not finite if one number is not.
-        total = weight.detach().sum(dtype=torch.promote_types(weight.dtype, torch.float32))
-        if not (torch.isfinite(total) or (weight.dim() == 1 and total == -torch.inf)):
+        if weight.is_meta or not weight.numel():
+            continue
+        low, high = map(float, torch.aminmax(weight.detach()))  # one pass, which keeps NaN
+        is_lower_bounded = math.isfinite(low) or (weight.dim() == 1 and low == -math.inf)
+        if not (math.isfinite(high) and is_lower_bounded):
             return str(name)
     return None
 

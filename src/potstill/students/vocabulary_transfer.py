@@ -57,7 +57,7 @@ def token_sources(tokenizer: Tokenizer, new_tokenizer: Tokenizer) -> list[tuple[
     old_spellings = tokenizer.convert_ids_to_tokens(old_specials)
     same_spelling = dict(zip(old_spellings, old_specials, strict=True))
     same_role = _same_role(tokenizer, new_tokenizer)
-    spelled_out = segment(spelling.encode() for spelling in spellings)
+    spelled_out = segment((spelling or "").encode() for spelling in spellings)
     for new, spelling, pieces in zip(specials, spellings, spelled_out, strict=True):
         source = same_role.get(new, same_spelling.get(spelling))
         sources[new] = pieces if source is None else (source,)
