@@ -33,6 +33,7 @@ from potstill.doctor.notes import notes_on_pair, notes_on_run, notes_on_text
 from potstill.errors import ConfigError, VocabularyMismatch
 from potstill.evaluation.scores import score_tokens, summarize
 from potstill.models import ModelOpener
+from potstill.models.vocabulary import padding_id
 from potstill.protocols import CausalLM, Tokenizer
 
 TALK = [
@@ -285,7 +286,7 @@ def _teacher_bits_per_byte(
     for name, template in templates.items():
         tokenizer.chat_template = template
         dataset, _ = tokenize_conversations(chosen, tokenizer, max_length=max_length)
-        scores = score_tokens(teacher, dataset, pad_token_id=tokenizer.pad_token_id)
+        scores = score_tokens(teacher, dataset, pad_token_id=padding_id(tokenizer, teacher))
         bits[name] = summarize(scores)["bits_per_byte"]
     return bits
 

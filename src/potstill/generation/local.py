@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from potstill.data.chat_templates import render
 from potstill.data.conversations import Conversation
-from potstill.errors import ModelError
 from potstill.generation.engine import Answer, Request, Unit
 from potstill.generation.keys import answered, identify, requests
 from potstill.models.heads import carries_state
@@ -133,12 +132,6 @@ class LocalEngine:
         return min(rows, max(1, self.batch_size // 8)) if waiting else -(-rows // 4)
 
     def _choose(self, logits: Tensor, rows: Sequence[Any]) -> None:
-        if not logits.amax(-1).isfinite().all():  # −∞ removes a token, but not all of them
-            dtype = str(self.model.dtype).removeprefix("torch.")
-            raise ModelError(
-                f"{self.source or self.model.name_or_path}: its logits are NaN or infinite in "
-                f"{dtype}; use --precision bf16 or fp32, or check the weights"
-            )
         uniform = torch.stack(
             [row.uniforms[min(len(row.tokens), len(row.uniforms) - 1)] for row in rows]
         )

@@ -114,6 +114,16 @@ def head_logits(model: nn.Module | CausalLM, inputs: dict[str, Tensor]) -> Tenso
     return projection.logits(slice(0, len(projection.hidden))).view(*hidden.shape[:2], -1)
 
 
+def refuse_infinite_logits(model: nn.Module | CausalLM, logits: Tensor) -> None:
+    """Raises: ModelError if ``logits [B, V]`` have NaN, +∞ or no token. −∞ removes a token."""
+    if not logits.amax(-1).isfinite().all():
+        name = unwrapped(model).config.name_or_path or type(unwrapped(model)).__name__
+        raise ModelError(
+            f"{name}: its logits are NaN or infinite in {str(model.dtype).removeprefix('torch.')}; "
+            "use --precision bf16 or fp32, or check the weights"
+        )
+
+
 def supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return hidden states and next tokens of the N supervised positions: ``[N, H]``, ``[N]``.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from potstill.data.chat_templates import answer_spans, render
 from potstill.generation.local import end_tokens
+from potstill.models.vocabulary import padding_id
 from potstill.play.players import Player
 from potstill.protocols import CausalLM
 from potstill.sampling.batch import Batch, Row
@@ -56,7 +57,7 @@ def _stream(player: Player, prompt: str, sampling: Sampling) -> Iterator[list[in
         uniform, heat, top_p = numbers[len(row.tokens)][None], sampling.temperature, sampling.top_p
         row.tokens += sample_tokens(logits, uniform, temperature=heat, top_p=top_p).tolist()
 
-    batch = Batch(player.model, player.tokenizer.pad_token_id, choose)
+    batch = Batch(player.model, padding_id(player.tokenizer, player.model), choose)
     batch.add([row])
     yield [*row.tokens]
     while len(row.tokens) < sampling.max_new_tokens and row.tokens[-1] not in ends:

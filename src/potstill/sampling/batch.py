@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from potstill.models.heads import carries_state
+from potstill.models.heads import carries_state, refuse_infinite_logits
 
 Choose = Callable[[Tensor, Sequence["Row"]], None]
 """Takes logits ``[B, V]`` and appends a token to each row."""
@@ -88,14 +88,19 @@ class Batch:
             layer.values = layer.values[index, :, first:]
 
     def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        """Return the last column's logits ``[B, V]``, float32; extend the cache."""
+        """Return the last column's logits ``[B, V]``, float32; extend the cache.
+
+        Raises: ModelError if they are not finite.
+        """
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
         more = {self.cache_argument: cache, "use_cache": True, "logits_to_keep": 1}
         # A pure recurrence has already processed the padding and takes no mask for one token.
         seen = None if self.is_recurrence and ids.shape[1] == 1 else mask
         inputs = {"input_ids": ids, "attention_mask": seen, "position_ids": positions}
         logits: Tensor = self.model(**inputs, **more).logits
-        return logits[:, -1].float()
+        last = logits[:, -1].float()
+        refuse_infinite_logits(self.model, last)
+        return last
 
 
 def _join(cache: Any, other: Any) -> Any:
