@@ -20,7 +20,7 @@ class CaptureRecipe:
     keep: str = "states"
     """states (exact), states8 (8 bits, half the size), or sparse (about 32 bytes a token;
     forward_kl with the same tokenizer only)."""
-    threshold: float = 0.03
+    threshold: float = 0.025
     """sparse: tokens of at least this probability are kept, others are sampled."""
     max_length: int = MAX_LENGTH
     """Tokens at which a conversation is cut; use the same for distill."""

@@ -25,7 +25,7 @@ from potstill.teachers.capture_writer import CaptureWriter
 from potstill.teachers.captured import KEEPS, CaptureFolder, is_capture, row_key
 
 SHARD_CONVERSATIONS = 256
-THRESHOLD = 0.03
+THRESHOLD = 0.025
 
 
 @dataclass

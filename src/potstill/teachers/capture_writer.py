@@ -29,6 +29,8 @@ from potstill.teachers.captured import (
     dequantize,
     open_shard,
     quantize,
+    read_head,
+    rotation,
     row_key,
 )
 from potstill.teachers.local import LocalTeacher
@@ -52,6 +54,7 @@ class CaptureWriter:
     present: set[bytes] = field(default_factory=set)
     manifest: dict[str, Any] = field(default_factory=dict)
     _teacher: LocalTeacher | None = None
+    _turn: Tensor | None = None
 
     def read_present(self) -> None:
         """Read which conversations are stored; set damaged shards aside."""
@@ -118,11 +121,11 @@ class CaptureWriter:
             return {"hidden": states.cpu()}
         if self.keep == "states8":
             self._measure_rounding(teacher, states)
-            hidden, scales = quantize(states.cpu())
+            hidden, scales = quantize(states.cpu(), self._rotation())
             return {"hidden": hidden, "scales": scales}
         head, columns = output_head(teacher.model), []
         sizes = [count for _, count in found]
-        pairs = zip(states.split(sizes), labels.split(sizes), found, strict=True)
+        pairs = zip(torch.split(states, sizes), torch.split(labels, sizes), found, strict=True)
         for part, part_labels, (key, _) in pairs:
             seed = int.from_bytes(key[:8], "little")
             columns.append(
@@ -168,6 +171,8 @@ class CaptureWriter:
         tensors = {"weight": head.weight.detach().cpu().contiguous()}
         if head.bias is not None:
             tensors["bias"] = head.bias.detach().cpu()
+        if self.keep == "states8":
+            tensors["rotation"] = rotation(head.weight.shape[1])
         unfinished_head = self.folder.path / ".head.unfinished"
         save_file(tensors, unfinished_head)
         unfinished_head.replace(self.folder.head)
@@ -197,11 +202,18 @@ class CaptureWriter:
         labels = batch["labels"][:, 1:]
         return teacher.targets(batch).hidden, labels[labels != IGNORED]
 
+    def _rotation(self) -> Tensor:
+        if self._turn is None:
+            _, self._turn = read_head(self.folder, self.manifest)
+        assert self._turn is not None, "written with the head"
+        return self._turn
+
     def _measure_rounding(self, teacher: LocalTeacher, states: Tensor) -> None:
         if "rounding_kl_nats" in self.manifest:
             return
         exact = states[:ROUNDING_TOKENS]
-        rounded = dequantize(*quantize(exact)).to(exact.dtype)
+        turn = self._rotation().to(exact.device)
+        rounded = dequantize(*quantize(exact, turn), turn).to(exact.dtype)
         head = output_head(teacher.model)
         device = teacher.model.device
         other = Projection(rounded.to(device), head)

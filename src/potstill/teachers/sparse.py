@@ -2,7 +2,7 @@
 
 N tokens, E entries, V vocabulary. Stored for each token: one byte each for the number of large and
 of drawn entries, the entropy and −log q of the text's token; a byte for the mass of each large
-entry; ceil(log2 V) bits for the id of each entry. Every rounding is up or down at random so that
+entry; about 15 bits for the id of each entry. Every rounding is up or down at random so that
 the expected value is exact: the target stays unbiased (losses/sparse.py).
 """
 
@@ -125,7 +125,7 @@ def encode_sparse(
         "entropy": _round_linear(torch.cat(entropies).numpy(), limit, random),
         "nll": _round_linear(torch.cat(nll).numpy(), LARGEST_NLL, random),
         "masses": _round_mass(masses[is_large], threshold, random),
-        "ids": pack_ids(ids, id_bits(len(head))),
+        "ids": pack_ids(ids),
     }
 
 
@@ -135,7 +135,7 @@ def decode_sparse(
     """Return the target that `encode_sparse` stored."""
     large, drawn = (columns[name].astype(np.int64) for name in ("large", "drawn"))
     counts = large + drawn
-    ids = unpack_ids(columns["ids"], id_bits(vocabulary_rows), int(counts.sum()))
+    ids = unpack_ids(columns["ids"], int(counts.sum()))
     owner = np.repeat(np.arange(len(counts)), counts)
     first = np.cumsum(counts) - counts
     is_large = np.arange(len(owner)) - first[owner] < large[owner]
@@ -181,22 +181,41 @@ def mass_grid(threshold: float) -> np.ndarray:
     return grid
 
 
-def id_bits(vocabulary_rows: int) -> int:
-    """Return the bits of a token id."""
-    return max(1, (vocabulary_rows - 1).bit_length())
+def pack_ids(ids: np.ndarray) -> np.ndarray:
+    """Return the ids as bytes: 5 bits for the length of each, then its bits but the leading 1.
+
+    Tokenizers number frequent tokens first, so this takes about 15 bits an id.
+    """
+    lengths = _bit_lengths(ids)
+    own = np.maximum(lengths - 1, 0)
+    owner, shifts = _places(own)
+    payload = (ids[owner] >> shifts & 1).astype(np.uint8)
+    digits = (lengths[:, None] >> np.arange(4, -1, -1) & 1).astype(np.uint8)
+    return np.concatenate([np.packbits(digits), np.packbits(payload)])
 
 
-def pack_ids(ids: np.ndarray, bits: int) -> np.ndarray:
-    """Return the ids in ``bits`` bits each, as bytes."""
-    shifts = np.arange(bits - 1, -1, -1)
-    return np.packbits((ids[:, None] >> shifts & 1).astype(np.uint8))
+def unpack_ids(packed: np.ndarray, count: int) -> np.ndarray:
+    """Return the ``count`` ids that `pack_ids` packed."""
+    digits = np.unpackbits(packed, count=5 * count).reshape(count, 5)
+    lengths = digits.astype(np.int64) @ (1 << np.arange(4, -1, -1))
+    own = np.maximum(lengths - 1, 0)
+    owner, shifts = _places(own)
+    payload = np.unpackbits(packed[-(-5 * count // 8) :], count=len(owner)).astype(np.int64)
+    low = np.bincount(owner, payload << shifts, minlength=count).astype(np.int64)
+    return np.asarray(np.where(lengths > 0, (1 << own) + low, 0))
 
 
-def unpack_ids(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Return the ids that `pack_ids` packed."""
-    digits = np.unpackbits(packed, count=count * bits).reshape(count, bits)
-    ids: np.ndarray = digits.astype(np.int64) @ (1 << np.arange(bits - 1, -1, -1))
-    return ids
+def _places(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each bit of numbers of these lengths its number and its shift."""
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    within = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return owner, lengths[owner] - 1 - within
+
+
+def _bit_lengths(ids: np.ndarray) -> np.ndarray:
+    _, exponents = np.frexp(ids.astype(np.float64))  # ids = fraction · 2 ** exponent, in [½, 1)
+    lengths: np.ndarray = exponents.astype(np.int64)
+    return lengths
 
 
 def _round_mass(masses: np.ndarray, threshold: float, random: np.random.Generator) -> np.ndarray:
@@ -204,9 +223,11 @@ def _round_mass(masses: np.ndarray, threshold: float, random: np.random.Generato
     below = np.clip(np.searchsorted(-grid, -masses, side="left"), 1, 255)
     high, low = grid[below - 1], grid[below]
     up = random.random(len(masses)) < (masses - low) / (high - low)
-    return (below - up).astype(np.uint8)
+    codes: np.ndarray = (below - up).astype(np.uint8)
+    return codes
 
 
 def _round_linear(values: np.ndarray, limit: float, random: np.random.Generator) -> np.ndarray:
     steps = np.clip(values / limit * 255, 0, 255)
-    return np.floor(steps + random.random(len(values))).clip(0, 255).astype(np.uint8)
+    rounded: np.ndarray = np.floor(steps + random.random(len(values)))
+    return np.asarray(rounded.clip(0, 255), dtype=np.uint8)
