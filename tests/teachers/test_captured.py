@@ -166,7 +166,10 @@ def test_a_damaged_shard_is_named_and_captured_again(
     [
         ({"keep": "states8"}, "keep states, not states8"),
         ({"max_length": 100}, "max_length 512, not 100"),
-        ({"opener": ModelOpener(device="cpu", dtype="bfloat16")}, "captured from other weights"),
+        (
+            {"opener": ModelOpener(device="cpu", dtype="bfloat16")},
+            "captured in float32, not bfloat16",
+        ),
     ],
 )
 def test_a_folder_holds_one_teacher_and_one_way_of_reading(
@@ -177,6 +180,26 @@ def test_a_folder_holds_one_teacher_and_one_way_of_reading(
     with pytest.raises(RunFolderError, match=named):
         captured(teacher, tmp_path / "capture", **{"count": 12, **change})
     assert files(tmp_path / "capture") == before
+
+
+def test_another_teacher_under_the_same_name_is_refused(
+    teacher: Path, tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
+    link = tmp_path / "teacher"
+    link.symlink_to(teacher)
+    captured(link, tmp_path / "capture", count=4)
+    link.unlink()
+    link.symlink_to(model_folder(seed=2))
+    with pytest.raises(RunFolderError, match="captured from other weights of this teacher"):
+        captured(link, tmp_path / "capture")
+
+
+def test_doctor_says_that_a_capture_is_no_model(
+    pair_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captured(Path("teacher"), Path("capture"), count=4)
+    assert cli.main(["doctor", "capture", "student"]) == 2
+    assert "capture: not a model in this process" in capsys.readouterr().err
 
 
 def test_a_second_capture_adds_what_is_missing_and_opens_no_model_for_the_rest(

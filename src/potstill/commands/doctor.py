@@ -47,7 +47,14 @@ class DoctorRecipe:
 def run(recipe: DoctorRecipe) -> None:
     """Print the diagnosis."""
     from potstill.doctor import as_text, examine
+    from potstill.errors import ConfigError
+    from potstill.teachers import LOCAL, teacher_kind
 
+    if teacher_kind(recipe.teacher) is not LOCAL:
+        raise ConfigError(
+            f"{recipe.teacher}: not a model in this process; doctor examines models: give the "
+            "teacher's own name or folder"
+        )
     settings = dataclasses.asdict(recipe)
     as_json = settings.pop("json")
     diagnosis = examine(**settings)

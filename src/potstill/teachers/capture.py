@@ -78,7 +78,7 @@ def capture_conversations(
     }
     if keep == "sparse":
         made_with["threshold"] = threshold
-    _refuse_other(folder, made_with)
+    _refuse_other(folder, made_with, opener)
     writer = CaptureWriter(folder, made_with, keep, opener, tokenizer, progress)
     folder.path.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder.path / ".lock"):
@@ -131,7 +131,7 @@ def _as_sampled(
     return {name: row[name][:max_length] for name in ("input_ids", "labels")}
 
 
-def _refuse_other(folder: CaptureFolder, made_with: dict[str, Any]) -> None:
+def _refuse_other(folder: CaptureFolder, made_with: dict[str, Any], opener: ModelOpener) -> None:
     if folder.path.is_file():
         raise RunFolderError(f"{folder.path}: a file; give a folder as --output-dir")
     if not folder.manifest_file.is_file():
@@ -144,6 +144,11 @@ def _refuse_other(folder: CaptureFolder, made_with: dict[str, Any]) -> None:
     if not is_capture(str(folder.path)):
         raise RunFolderError(f"{folder.path}: not a capture; give another --output-dir")
     manifest = folder.read_manifest()
+    if opener.dtype not in ("auto", manifest["dtype"]):
+        raise RunFolderError(
+            f"{folder.path}: captured in {manifest['dtype']}, not {opener.dtype}; give the same "
+            "--precision, or another --output-dir"
+        )
     for name, value in made_with.items():
         if manifest.get(name) != value:
             raise RunFolderError(
