@@ -1,4 +1,4 @@
-"""Makes docstrings the Markdown of the API reference (a griffe extension, see mkdocs.yml)."""
+"""Convert docstrings to Markdown for the API reference (a griffe extension, see mkdocs.yml)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ LAST_LINES = re.compile(r"(?:^|\s)(?=(?:Raises|Source): )")
 
 
 class Docstrings(griffe.Extension):
-    """Doctests are code, and what is raised and where it comes from are paragraphs of their own."""
+    """Make doctests code blocks, and start a paragraph at each ``Raises:`` and ``Source:``."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Called once an object and what belongs to it are read."""
+        """Convert the docstring of ``obj``; griffe calls this after it has read the object."""
         if obj.docstring is not None:
             text = LAST_LINES.sub("\n\n", obj.docstring.value)
             obj.docstring.value = DOCTEST.sub(r"```pycon\n\g<0>\n```", text)

@@ -1,4 +1,4 @@
-"""Draw docs/text-distillation.svg: KL from the teacher, by the number of answers in training.
+"""Draw docs/text-distillation.svg: KL against the number of answers in the training data.
 
     python docs/pictures/text_distillation.py
 
@@ -77,8 +77,8 @@ def main() -> None:
         axes.loglog(ANSWERS, column, "o-", color=color, linewidth=1.4, markersize=3, label=name)
     axes.set_xticks(ANSWERS, list(map(str, ANSWERS)))
     axes.minorticks_off()
-    axes.set_xlabel("answers learned from")
-    axes.set_ylabel("KL(teacher ‖ student), nats a token", fontsize=8)
+    axes.set_xlabel("number of answers in the training data")
+    axes.set_ylabel("KL(teacher ‖ student), nats per token", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
