@@ -1,13 +1,16 @@
-"""What the library needs of a tokenizer and of a model, as typing protocols.
+"""Declare the types that all packages share: a tokenizer, a causal language model and a batch.
 
-Any object that has these members will do; nothing here is checked at run time.
+Any object that has a protocol's members will do; nothing here is checked at run time.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict
 
 if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator, Sequence
+
     import torch
     from torch import Tensor, nn
 
@@ -16,29 +19,31 @@ class Tokenizer(Protocol):
     """A tokenizer of transformers, fast or slow."""
 
     name_or_path: str
-    chat_template: Any
-    bos_token: Any
-    eos_token: Any
-    pad_token: Any
-    bos_token_id: Any
-    eos_token_id: Any
-    pad_token_id: Any
+    chat_template: str | None
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
 
     def __len__(self) -> int: ...
 
-    def __call__(self, text: Any, **settings: Any) -> Any: ...
+    def __call__(self, text: str | list[str], **settings: Any) -> Any: ...
 
     def encode(self, text: str, **settings: Any) -> list[int]: ...
 
-    def decode(self, token_ids: Any, **settings: Any) -> str: ...
+    def decode(self, token_ids: Sequence[int], **settings: Any) -> str: ...
 
-    def convert_ids_to_tokens(self, ids: Any) -> Any: ...
+    def convert_ids_to_tokens(self, ids: int | list[int]) -> Any: ...
 
     def get_vocab(self) -> dict[str, int]: ...
 
-    def apply_chat_template(self, conversation: Any, **settings: Any) -> Any: ...
+    def apply_chat_template(
+        self, conversation: Sequence[dict[str, Any]], **settings: Any
+    ) -> Any: ...
 
-    def save_pretrained(self, save_directory: Any) -> Any: ...
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> object: ...
 
 
 class CausalLM(Protocol):
@@ -61,11 +66,13 @@ class CausalLM(Protocol):
 
     def get_input_embeddings(self) -> Any: ...
 
-    def parameters(self) -> Any: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
-    def named_parameters(self, *, remove_duplicate: bool = True) -> Any: ...
+    def named_parameters(
+        self, *, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]: ...
 
-    def named_modules(self) -> Any: ...
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
 
     def get_submodule(self, target: str) -> nn.Module: ...
 
@@ -73,12 +80,42 @@ class CausalLM(Protocol):
 
     def num_parameters(self) -> int: ...
 
-    def eval(self) -> Any: ...
+    def eval(self) -> Self: ...
 
-    def train(self, mode: bool = True) -> Any: ...
+    def train(self, mode: bool = True) -> Self: ...
 
-    def float(self) -> Any: ...
+    def float(self) -> Self: ...
 
-    def requires_grad_(self, requires_grad: bool = True) -> Any: ...
+    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
 
-    def save_pretrained(self, save_directory: Any, **settings: Any) -> Any: ...
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], **settings: Any
+    ) -> object: ...
+
+
+class Batch(TypedDict, total=False):
+    """The columns of a batch, ``[B, T]`` each; T is the same for all columns of one model.
+
+    A pair layout adds the columns of `potstill.alignment.Positions`, and ``teacher_…`` columns for
+    the teacher's tokenization of the same conversations.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    """Present only if the batch is not packed."""
+    teacher_index: Tensor
+    start: Tensor
+    stop: Tensor
+    depth: Tensor
+    cell: Tensor
+    chunk: Tensor
+    conversation: Tensor
+    teacher_input_ids: Tensor
+    teacher_labels: Tensor
+    teacher_position_ids: Tensor
+    teacher_attention_mask: Tensor
+    teacher_number: Tensor
+    teacher_chunk: Tensor
+    teacher_conversation: Tensor

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from potstill.data.chat_templates import Span, answer_spans
 from potstill.data.conversations import Conversation
 from potstill.defaults import MAX_LENGTH
 from potstill.errors import DataError
-from potstill.protocols import Tokenizer
+from potstill.protocols import Batch, Tokenizer
 
 IGNORED = -100
 Encoded = dict[str, Any]
@@ -163,7 +163,7 @@ class BatchLayout:
     packed: bool = True
     one_line: bool = False
 
-    def __call__(self, rows: list[Encoded], *, more: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    def __call__(self, rows: list[Encoded], *, more: tuple[str, ...] = ()) -> Batch:
         """Return ``input_ids``, ``labels``, ``position_ids`` ``[B, T]``; a mask if not packed.
 
         Columns named in ``more`` have one number a token; their padding is −1.
@@ -187,7 +187,7 @@ class BatchLayout:
         if not is_packed:
             mask = [[1] * len(one["input_ids"]) for [one] in packed_rows]
             batch["attention_mask"] = _padded(mask, length, 0)
-        return batch
+        return cast(Batch, batch)
 
 
 def _pack(rows: list[Encoded], length: int) -> list[list[Encoded]]:

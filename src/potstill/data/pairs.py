@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import Any, cast
 
 from potstill.alignment import VocabularyCells, token_bytes
 from potstill.alignment.positions import NO_TARGET, Positions, align
@@ -26,7 +24,7 @@ from potstill.data.batches import (
 from potstill.data.conversations import Conversation
 from potstill.defaults import MAX_LENGTH
 from potstill.errors import DataError
-from potstill.protocols import Tokenizer
+from potstill.protocols import Batch, Tokenizer
 
 PLACES = ("teacher_index", "start", "stop", "depth", "cell")
 """The columns that locate the target of a student token, one number a token."""
@@ -221,7 +219,7 @@ class PairLayout:
     student: BatchLayout
     teacher: BatchLayout
 
-    def __call__(self, rows: list[Encoded]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[Encoded]) -> Batch:
         """Return the student's batch with all columns of `Positions`, and ``teacher_…`` columns."""
         students, teachers = [], []
         first_token = first_span = 0
@@ -245,7 +243,8 @@ class PairLayout:
             first_token, first_span = first_token + teacher_length, first_span + length
         teacher = self.teacher(teachers, more=("number", "chunk", "conversation"))
         student = self.student(students, more=(*PLACES, "chunk", "conversation"))
-        return {**student, **{f"teacher_{name}": tensor for name, tensor in teacher.items()}}
+        both = {**student, **{f"teacher_{name}": column for name, column in teacher.items()}}
+        return cast(Batch, both)
 
 
 def _shifted(numbers: list[int], first: int) -> list[int]:

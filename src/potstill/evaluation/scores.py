@@ -21,7 +21,13 @@ from potstill.data import BatchLayout
 from potstill.errors import ModelError
 from potstill.evaluation.paired import Ratios, interval
 from potstill.losses import CallableHead, Head, Projection
-from potstill.models.heads import hidden_states, model_inputs, output_head, supervised
+from potstill.models.heads import (
+    hidden_states,
+    model_inputs,
+    on_device,
+    output_head,
+    supervised,
+)
 from potstill.models.vocabulary import highest_id, refuse_unknown_ids
 from potstill.teachers import Target, Teacher
 from potstill.teachers.targets import most_likely
@@ -84,7 +90,7 @@ def score_tokens(
     starts = range(0, len(dataset), batch_size)
     for start in tqdm(starts, desc="  scoring", unit="batch", delay=3, leave=False):
         encoded = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        batch = {name: tensor.to(model.device) for name, tensor in layout(encoded).items()}
+        batch = on_device(layout(encoded), model.device)
         hidden, labels = supervised(hidden_states(model, model_inputs(batch)), batch["labels"])
         target = None if teacher is None else teacher.targets(batch)
         conversation = start + (batch["labels"][:, 1:] != -100).nonzero()[:, 0]
@@ -123,7 +129,7 @@ def score_teacher(
     nll, conversation = [], []
     for start in range(0, len(dataset), batch_size):
         encoded = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        batch = {name: tensor.to(device) for name, tensor in layout(encoded).items()}
+        batch = on_device(layout(encoded), device)
         chosen = batch["labels"][:, 1:] != -100
         nll.append(teacher.targets(batch).label_nll(batch["labels"][:, 1:][chosen]).cpu())
         conversation.append(start + chosen.nonzero()[:, 0].cpu())

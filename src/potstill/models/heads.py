@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +19,24 @@ from torch import Tensor, nn
 from potstill.errors import ModelError
 from potstill.losses import CallableHead, Head, Projection
 from potstill.losses.fused import as_any_head
-from potstill.protocols import CausalLM
+from potstill.protocols import Batch, CausalLM
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
-def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def model_inputs(batch: Batch) -> Batch:
     """Return the columns of a batch that a model's forward takes."""
-    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    return cast(Batch, {name: column for name, column in batch.items() if name in MODEL_INPUTS})
 
 
-def hidden_states(model: nn.Module | CausalLM, inputs: dict[str, Tensor]) -> Tensor:
+def on_device(batch: Batch, device: torch.device | str) -> Batch:
+    """Return the batch with every column on ``device``."""
+    columns = cast(dict[str, Tensor], batch)
+    return cast(Batch, {name: column.to(device) for name, column in columns.items()})
+
+
+def hidden_states(model: nn.Module | CausalLM, inputs: Batch) -> Tensor:
     """Return the input of the LM head of ``model``, ``[B, T, H]``."""
     head = _head_module(model)
     recorder = _recorders.setdefault(head, _HiddenStateRecorder())
@@ -104,7 +110,7 @@ def _is_quantized(module: nn.Module) -> bool:
     return not weight.is_floating_point() or library in ("torchao", "bitsandbytes")
 
 
-def head_logits(model: nn.Module | CausalLM, inputs: dict[str, Tensor]) -> Tensor:
+def head_logits(model: nn.Module | CausalLM, inputs: Batch) -> Tensor:
     """Return the logits ``[B, T, V]`` of a few tokens, computed as the losses compute them."""
     hidden = hidden_states(model, inputs)
     head = as_any_head(output_head(model))

@@ -23,7 +23,7 @@ from potstill.data import BatchLayout, tokenize_conversations
 from potstill.data.conversations import Conversation
 from potstill.errors import ConfigError
 from potstill.losses import fused_linear_divergence
-from potstill.models.heads import hidden_states, supervised, trainable_head
+from potstill.models.heads import hidden_states, on_device, supervised, trainable_head
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.students.layers import layer_list
 
@@ -52,7 +52,7 @@ def most_important_layers(
     first = list(itertools.islice(conversations, CONVERSATIONS))
     encoded, _ = tokenize_conversations(first, tokenizer, max_length=max_length)
     batch = BatchLayout(tokenizer.pad_token_id or 0, packed=False)(list(encoded))
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    batch = on_device(batch, model.device)
     labels = batch.pop("labels")
     head = trainable_head(model)
     outputs: list[Any] = []

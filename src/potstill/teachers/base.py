@@ -1,40 +1,38 @@
-"""What a teacher is: something that has a target for every supervised position of a batch."""
+"""Declare what a teacher is: it gives a target for every supervised position of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from potstill.losses import CallableHead
 from potstill.models.heads import output_head
-from potstill.protocols import CausalLM, Tokenizer
+from potstill.protocols import Batch, CausalLM, Tokenizer
 from potstill.teachers.targets import LossSettings, Target
 
 
 class Teacher(Protocol):
-    """A source of targets: a model in this process, or a capture on disk."""
+    """Give targets, from a model in this process or from a capture on disk."""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that the teacher reads, if the teacher knows it."""
+        """Return the tokenizer whose ids the teacher reads, None if it is not known."""
         ...
 
     @property
     def vocabulary_rows(self) -> int:
-        """Rows of the teacher's LM head."""
+        """Return the number of rows of the teacher's LM head."""
         ...
 
     @property
     def model(self) -> CausalLM | None:
-        """The teacher's model in this process, None if there is none.
+        """Return the teacher's model, None if it is not in this process.
 
-        It writes sample answers and is checked against itself. Training does not need it.
+        It is used for sample answers and for the self-check. Training needs `targets` only.
         """
         ...
 
-    def targets(self, batch: dict[str, Tensor]) -> Target:
+    def targets(self, batch: Batch) -> Target:
         """Return the targets at the positions `potstill.models.heads.supervised` selects.
 
         ``batch`` has ``input_ids``, ``labels`` and the other model inputs, ``[B, T]``. The target

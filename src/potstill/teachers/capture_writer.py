@@ -17,7 +17,7 @@ from potstill.data import IGNORED, BatchLayout
 from potstill.errors import ModelError, RunFolderError
 from potstill.losses import CallableHead, Projection, forward_kl
 from potstill.models import ModelOpener
-from potstill.models.heads import output_head
+from potstill.models.heads import on_device, output_head
 from potstill.processes import print_main
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.run_folder import whole_folder, write_json
@@ -198,7 +198,7 @@ class CaptureWriter:
     def _states(self, teacher: LocalTeacher, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
         """Return the states ``[N, H]`` and labels ``[N]`` of a batch's supervised tokens."""
         layout = BatchLayout(self.tokenizer.pad_token_id or 0, packed=False)
-        batch = {name: column.to(teacher.model.device) for name, column in layout(rows).items()}
+        batch = on_device(layout(rows), teacher.model.device)
         labels = batch["labels"][:, 1:]
         return teacher.targets(batch).hidden, labels[labels != IGNORED]
 

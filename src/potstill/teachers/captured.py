@@ -35,7 +35,7 @@ from potstill.data import IGNORED
 from potstill.errors import DataError, ModelError
 from potstill.losses import Head
 from potstill.models import ModelOpener
-from potstill.protocols import Tokenizer
+from potstill.protocols import Batch, Tokenizer
 from potstill.shards import checksum
 from potstill.teachers.sparse import PER_TOKEN, SparseTarget, decode_sparse, join
 from potstill.teachers.targets import LossSettings, StatesTarget
@@ -127,7 +127,7 @@ def row_key(row: dict[str, Any]) -> tuple[bytes, int]:
     return conversation_key(row[f"{prefix}input_ids"], supervised), int(supervised.sum())
 
 
-def batch_keys(batch: dict[str, Tensor]) -> Iterator[tuple[bytes, int]]:
+def batch_keys(batch: Batch) -> Iterator[tuple[bytes, int]]:
     """Yield key and number of supervised tokens of each conversation, in the batch's order."""
     ids, labels = (batch[name].cpu().numpy() for name in ("input_ids", "labels"))
     chosen = labels != IGNORED
@@ -176,7 +176,7 @@ class CapturedTeacher:
     def __len__(self) -> int:
         return len(self._places)
 
-    def targets(self, batch: dict[str, Tensor]) -> StatesTarget | SparseTarget:
+    def targets(self, batch: Batch) -> StatesTarget | SparseTarget:
         """Return what is kept for the supervised positions. Raises: DataError if there is nothing.
 
         It does not depend on the rest of the batch: a teacher reads each conversation alone.

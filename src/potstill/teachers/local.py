@@ -1,4 +1,4 @@
-"""A teacher in this process: a frozen model in its own dtype, on this or another device."""
+"""Use a frozen model in this process as a teacher, in its own dtype, on this or another device."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from potstill.losses import CallableHead, Head
 from potstill.models import ModelOpener
-from potstill.models.heads import hidden_states, output_head, supervised
-from potstill.protocols import CausalLM, Tokenizer
+from potstill.models.heads import hidden_states, model_inputs, on_device, output_head, supervised
+from potstill.protocols import Batch, CausalLM, Tokenizer
 from potstill.teachers.targets import LossSettings, StatesTarget
 
 
@@ -31,18 +30,18 @@ class LocalTeacher:
 
     @property
     def vocabulary_rows(self) -> int:
-        """Rows of the head, cut to ``rows``."""
+        """Return the number of head rows, cut to ``rows``."""
         return len(output_head(self.model, rows=self.rows))
 
     @torch.no_grad()
-    def targets(self, batch: dict[str, Tensor]) -> StatesTarget:
+    def targets(self, batch: Batch) -> StatesTarget:
         """Return hidden states ``[N, H]`` at the supervised positions, and the head."""
         own_device, device = self.model.device, batch["labels"].device
-        inputs = {name: tensor.to(own_device) for name, tensor in batch.items() if name != "labels"}
+        inputs = on_device(model_inputs(batch), own_device)
         # The teacher keeps its own dtype: autocast would cast its weights again at every step.
         with torch.autocast(own_device.type, enabled=False):
             states = hidden_states(self.model, inputs)
-        # A model on several cards leaves its states on the last one.
+        # If the model is spread over several GPUs, its states are on the last one.
         hidden, _ = supervised(states, batch["labels"].to(states.device))
         return StatesTarget(hidden.to(device), self._head_on(device))
 

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,12 @@ from potstill.models import cache_folder
 from potstill.models.heads import (
     hidden_states,
     model_inputs,
+    on_device,
     output_head,
     supervised,
     trainable_head,
 )
-from potstill.protocols import Tokenizer
+from potstill.protocols import Batch, Tokenizer
 from potstill.teachers import CellTarget, LossSettings, Teacher, single_device_model
 
 
@@ -44,11 +45,12 @@ from potstill.teachers import CellTarget, LossSettings, Teacher, single_device_m
 class SupervisedColumns:
     """The columns of a batch at one model's supervised tokens."""
 
-    batch: dict[str, Tensor]
+    batch: Batch
 
     def __getitem__(self, name: str) -> Tensor:
         """Return one column, ``[N]`` or ``[M]``."""
-        return self.batch[name][:, 1:][self.batch["labels"][:, 1:] != -100]
+        columns = cast(dict[str, Tensor], self.batch)
+        return columns[name][:, 1:][columns["labels"][:, 1:] != -100]
 
 
 def _cell_target(target: Any, cells: Any, ours: Any, theirs: Any) -> CellTarget:
@@ -145,7 +147,7 @@ class CrossObjective:
             conversations, self.teacher_tokenizer, self.tokenizer, self.cells, max_length=max_length
         )
 
-    def summed_loss(self, student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def summed_loss(self, student: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of the alignment, summed over what it compares."""
         hidden, labels = supervised(hidden_states(student, model_inputs(batch)), batch["labels"])
         theirs = _of_teacher(batch)
@@ -168,20 +170,19 @@ class CrossObjective:
         batch = layout([_as_student(row) for row in rows])
         loss = dataclasses.replace(self.loss, within_weight=0.0, teacher_temperature=1.0)
         alone = dataclasses.replace(self, cells=identity, loss=loss)
-        on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        return alone.summed_loss(model, on_device)
+        return alone.summed_loss(model, on_device(batch, model.device))
 
 
-def _of_teacher(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _of_teacher(batch: Batch) -> Batch:
     """Return the teacher's half of what `PairLayout` lays out."""
     prefix = "teacher_"
     theirs = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in batch.items()
+        name.removeprefix(prefix): column
+        for name, column in batch.items()
         if name.startswith(prefix)
     }
     theirs.pop("index")  # a column of the student's: which teacher token it needs
-    return theirs
+    return cast(Batch, theirs)
 
 
 def _places(ours: SupervisedColumns, numbers: Tensor) -> Places:

@@ -22,12 +22,13 @@ from potstill.models.heads import (
     carries_state,
     hidden_states,
     model_inputs,
+    on_device,
     supervised,
     trainable_head,
 )
 from potstill.models.vocabulary import padding_id
 from potstill.processes import print_main
-from potstill.protocols import CausalLM, Tokenizer
+from potstill.protocols import Batch, CausalLM, Tokenizer
 from potstill.teachers import LossSettings, Teacher, as_teacher, single_device_model
 from potstill.training.cross_objective import CrossObjective, choose_cells
 
@@ -50,7 +51,7 @@ class Objective(Protocol):
         """Return rows of token ids, and how many conversations were kept, cut and dropped."""
         ...
 
-    def summed_loss(self, student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def summed_loss(self, student: nn.Module, batch: Batch) -> Tensor:
         """Return the sum over the supervised tokens of ``batch``, in nats, not yet divided."""
         ...
 
@@ -71,7 +72,7 @@ class TextObjective:
         """Encode with the student's tokenizer."""
         return tokenize_conversations(conversations, self.tokenizer, max_length=max_length)
 
-    def summed_loss(self, student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def summed_loss(self, student: nn.Module, batch: Batch) -> Tensor:
         """Return Σ −log p(label)."""
         hidden, labels = supervised(hidden_states(student, model_inputs(batch)), batch["labels"])
         return fused_linear_cross_entropy(hidden, trainable_head(student), labels)
@@ -95,7 +96,7 @@ class LogitsObjective:
         """Encode with the student's tokenizer, whose tokens are the teacher's."""
         return tokenize_conversations(conversations, self.tokenizer, max_length=max_length)
 
-    def summed_loss(self, student: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def summed_loss(self, student: nn.Module, batch: Batch) -> Tensor:
         """Return the divergence, summed over supervised tokens."""
         hidden, labels = supervised(hidden_states(student, model_inputs(batch)), batch["labels"])
         target = self.teacher.targets({**model_inputs(batch), "labels": batch["labels"]})
@@ -108,7 +109,7 @@ class LogitsObjective:
         model: Any = single_device_model(self.teacher)
         if model is None:
             return None
-        batch = {name: tensor.to(model.device) for name, tensor in self.layout(rows).items()}
+        batch = on_device(self.layout(rows), model.device)
         loss = dataclasses.replace(self.loss, hard_label_weight=0.0)
         return dataclasses.replace(self, loss=loss).summed_loss(model, batch)
 

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import NonFiniteLoss, SelfCheckFailed
-from potstill.models.heads import head_logits, unwrapped
+from potstill.models.heads import head_logits, on_device, unwrapped
+from potstill.protocols import Batch
 from potstill.training.objectives import Objective
 
 Encoded = dict[str, Any]
-Layout = Callable[[list[Encoded]], dict[str, Tensor]]
+Layout = Callable[[list[Encoded]], Batch]
 Device = torch.device | str
 CONVERSATIONS = 4
 TOKENS = 64
@@ -69,7 +70,7 @@ def check_objective(
 
 def _check_logits(name: str, model: nn.Module, ids: list[int], device: Device) -> None:
     """Compare the model's own logits with those that the losses compute."""
-    inputs = {"input_ids": torch.tensor([ids[:TOKENS]], device=device)}
+    inputs: Batch = {"input_ids": torch.tensor([ids[:TOKENS]], device=device)}
     expected = model(**inputs, use_cache=False).logits[0].float()
     dtype = _working_dtype(model, device)
     if not expected.amax(-1).isfinite().all():
@@ -106,8 +107,7 @@ def _check_halves(
     objective: Objective, student: nn.Module, rows: list[Encoded], layout: Layout, device: Device
 ) -> None:
     def loss(part: list[Encoded]) -> float:
-        batch = {name: tensor.to(device) for name, tensor in layout(part).items()}
-        return float(objective.summed_loss(student, batch))
+        return float(objective.summed_loss(student, on_device(layout(part), device)))
 
     half = len(rows) // 2
     whole, halves = loss(rows), loss(rows[:half]) + loss(rows[half:])

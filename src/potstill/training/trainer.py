@@ -24,6 +24,7 @@ from potstill.data.conversations import as_conversation
 from potstill.errors import ConfigError, NonFiniteLoss
 from potstill.models.vocabulary import highest_id, refuse_unknown_ids
 from potstill.processes import print_main
+from potstill.protocols import Batch
 from potstill.training.config import DistillationConfig
 from potstill.training.objectives import Objective, make_objective
 from potstill.training.self_check import CONVERSATIONS, check_objective
@@ -94,7 +95,7 @@ class DistillationTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
@@ -116,12 +117,12 @@ class DistillationTrainer(Trainer):
         stack.enter_context(self.accelerator.autocast())
         return stack
 
-    def summed_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def summed_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Return Σ over the supervised tokens of ``inputs``, in nats."""
         return self.objective.summed_loss(model, inputs)
 
     def training_step(
-        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None
     ) -> Tensor:
         """Run one micro-batch. Raises: NonFiniteLoss; SelfCheckFailed before the first step."""
         if not self._checked and self.state.global_step == 0:
