@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +32,7 @@ from potstill.teachers import (
 from potstill.teachers.captured import batch_keys, row_key
 
 FLOAT = ModelOpener(device="cpu", dtype="float32")
+KILLS = 30
 
 
 @pytest.fixture
@@ -293,3 +299,41 @@ def test_a_bad_manifest_is_one_line(
     assert named in error or "tokenizer" in error
     assert error.count("\n") == 1
     assert not Path("run").exists()
+
+
+@pytest.mark.slow
+def test_a_capture_that_is_killed_again_and_again_ends_with_the_same_files(
+    teacher: Path, tmp_path: Path
+) -> None:
+    program = """
+import sys
+from conftest import conversations
+from potstill.models import ModelOpener
+from potstill.teachers import capture
+capture.SHARD_CONVERSATIONS = 4
+capture.capture_conversations(
+    sys.argv[1], conversations(40), sys.argv[2], max_length=512, progress=False,
+    opener=ModelOpener(device="cpu", dtype="float32"))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", program, str(teacher), str(folder)]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole).wait() == 0
+    random, kills = np.random.default_rng(0), 0
+    while (shards := len(list(killed.glob("shards/*.safetensors")))) < 10 and kills < KILLS:
+        process = start(killed)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(list(killed.glob("shards/*"))) > shards:
+                time.sleep(random.random() * 0.03)
+                process.kill()
+            time.sleep(0.001)
+        process.wait()
+        kills += 1
+    assert kills > 3
+    assert start(killed).wait() == 0
+    assert files(whole) == files(killed)
