@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 
 def process_count() -> int:
@@ -22,7 +24,7 @@ def print_main(line: str) -> None:
         print(line, flush=True)
 
 
-def broadcast_from_main(value: Any) -> Any:
+def broadcast_from_main(value: Value) -> Value:
     """Return the main process's ``value`` in every process. All must call it.
 
     `transformers.TrainingArguments` must have started the process group.
@@ -31,4 +33,4 @@ def broadcast_from_main(value: Any) -> Any:
         return value
     from accelerate.utils import broadcast_object_list
 
-    return broadcast_object_list([value])[0]
+    return broadcast_object_list([value])[0]  # type: ignore[no-any-return]

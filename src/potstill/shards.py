@@ -186,7 +186,7 @@ def _complete_units(path: Path) -> tuple[dict[str, int], int]:
                 row: Any = json.loads(line) if line.endswith(b"\n") else None
                 unit[row["key"]] = offset
                 is_last = row["more"] == 0
-            except (ValueError, KeyError, TypeError):  # a torn line: ignore all that follows
+            except (ValueError, KeyError, TypeError):  # an incomplete line: ignore all that follows
                 break
             offset += len(line)
             if is_last:

@@ -144,7 +144,7 @@ def test_across_tokenizers_the_verdict_is_in_bits_per_byte(
     assert set(comparison()["methods"]) == {"text", "cross", "untouched"}
     assert comparison()["measure"] == "bits_per_byte"
     assert "kl_nats_per_token" not in comparison()["pairs"][0]["differences"]
-    assert "bits a byte" in comparison()["pairs"][0]["verdict"]
+    assert "bits per byte" in comparison()["pairs"][0]["verdict"]
 
 
 def test_a_method_can_be_added_later_and_another_budget_cannot(

@@ -282,7 +282,7 @@ def test_the_story_describes_the_run_and_its_result(tmp_path: Path) -> None:
     text = words(page(run_folder(tmp_path, evaluated())))
     assert "The student “small” was trained for 3 steps (6 s) on 400 conversations by " in text
     assert "conversations by matching the next-token distribution" in text
-    assert "Its divergence went from 2.000 to 1.000 nats a token" in text
+    assert "Its divergence went from 2.000 to 1.000 nats per token" in text
     assert "it has closed 50 % of the gap to the teacher." in text
 
 
@@ -295,7 +295,7 @@ def test_a_gap_that_grew_is_reported_as_grown(tmp_path: Path) -> None:
 def test_without_a_divergence_bits_per_byte_decide(tmp_path: Path) -> None:
     text = words(page(run_folder(tmp_path, evaluated(None, None, gap_closed=None))))
     assert "It helped: the student is better at predicting the held-out text than before." in text
-    assert "Its loss on the text went from 1.500 to 1.200 bits a byte" in text
+    assert "Its loss on the text went from 1.500 to 1.200 bits per byte" in text
     assert "not measured" in text
 
 

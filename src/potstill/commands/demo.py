@@ -23,7 +23,7 @@ from potstill.sampling import Sampling
 from potstill.students import make_student
 from potstill.training.kept_memory import keep_freed_memory
 
-# Chosen by layer_choice.py in four minutes: 3.1 nats a token from the teacher, evenly spaced 10.
+# Chosen by layer_choice.py in four minutes: 3.1 nats per token from the teacher, evenly spaced 10.
 LAYERS = [0, 1, 2, 8, 9, 10, 11, 20, 21, 22, 23, 24, 27, 28, 29]
 ANSWER_TOKENS = 64
 

@@ -13,7 +13,7 @@ def as_text(comparison: Mapping[str, Any]) -> str:
     """Return the table, a verdict per pair, and how often each method made the student worse.
 
     >>> methods = {"logits": {"bits_per_byte": 0.8}, "text": {"bits_per_byte": 0.9}}
-    >>> pairs = [{"verdict": "logits better than text by 0.100 ± 0.020 bits a byte"}]
+    >>> pairs = [{"verdict": "logits better than text by 0.100 ± 0.020 bits per byte"}]
     >>> print(as_text({"methods": methods, "teacher": {}, "seeds": [0], "conversations": 60,
     ...     "answers": 0, "regressions": {}, "notes": [], "pairs": pairs}))
     60 held-out conversations, seed 0
@@ -22,7 +22,7 @@ def as_text(comparison: Mapping[str, Any]) -> str:
     logits      0.800
     text        0.900
     <BLANKLINE>
-    logits better than text by 0.100 ± 0.020 bits a byte
+    logits better than text by 0.100 ± 0.020 bits per byte
     """
     columns = [measure.short for measure in headings(comparison).values()]
     cells = [

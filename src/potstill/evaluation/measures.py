@@ -29,10 +29,10 @@ class Measure:
 
 TOKEN_MEASURES = {
     "kl_nats_per_token": Measure(
-        "KL", "Divergence from the teacher", "nats a token", "lower", of_teacher=0.0
+        "KL", "Divergence from the teacher", "nats per token", "lower", of_teacher=0.0
     ),
-    "nll_nats_per_token": Measure("NLL", "Surprise at the text", "nats a token", "lower"),
-    "bits_per_byte": Measure("bits/byte", "Compression of the text", "bits a byte", "lower"),
+    "nll_nats_per_token": Measure("NLL", "Surprise at the text", "nats per token", "lower"),
+    "bits_per_byte": Measure("bits/byte", "Compression of the text", "bits per byte", "lower"),
     "top1_agreement": Measure(
         "top-1", "Same most likely token", "of all tokens", "higher", "share", of_teacher=1.0
     ),

@@ -117,11 +117,11 @@ def _resampled(ratios: Ratios, drawn: Any) -> Any:
 def verdict(one: str, other: str, difference: Difference, measure: Measure) -> str:
     """Return one sentence with the better one first.
 
-    >>> kl = Measure("KL", "Divergence from the teacher", "nats a token", "lower")
+    >>> kl = Measure("KL", "Divergence from the teacher", "nats per token", "lower")
     >>> verdict("logits", "text", Difference(-0.21, -0.24, -0.18, 60), kl)
-    'logits better than text by 0.210 ± 0.030 nats a token'
+    'logits better than text by 0.210 ± 0.030 nats per token'
     >>> verdict("logits", "text", Difference(-0.01, -0.04, 0.02, 60), kl)
-    'no difference seen between logits and text (0.010 ± 0.030 nats a token)'
+    'no difference seen between logits and text (0.010 ± 0.030 nats per token)'
     """
     size = f"{_figure(abs(difference.value))} ± {_figure(difference.half_width)} {measure.unit}"
     if difference.conversations < FEWEST_CONVERSATIONS:

@@ -28,7 +28,7 @@ CONVERSATIONS, DROPPED = "conversations.jsonl", "dropped.jsonl"
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 Choose = Callable[[Sequence[Row]], Row]
-"""Returns the row to keep among the rows of one prompt."""
+"""Return the row to keep, of the rows of one prompt."""
 
 
 def shortest(rows: Sequence[Row]) -> Row:

@@ -32,7 +32,7 @@ class Answer:
     key: str
     text: str
     cut_off: bool
-    """Whether the token limit stopped the answer."""
+    """True if the token limit stopped the answer."""
     teacher_ids: list[int] | None = None
     """The sampled token ids, the end token included; None if the engine does not return them."""
     nats_per_token: float | None = None
@@ -44,11 +44,11 @@ class Answer:
 
 
 class Engine(Protocol):
-    """Generates answers of one teacher."""
+    """Generate answers of one teacher."""
 
     @property
     def unit_size(self) -> int:
-        """Return the number of requests per unit: at most this many answers are lost by a kill."""
+        """Return the number of requests per unit: a kill loses at most this many answers."""
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from potstill.generation.keys import answered, identify, requests
 from potstill.models.heads import carries_state
 from potstill.models.vocabulary import padding_id, refuse_unknown_ids
 from potstill.protocols import CausalLM, Tokenizer
-from potstill.sampling.batch import Batch, Row
+from potstill.sampling.batch import AnswerBatch, Row
 from potstill.sampling.sampler import Sampling, sample_tokens, uniforms
 
 Prompt = str | list[dict[str, Any]]
@@ -31,7 +31,7 @@ Prompt = str | list[dict[str, Any]]
 
 
 def answer_prompts(
-    model: Any,
+    model: CausalLM,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     *,
@@ -40,8 +40,8 @@ def answer_prompts(
 ) -> list[Conversation]:
     """Return the prompts with answers, as conversations, in order; ``sampling`` as in `Sampling`.
 
-    One stopped by the token limit has ``"cut_off": true``. The global random state is not used.
-    Raises: ConfigError, ChatTemplateError; ModelError for logits that are not finite.
+    An answer stopped by the token limit has ``"cut_off": true``. The global random state is not
+    used. Raises: ConfigError, ChatTemplateError; ModelError for logits that are not finite.
     """
     chosen = Sampling(**sampling)
     engine = LocalEngine(model, tokenizer, chosen, batch_size=batch_size)
@@ -62,7 +62,7 @@ class LocalEngine:
 
     def __init__(
         self,
-        model: Any,
+        model: CausalLM,
         tokenizer: Tokenizer,
         sampling: Sampling,
         *,
@@ -80,7 +80,7 @@ class LocalEngine:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """Return what identifies the teacher."""
+        """Return the teacher's name and hashes, see `keys.identify`."""
         return identify(self.source or self.model.name_or_path, self.model, self.tokenizer)
 
     def answer(self, units: Iterable[Unit]) -> Iterator[list[Answer]]:
@@ -103,7 +103,7 @@ class LocalEngine:
         waiting = sorted(allowed, key=lambda row: len(row.prompt))
         highest = max((i for prompt in prompts for i in prompt), default=-1)
         refuse_unknown_ids(self.model, highest, role="teacher")
-        batch = Batch(self.model, padding_id(self.tokenizer, self.model), self._choose)
+        batch = AnswerBatch(self.model, padding_id(self.tokenizer, self.model), self._choose)
         with tqdm(total=len(rows), unit="answer", desc="  of these", leave=False) as progress:
             while waiting or batch.rows:
                 active = [row for row in batch.rows if not self._is_done(row)]
@@ -118,7 +118,7 @@ class LocalEngine:
         return [self._answer(row) for row in rows]
 
     def _max_tokens(self, prompt: list[int]) -> int:
-        """Return the answer's token limit, by setting and by the model's context."""
+        """Return the answer's token limit: the setting, or what is left of the model's context."""
         limit = self.sampling.max_new_tokens
         return limit if self.context is None else max(0, min(limit, self.context - len(prompt)))
 

@@ -1,4 +1,4 @@
-"""Make a data set: prompts → the teacher's answers, kept through kills → filtered and described."""
+"""Make a data set: prompts → stored answers of the teacher → filtered conversations and a card."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def make_dataset(
         return requests(prompts, sampling, engine.identity)
 
     keys = [request.key for request in wanted()]
-    decides = {**engine.identity, **(made_with or {}), **asdict(sampling), "prompts": digest(keys)}
-    with _removed_if_unanswered(folder), AnswerStore(folder, decides) as store:
+    settings = {**engine.identity, **(made_with or {}), **asdict(sampling), "prompts": digest(keys)}
+    with _removed_if_unanswered(folder), AnswerStore(folder, settings) as store:
         for name in store.damaged:
             print(f"{name}: damaged or missing; its answers are made again", flush=True)
         _answer_all(wanted(), len(keys), engine, store, folder)
@@ -58,7 +58,7 @@ def make_dataset(
         )
         counts = write_dataset(folder, rows, drop, choose=choose, similarity=similarity)
         store.note(answers=len(keys), counts=counts)
-    write_whole(folder / "README.md", dataset_card(decides, counts))
+    write_whole(folder / "README.md", dataset_card(settings, counts))
     print(counts_table(counts), flush=True)
     return folder / CONVERSATIONS
 
@@ -77,24 +77,24 @@ def _removed_if_unanswered(folder: Path) -> Iterator[None]:
 
 def standard_filters(*, keep: Collection[str] = ()) -> dict[str, Filter]:
     """Return the default filters by reason, without the reasons in ``keep``."""
-    every = {
+    standard = {
         "empty": filters.empty,
         "cut_off": filters.cut_off,
         "repetition_loop": filters.repetition_loop,
         "refusal": filters.refusal,
     }
-    return {name: is_bad for name, is_bad in every.items() if name not in keep}
+    return {name: is_bad for name, is_bad in standard.items() if name not in keep}
 
 
 def _answer_all(
     wanted: Iterator[Request], count: int, engine: Engine, store: AnswerStore, folder: Path
 ) -> None:
-    """Request the units that are not stored; a unit is stored whole or not at all."""
+    """Request and store the units that are not stored yet."""
     if count == len(store):
         return
     print(f"{count - len(store)} answers to make for {folder}", flush=True)
-    cut = iter(lambda: list(itertools.islice(wanted, engine.unit_size)), [])
-    missing = (unit for unit in cut if not all(request.key in store for request in unit))
+    units = iter(lambda: list(itertools.islice(wanted, engine.unit_size)), [])
+    missing = (unit for unit in units if not all(request.key in store for request in unit))
     with tqdm(total=count, initial=len(store), unit="answer", desc="  answering") as progress:
         for answers in engine.answer(missing):
             store.add(answers)

@@ -29,9 +29,8 @@ class RayEngine:
         except ImportError:
             message = "--engine ray needs the package ray: pip install 'potstill[ray]'"
             raise ConfigError(message) from None
-        ray.init(
-            ignore_reinit_error=True
-        )  # joins the cluster at RAY_ADDRESS, or starts a local one
+        # Join the cluster at RAY_ADDRESS, or start a local one.
+        ray.init(ignore_reinit_error=True)
         self.ray, self.make, self.workers = ray, make, workers
         self.gpus = min(1.0, ray.cluster_resources().get("GPU", 0)) if gpus is None else gpus
         describe = ray.remote(num_gpus=self.gpus)(_describe)

@@ -83,9 +83,8 @@ class VllmEngine:
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             seed=request.seed,
-            logprobs=0
-            if self.nats
-            else None,  # 0: of the sampled token, before temperature and top_p
+            # 0: the sampled token's alone, before temperature and top_p
+            logprobs=0 if self.nats else None,
             detokenize=False,
         )
 

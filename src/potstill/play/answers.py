@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +19,13 @@ from potstill.generation.local import end_tokens
 from potstill.models.vocabulary import padding_id
 from potstill.play.players import Player
 from potstill.protocols import CausalLM
-from potstill.sampling.batch import Batch, Row
+from potstill.sampling.batch import AnswerBatch, Row
 from potstill.sampling.sampler import Sampling, sample_tokens, uniforms
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A possible next token, its spelling and its probability."""
+    """Describe a possible next token."""
 
     text: str
     probability: float
@@ -43,8 +42,8 @@ def stream_answers(
     equal models give equal answers.
     """
     answers: list[list[int]] = [[] for _ in players]
-    for grown in zip_longest(*(_stream(player, prompt, sampling) for player in players)):
-        answers = [old if new is None else new for old, new in zip(answers, grown, strict=True)]
+    for latest in zip_longest(*(_stream(player, prompt, sampling) for player in players)):
+        answers = [old if new is None else new for old, new in zip(answers, latest, strict=True)]
         yield answers
 
 
@@ -53,11 +52,12 @@ def _stream(player: Player, prompt: str, sampling: Sampling) -> Iterator[list[in
     row, numbers = Row(prompt_ids(player, prompt)), uniforms(sampling.seed, sampling.max_new_tokens)
     ends = end_tokens(player.model, player.tokenizer)
 
-    def choose(logits: Tensor, _: Any) -> None:
-        uniform, heat, top_p = numbers[len(row.tokens)][None], sampling.temperature, sampling.top_p
-        row.tokens += sample_tokens(logits, uniform, temperature=heat, top_p=top_p).tolist()
+    def choose(logits: Tensor, _: Sequence[Row]) -> None:
+        uniform, temperature = numbers[len(row.tokens)][None], sampling.temperature
+        tokens = sample_tokens(logits, uniform, temperature=temperature, top_p=sampling.top_p)
+        row.tokens += tokens.tolist()
 
-    batch = Batch(player.model, padding_id(player.tokenizer, player.model), choose)
+    batch = AnswerBatch(player.model, padding_id(player.tokenizer, player.model), choose)
     batch.add([row])
     yield [*row.tokens]
     while len(row.tokens) < sampling.max_new_tokens and row.tokens[-1] not in ends:
@@ -77,16 +77,16 @@ def next_tokens(
     """Return the ``count`` most likely tokens of ``player`` at position ``place`` of an answer.
 
     Probabilities are at temperature 1, the most likely token comes first. The written token is
-    added at the end if it is not among them; not if ``player`` has other tokens than the writer.
+    added at the end if it is not among them, unless the two models have different tokens.
     """
-    same = player.tokens == answered_by.tokens
-    if same:
+    same_tokens = player.tokens == answered_by.tokens
+    if same_tokens:
         context = [*prompt_ids(player, prompt), *answer[:place]]
     else:
         context = _continued_ids(player, prompt, _text(answered_by, answer[:place]))
     probabilities = _distribution(player.model, context)
     chosen = probabilities.topk(min(count, len(probabilities))).indices.tolist()
-    written = answer[place] if same else None
+    written = answer[place] if same_tokens else None
     if written is not None and written not in chosen:
         chosen.append(written)
     return [
@@ -101,15 +101,15 @@ def prompt_ids(player: Player, prompt: str) -> list[int]:
     return list(player.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _continued_ids(player: Player, prompt: str, begun: str) -> list[int]:
+def _continued_ids(player: Player, prompt: str, answer_start: str) -> list[int]:
     """Return the ids of the prompt and the beginning of an answer, in the player's template."""
-    core = begun.strip()
-    if not core:
+    stripped = answer_start.strip()
+    if not stripped:
         return prompt_ids(player, prompt)
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": core}]
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": stripped}]
     text, spans = answer_spans(player.tokenizer, turns)
-    end = text.index(core, spans[-1][0]) + len(core)
-    white_space = begun[len(begun.rstrip()) :]
+    end = text.index(stripped, spans[-1][0]) + len(stripped)
+    white_space = answer_start[len(answer_start.rstrip()) :]
     return list(player.tokenizer(text[:end] + white_space, add_special_tokens=False)["input_ids"])
 
 

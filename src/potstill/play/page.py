@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -47,17 +47,17 @@ def make_page(players: Sequence[Player], title: str) -> gr.Blocks:
             bars = [_panel(bars_html(player, [])) for player in players]
         state = gr.State()  # the question, and the tokens of each answer
 
-        def ask(question: str, heat: float, max_tokens: float) -> Iterator[list[Any]]:
+        def ask(question: str, temperature: float, max_tokens: float) -> Iterator[list[Any]]:
             sampling = Sampling(
-                max_new_tokens=int(max_tokens), temperature=heat, seed=random.getrandbits(32)
+                max_new_tokens=int(max_tokens), temperature=temperature, seed=random.getrandbits(32)
             )
             empty: list[Any] = [[] for _ in players]
             blank = [*map(answer_html, players, empty), HINT, *map(bars_html, players, empty)]
             yield [*blank, None]
-            kept = [gr.skip() for _ in (place, *bars)]  # a token may be chosen during streaming
+            skipped = [gr.skip() for _ in (place, *bars)]  # a token may be chosen during streaming
             try:
                 for tokens in stream_answers(players, question, sampling):
-                    yield [*map(answer_html, players, tokens), *kept, (question, tokens)]
+                    yield [*map(answer_html, players, tokens), *skipped, (question, tokens)]
             except PotstillError as error:
                 raise gr.Error(str(error)) from error
 
@@ -82,12 +82,12 @@ def _sampling_sliders() -> tuple[gr.Slider, gr.Slider]:
 
 
 def _panel(content: str, **more: Any) -> gr.HTML:
-    """Return a column; in a narrow window the columns are below each other."""
+    """Return a column of the page; in a narrow window the columns are stacked."""
     with gr.Column(min_width=300):
         return gr.HTML(content, container=True, padding=True, **more)
 
 
-def _on_select(players: Sequence[Player], chosen: Player) -> Any:
+def _on_select(players: Sequence[Player], chosen: Player) -> Callable[..., list[str]]:
     """Return the handler for a click on a token of one model's answer."""
 
     def show(state: tuple[str, list[list[int]]], event: gr.EventData) -> list[str]:
@@ -101,9 +101,11 @@ def _on_select(players: Sequence[Player], chosen: Player) -> Any:
             next_tokens(player, question, answered_by=chosen, answer=answer, place=place)
             for player in players
         ]
-        token = html.escape(marked(chosen.spell(answer[place])))
-        wrote = f"At token {place + 1} of its answer, the {chosen.name} wrote <code>{token}</code>:"
-        return [*texts, f"<p>{wrote}</p>", *map(bars_html, players, found)]
+        token = html.escape(visible(chosen.spell(answer[place])))
+        heading = (
+            f"At token {place + 1} of its answer, the {chosen.name} wrote <code>{token}</code>:"
+        )
+        return [*texts, f"<p>{heading}</p>", *map(bars_html, players, found)]
 
     return show
 
@@ -124,7 +126,7 @@ def answer_html(player: Player, tokens: Sequence[int], chosen: int | None = None
 def bars_html(player: Player, candidates: Sequence[Candidate]) -> str:
     """Return one bar per candidate; the written token is bold."""
     rows = (
-        f"<li{' class=written' if one.written else ''}><code>{html.escape(marked(one.text))}</code>"
+        f"<li{' class=written' if one.written else ''}><code>{html.escape(visible(one.text))}</code>"
         f'<i style="width: {one.probability:.1%}"></i><span>{percent(one.probability)}</span></li>'
         for one in candidates
     )
@@ -136,6 +138,6 @@ def percent(probability: float) -> str:
     return f"{100 * probability:.1f} %" if probability >= 0.0005 else "< 0.1 %"
 
 
-def marked(text: str) -> str:
-    """Return the token with visible symbols for white space."""
+def visible(text: str) -> str:
+    """Return ``text`` with visible symbols for white space."""
     return text.translate(MARKS)

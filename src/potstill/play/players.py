@@ -20,7 +20,7 @@ from potstill.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Player:
-    """A model with its tokenizer."""
+    """Hold one of the compared models with its tokenizer."""
 
     name: str
     source: str
@@ -30,11 +30,11 @@ class Player:
     """The bytes of every token id; None for a special token."""
 
     def spell(self, token: int) -> str:
-        """Return one token as in the report; the head's padding rows have no token."""
+        """Return a token's spelling as in the report; an id without a token gets "token ID"."""
         return spelled(token, self.tokens, self.tokenizer) or f"token {token}"
 
     def read(self, tokens: Sequence[int]) -> list[str]:
-        """Return the text of each token; a character of several tokens belongs to the last."""
+        """Return the text of each token; a character of several tokens is the text of the last."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         parts = []
         for token in tokens:
@@ -74,13 +74,13 @@ def open_players(run_dir: str | os.PathLike[str], *, device: str = "auto") -> li
         "student after": str(run.student),
     }
     return [
-        _open(name, _moved(source, config["output_dir"], run.path), config, device)
+        _open(name, _current_source(source, config["output_dir"], run.path), config, device)
         for name, source in sources.items()
     ]
 
 
-def _moved(source: str, output_dir: str, path: Path) -> str:
-    """Return where a model is now; one inside the run's folder moves with the folder."""
+def _current_source(source: str, output_dir: str, path: Path) -> str:
+    """Return the path of a model after its run's folder was moved; other sources are unchanged."""
     model = Path(source)
     return str(path / model.relative_to(output_dir)) if model.is_relative_to(output_dir) else source
 

@@ -11,12 +11,15 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from potstill.errors import ConfigError
 from potstill.play.players import Player, open_players
 
-# Gradio compiles its templates to functions, which needs unsafe-eval.
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# Gradio compiles its templates to functions in the browser, which needs unsafe-eval.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 
@@ -73,11 +76,11 @@ def serve(players: Sequence[Player], *, title: str, host: str, port: int) -> Any
 class _ContentSecurityPolicy:
     """Add `POLICY` to every response of the server."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def send_with_policy(message: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
                 header = (b"content-security-policy", POLICY.encode())
                 message["headers"] = [*message["headers"], header]

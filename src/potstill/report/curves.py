@@ -137,7 +137,7 @@ def _draw(x_key: str, curves: list[Curve]) -> markupsafe.Markup:
         axes = page.subplots()
         ends = [(curve, _plot(axes, curve, x_key, scale)) for curve in curves]
         _label_ends(axes, [(curve, end) for curve, end in ends if end and curve.name])
-        axes.set(xlabel=unit, ylabel="nats a token")
+        axes.set(xlabel=unit, ylabel="nats per token")
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_linewidth(0.6)
         axes.tick_params(width=0.6)

@@ -164,12 +164,14 @@ def _excess(models: Models) -> tuple[list[Any], str]:
     ]
     kl = [one["kl_nats_per_token"] for one in ratios]
     if all(pair is not None for pair in kl):
-        return [_divided(*pair) for pair in kl if pair is not None], "nats a token from the teacher"
+        return [
+            _divided(*pair) for pair in kl if pair is not None
+        ], "nats per token from the teacher"
     bits = [_divided(*pair) for one in ratios if (pair := one["bits_per_byte"]) is not None]
     first = next(iter(models.values()))[1]
     teacher = measure_ratios(first["conversations"]["teacher"])["bits_per_byte"]
     excess = [column - _divided(*teacher) for column in bits if teacher is not None]
-    return excess, "bits a byte above the teacher"
+    return excess, "bits per byte above the teacher"
 
 
 def _divided(above: Any, below: Any) -> Any:

@@ -1,10 +1,10 @@
-"""A batch of growing answers; rows can join and leave.
+"""Generate the answers of a batch together; rows can join and leave between two tokens.
 
 B rows, T columns of the cache, V vocabulary. Rows are right-aligned: all take their next token at
 column T.
 
     row 0  ▓▓▓▓▓▓▓▓▓▓│▓▓▓▓▓▓▓▓▓▓▓▓    A new prompt is aligned to the right edge. Columns left of a
-    row 1  ▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓│▓▓▓    row are masked and its positions count from 0, so its place
+    row 1  ▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓│▓▓▓    row are masked and its positions count from 0, so shifting it
     row 2  ░░░░░░░▓▓▓▓▓▓▓▓▓▓▓▓│▓▓▓    changes only rounding. Unused left columns are cut off.
 """
 
@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from potstill.models.heads import carries_state, refuse_infinite_logits
 
 Choose = Callable[[Tensor, Sequence["Row"]], None]
-"""Takes logits ``[B, V]`` and appends a token to each row."""
+"""Choose a token for each row from logits ``[B, V]`` and append it."""
 
 
 class Row:
@@ -32,14 +32,14 @@ class Row:
         self.prompt, self.tokens = prompt, list[int]()
 
 
-class Batch:
-    """Rows and their cache. Calls ``choose`` with the logits of each forward pass."""
+class AnswerBatch:
+    """Hold rows and their cache; call ``choose`` with the logits of each forward pass."""
 
     def __init__(self, model: Any, pad_token_id: int, choose: Choose) -> None:
         self.model, self.pad_token_id, self.choose = model, pad_token_id, choose
         self.rows: list[Row] = []
         self.mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)
-        self.cache: Any = None
+        self.cache = DynamicCache()
         self.is_recurrence = not hasattr(model.config.get_text_config(), "num_attention_heads")
         arguments = inspect.signature(model.forward).parameters
         self.cache_argument = "cache" if "cache" in arguments else "past_key_values"
@@ -57,8 +57,8 @@ class Batch:
         lengths = torch.tensor([[len(row.prompt)] for row in rows], device=ids.device)
         columns = torch.arange(ids.shape[1], device=ids.device)
         mask = (columns >= ids.shape[1] - lengths).long()
-        # A model that keeps a state makes its own cache. Otherwise every column is cached, also in
-        # sliding layers, so that rows can move.
+        # A recurrent model needs the cache of its config. Otherwise every column is cached, also in
+        # sliding-window layers, so that rows can be shifted.
         stateful = carries_state(self.model)
         cache = DynamicCache(config=self.model.config) if stateful else DynamicCache()
         self.choose(self._forward(ids, mask, cache), rows)
@@ -87,7 +87,7 @@ class Batch:
             layer.keys = layer.keys[index, :, first:]
             layer.values = layer.values[index, :, first:]
 
-    def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+    def _forward(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
         """Return the last column's logits ``[B, V]``, float32; extend the cache.
 
         Raises: ModelError if they are not finite.
@@ -95,23 +95,24 @@ class Batch:
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
         more = {self.cache_argument: cache, "use_cache": True, "logits_to_keep": 1}
         # A pure recurrence has already processed the padding and takes no mask for one token.
-        seen = None if self.is_recurrence and ids.shape[1] == 1 else mask
-        inputs = {"input_ids": ids, "attention_mask": seen, "position_ids": positions}
+        passed_mask = None if self.is_recurrence and ids.shape[1] == 1 else mask
+        inputs = {"input_ids": ids, "attention_mask": passed_mask, "position_ids": positions}
         logits: Tensor = self.model(**inputs, **more).logits
         last = logits[:, -1].float()
         refuse_infinite_logits(self.model, last)
         return last
 
 
-def _join(cache: Any, other: Any) -> Any:
-    for layer, joining in zip(cache.layers, other.layers, strict=True):
-        layer.keys = torch.cat(_right_aligned(layer.keys, joining.keys, dim=2))
-        layer.values = torch.cat(_right_aligned(layer.values, joining.values, dim=2))
+def _join(cache: DynamicCache, other: DynamicCache) -> DynamicCache:
+    """Append the rows of ``other`` to ``cache``."""
+    for layer, other_layer in zip(cache.layers, other.layers, strict=True):
+        layer.keys = torch.cat(_right_aligned(layer.keys, other_layer.keys, dim=2))
+        layer.values = torch.cat(_right_aligned(layer.values, other_layer.values, dim=2))
     return cache
 
 
 def _right_aligned(one: Tensor, other: Tensor, *, dim: int) -> list[Tensor]:
-    """Return both, the shorter in ``dim`` padded with zeros on its left."""
+    """Return both tensors; pad the one shorter in ``dim`` with zeros on the left."""
     length = max(one.shape[dim], other.shape[dim])
     later_dims = (0, 0) * (one.dim() - 1 - dim)
     return [pad(tensor, (*later_dims, length - tensor.shape[dim], 0)) for tensor in (one, other)]

@@ -14,21 +14,21 @@ from torch import Tensor
 from potstill.errors import ConfigError
 
 LIKELY_TOKENS = 64
-"""Tokens that are sorted at first: few nuclei are larger, and sorting all of V is slow."""
+"""Number of tokens to sort first: few nuclei are larger, and sorting all of V is slow."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings that decide an answer, with prompt and teacher. Raises: ConfigError."""
+    """Hold the settings that, with prompt and teacher, decide an answer. Raises: ConfigError."""
 
     max_new_tokens: int = 256
-    """Tokens at which an answer is cut off."""
+    """Maximum number of tokens in an answer."""
     temperature: float = 0.7
     """Divides the logits; 0 takes the most likely token."""
     top_p: float = 0.95
     """Sample among the most likely tokens with this total probability; 1 uses all."""
     samples: int = 1
-    """Answers to each prompt."""
+    """Number of answers to each prompt."""
     system: str | None = None
     """System prompt for the prompts that have none."""
     seed: int = 0
@@ -55,11 +55,12 @@ def uniforms(seed: int, count: int) -> Tensor:
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float) -> Tensor:
-    """Return one token a row ``[B]`` for ``logits [B, V]`` in float32.
+    """Return one token per row ``[B]`` for ``logits [B, V]`` in float32.
 
-    ``uniform [B]`` has one number in [0, 1) a row; the token is where the cumulative distribution
-    over the nucleus passes it. The nucleus is the smallest set of most likely tokens that reaches
-    ``top_p`` of softmax(logits / temperature), renormalized. Temperature 0 takes the argmax.
+    ``uniform [B]`` has one number in [0, 1) per row; the token is the first at which the cumulative
+    distribution over the nucleus exceeds it. The nucleus is the smallest set of most likely tokens
+    that reaches ``top_p`` of softmax(logits / temperature), renormalized. Temperature 0 takes the
+    argmax.
 
     >>> logits, uniform = torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([0.9])
     >>> sample_tokens(logits, uniform, temperature=1.0, top_p=0.6)
@@ -68,7 +69,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor, *, temperature: float, top_p:
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = torch.softmax(logits / temperature, dim=-1)
-    if probabilities.device.type == "mps":  # it has no float64
+    if probabilities.device.type == "mps":  # MPS has no float64
         probabilities = probabilities.cpu()
     if top_p == 1:
         cumulative = probabilities.cumsum(-1, dtype=torch.float64)
@@ -92,6 +93,6 @@ def _most_likely(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 def _index(cumulative: Tensor, uniform: Tensor, mass: Tensor) -> Tensor:
     """Return the first index ``[B, 1]`` where ``cumulative`` exceeds ``uniform`` × ``mass``."""
-    sought = uniform.to(cumulative.device)[:, None] * mass
-    index = torch.searchsorted(cumulative, sought, right=True)
+    threshold = uniform.to(cumulative.device)[:, None] * mass
+    index = torch.searchsorted(cumulative, threshold, right=True)
     return index.clamp_(max=cumulative.shape[-1] - 1)

@@ -2,7 +2,7 @@
 
 Layers are removed one after another, each time the one whose removal changes the predictions
 least. A student with the remaining layers starts much nearer to its teacher: of SmolLM2-135M's 30
-layers the best 15 are 3.1 nats a token from the whole model, others that look reasonable 6.6.
+layers the best 15 are 3.1 nats per token from the whole model, others that look reasonable 6.6.
 
 Source: Song et al. 2024 (SLEB), arXiv 2402.09025, section 3, with the divergence from the whole
 model instead of perplexity.

@@ -1,4 +1,4 @@
-"""Teachers and their targets. A new kind of teacher is one file and one line in KINDS."""
+"""Open teachers and define their targets. A new kind of teacher is one file and a line in KINDS."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from potstill.teachers.targets import Target as Target
 
 @dataclass(frozen=True)
 class TeacherKind:
-    """One way to reach a teacher."""
+    """Describe one way to open a teacher."""
 
     name: str
     matches: Callable[[str], bool]

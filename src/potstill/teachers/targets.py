@@ -1,12 +1,11 @@
-"""What a teacher knows at the N supervised positions of a batch, and the loss towards it.
+"""Define targets: what a teacher knows at the supervised positions of a batch, and the loss.
 
-N supervised tokens, M tokens of the teacher, V vocabulary, H hidden size. A target owns its loss:
-an objective passes the student's hidden states and head, and does not look inside the target.
+N supervised tokens, M tokens of the teacher, V vocabulary, H hidden size. A target computes its
+own loss from the student's hidden states and head, so an objective needs only `Target`.
 
     StatesTarget   the teacher's hidden states and head: exact, for every divergence
-    CellTarget     a StatesTarget read through another tokenizer
-
-A target that keeps some token probabilities only (a capture) belongs here as ``SparseTarget``.
+    CellTarget     a StatesTarget, converted to the cells of another tokenizer
+    SparseTarget   a few probabilities per token, from a capture (teachers/sparse.py): forward KL
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from potstill.losses.fused import DivergenceFunction
 
 @dataclass(frozen=True)
 class LossSettings:
-    """How student and teacher are compared. A target uses the settings that apply to it."""
+    """Hold the settings of the loss. A target uses those that apply to it."""
 
     divergence: str | DivergenceFunction = "forward_kl"
     divergence_parameters: Mapping[str, float] = field(default_factory=dict)
@@ -52,7 +51,7 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class BlockScores:
-    """A block of b student predictions measured against the teacher's."""
+    """Hold the comparison of b student predictions with the teacher's."""
 
     kl: Tensor
     """KL(teacher ‖ student) in nats, ``[b]``."""
@@ -65,7 +64,7 @@ class BlockScores:
 
 
 class Target(Protocol):
-    """What a teacher knows at the supervised positions of one batch."""
+    """Give the loss and the scores of a student at the supervised positions of one batch."""
 
     def summed_loss(
         self, student_hidden: Tensor, student_head: Head, labels: Tensor, loss: LossSettings
@@ -94,7 +93,7 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class StatesTarget:
-    """The teacher's hidden states ``[N, H]`` and its LM head: every divergence is exact."""
+    """Hold the teacher's hidden states ``[N, H]`` and its LM head: every divergence is exact."""
 
     hidden: Tensor
     head: Head | CallableHead
@@ -143,7 +142,7 @@ class StatesTarget:
 
 @dataclass(frozen=True)
 class CellTarget:
-    """A teacher's states read through another tokenizer (losses/cross_tokenizer.py)."""
+    """Hold a teacher's states and the cells of both tokenizers (losses/cross_tokenizer.py)."""
 
     states: StatesTarget
     cells: Cells

@@ -32,9 +32,9 @@ TOKENS = 64
 LOGITS_TOLERANCE = {"full": 1e-3, "half": 2e-2}
 """Relative to the largest logit."""
 SELF_TOLERANCE = {"full": 1e-4, "half": 1e-3}
-"""Nats a token. Both sides use the same products, so only their order can differ."""
+"""Nats per token. Both sides use the same products, so only their order can differ."""
 HALVES_TOLERANCE = {"full": (1e-3, 1e-5), "half": (3e-2, 1e-2)}
-"""Relative, and nats a token. Padding and packing differ, and so does rounding."""
+"""Relative, and nats per token. Padding and packing differ, and so does rounding."""
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def _check_self_divergence(nats: Tensor | None, objective: Objective, rows: list
     # The trainer has a better message for NaN.
     if abs(error) > SELF_TOLERANCE[_precision(_teacher_dtype(objective))]:
         raise SelfCheckFailed(
-            f"self-check: the teacher is {error:.3g} nats a token away from itself, and must be 0: "
+            f"self-check: the teacher is {error:.3g} nats per token away from itself, not 0: "
             "the loss compares different positions or different heads; this is a mistake in the "
             "objective or its teacher"
         )

@@ -99,7 +99,7 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the micro-batch's summed loss ÷ supervised tokens of the step, nats a token."""
+        """Return the micro-batch's summed loss ÷ supervised tokens of the step, nats per token."""
         nats = self.summed_loss(model, inputs)
         tokens = (inputs["labels"][:, 1:] != -100).sum()
         if not model.training:
