@@ -2,8 +2,8 @@
 
 N supervised tokens, V vocabulary, k most likely tokens. For each model: KL from the teacher and
 negative log-likelihood in nats per token, bits per byte (comparable across tokenizers), and how
-often its most likely token is the teacher's. Sums are kept per conversation, because the tokens of one
-conversation are not independent: intervals are bootstrapped over conversations.
+often its most likely token is the teacher's. Sums are kept per conversation, because the tokens of
+one conversation are not independent: intervals are bootstrapped over conversations.
 """
 
 from __future__ import annotations
