@@ -101,11 +101,9 @@ def _on_select(players: Sequence[Player], chosen: Player) -> Callable[..., list[
             next_tokens(player, question, answered_by=chosen, answer=answer, place=place)
             for player in players
         ]
-        token = html.escape(visible(chosen.spell(answer[place])))
-        heading = (
-            f"At token {place + 1} of its answer, the {chosen.name} wrote <code>{token}</code>:"
-        )
-        return [*texts, f"<p>{heading}</p>", *map(bars_html, players, found)]
+        token = html.escape(show_spaces(chosen.spell(answer[place])))
+        text = f"At token {place + 1} of its answer, the {chosen.name} wrote <code>{token}</code>:"
+        return [*texts, f"<p>{text}</p>", *map(bars_html, players, found)]
 
     return show
 
@@ -126,7 +124,8 @@ def answer_html(player: Player, tokens: Sequence[int], chosen: int | None = None
 def bars_html(player: Player, candidates: Sequence[Candidate]) -> str:
     """Return one bar per candidate; the written token is bold."""
     rows = (
-        f"<li{' class=written' if one.written else ''}><code>{html.escape(visible(one.text))}</code>"
+        f"<li{' class=written' if one.written else ''}>"
+        f"<code>{html.escape(show_spaces(one.text))}</code>"
         f'<i style="width: {one.probability:.1%}"></i><span>{percent(one.probability)}</span></li>'
         for one in candidates
     )
@@ -138,6 +137,6 @@ def percent(probability: float) -> str:
     return f"{100 * probability:.1f} %" if probability >= 0.0005 else "< 0.1 %"
 
 
-def visible(text: str) -> str:
+def show_spaces(text: str) -> str:
     """Return ``text`` with visible symbols for white space."""
     return text.translate(MARKS)
