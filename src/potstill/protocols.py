@@ -26,6 +26,7 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
     eos_token_id: int | None
     pad_token_id: int | None
+    all_special_ids: list[int]
 
     def __len__(self) -> int: ...
 

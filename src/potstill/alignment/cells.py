@@ -1,9 +1,9 @@
-"""Cut two vocabularies into common cells, so that a student can learn from another tokenizer.
+"""Divide two vocabularies into common cells, so that a student can learn across tokenizers.
 
 V_t, V_s: number of teacher and student ids. seg(v): the student's tokens for the bytes of teacher
-token v. A cell holds tokens of both vocabularies that begin with the same bytes. Its head is a byte
-string that is a token of both; any other token is in the cell of its first piece. Every token is in
-one cell; special tokens, padding ids and tokens that the other side cannot spell are in none (−1).
+token v. A cell holds tokens of both vocabularies that begin with the same bytes: a byte string that
+is a token of both, and the tokens whose first piece is in the cell. Every token is in one cell;
+special tokens, padding ids and tokens that the other side cannot spell are in none (−1).
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ class VocabularyCells:
     ) -> None:
         teacher_tokens = token_bytes(teacher_tokenizer)
         student_tokens = token_bytes(student_tokenizer)
-        as_student = Segmenter(student_tokenizer, student_tokens)
-        as_teacher = Segmenter(teacher_tokenizer, teacher_tokens)
-        if as_student.ids.keys().isdisjoint(as_teacher.ids):
+        to_student = Segmenter(student_tokenizer, student_tokens)
+        to_teacher = Segmenter(teacher_tokenizer, teacher_tokens)
+        if to_student.ids.keys().isdisjoint(to_teacher.ids):
             raise VocabularyMismatch(
                 "teacher and student have no token in common; use --method text instead"
             )
-        segmentation, backward = as_student(teacher_tokens), as_teacher(student_tokens)
-        cells = _student_cells(student_tokens, as_teacher.ids, segmentation, backward)
+        segmentation, reverse = to_student(teacher_tokens), to_teacher(student_tokens)
+        cells = _student_cells(student_tokens, to_teacher.ids, segmentation, reverse)
         if student_end is None:
             student_end = next(iter(stop_tokens(student_tokenizer)), None)
         stops = stop_tokens(teacher_tokenizer) if teacher_stops is None else list(teacher_stops)
@@ -90,14 +90,14 @@ class VocabularyCells:
         self._build(segmentation, torch.tensor(cells))
 
     def _build(self, segmentation: list[tuple[int, ...]], student_cells: Tensor) -> None:
-        """Compute all other attributes from these two."""
+        """Set these attributes and compute all others from them."""
         self.segmentation, self.student_cells = segmentation, student_cells
         self.count = int(student_cells.max()) + 1
         self._student_cell_list = student_cells.tolist()
         first = torch.tensor([pieces[0] if pieces else -1 for pieces in segmentation])
         self.teacher_cells = torch.where(first < 0, -1, student_cells[first])
-        known = (self.teacher_cells >= 0).nonzero().flatten().tolist()
-        self.order = torch.tensor(sorted(known, key=segmentation.__getitem__))
+        with_cell = (self.teacher_cells >= 0).nonzero().flatten().tolist()
+        self.order = torch.tensor(sorted(with_cell, key=segmentation.__getitem__))
         self._sorted = [segmentation[v] for v in self.order.tolist()]
         lengths = torch.tensor([len(pieces) for pieces in self._sorted])
         self.first_piece = lengths.cumsum(0) - lengths
@@ -120,14 +120,15 @@ class VocabularyCells:
         return len(emitted) < len(pieces) and emitted == pieces[: len(emitted)]
 
     def seen(self, teacher_token: int, emitted: tuple[int, ...], token: int) -> int | None:
-        """Return the cell observed where the text has ``token``; None for no target.
+        """Return the observed cell after ``emitted``: that of the teacher token's next piece.
 
-        This is the cell of the teacher token's next piece.
+        ``token`` is the student's token in the text, which some baselines use; they return None for
+        a position without a target.
         """
         return self.student_cell(self.segmentation[teacher_token][len(emitted)])
 
     def student_cell(self, token: int) -> int:
-        """Return ``student_cells[token]``, without the cost of indexing a tensor."""
+        """Return ``student_cells[token]``, from a list: indexing a tensor is slow."""
         cell: int = self._student_cell_list[token]
         return cell
 
@@ -195,17 +196,16 @@ def cached_cells(
     The file name is a hash of everything that the cells depend on.
     """
     stops = stop_tokens(teacher_tokenizer) if teacher_stops is None else list(teacher_stops)
-    end = student_end
-    if end is None:
-        end = next(iter(stop_tokens(student_tokenizer)), None)
-    key = hashlib.sha256(f"cells 1 {stops} {end}".encode())
+    if student_end is None:
+        student_end = next(iter(stop_tokens(student_tokenizer)), None)
+    key = hashlib.sha256(f"cells 1 {stops} {student_end}".encode())  # 1: format of the file
     for tokenizer in (teacher_tokenizer, student_tokenizer):
         key.update(repr(backend_settings(tokenizer) or token_bytes(tokenizer)).encode())
     path = folder / f"cells-{key.hexdigest()[:32]}.safetensors"
     if path.is_file():
         return VocabularyCells.load(path)
     cells = VocabularyCells(
-        teacher_tokenizer, student_tokenizer, teacher_stops=stops, student_end=end
+        teacher_tokenizer, student_tokenizer, teacher_stops=stops, student_end=student_end
     )
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.part")  # another process may read `path`
@@ -215,31 +215,31 @@ def cached_cells(
 
 
 def own_cells(cells: Tensor) -> Tensor:
-    """Give every id that has a cell a cell of its own, ``[V]`` → ``[V]``."""
-    known = cells >= 0
-    return torch.where(known, known.cumsum(0) - 1, -1)
+    """Replace the cell of every id that has one by a new cell for it alone, ``[V]`` → ``[V]``."""
+    has_cell = cells >= 0
+    return torch.where(has_cell, has_cell.cumsum(0) - 1, -1)
 
 
 def _student_cells(
     tokens: list[bytes | None],
-    shared: dict[bytes, int],
+    teacher_ids: dict[bytes, int],
     segmentation: list[tuple[int, ...]],
-    backward: list[tuple[int, ...]],
+    reverse: list[tuple[int, ...]],
 ) -> list[int]:
     """Return the cell of every student token, −1 for special ones.
 
-    ``shared`` holds the bytes of the teacher's tokens, ``backward`` the teacher's tokens for each
-    student token. The first piece of seg(first teacher token of u) is shorter than u in bytes, so
-    in order of length its cell is already known. A token that the teacher cannot spell gets its
-    own cell: it may still be a piece of a longer token.
+    ``teacher_ids`` are by bytes, ``reverse`` has the teacher's tokens for each student token. A
+    token u that the teacher does not have is in the cell of the first piece of its first teacher
+    token. That piece is shorter than u, so going by length, its cell is already known. A token that
+    the teacher cannot spell gets its own cell: it may still be a piece of a longer token.
     """
     cells = [-1] * len(tokens)
-    heads: dict[bytes, int] = {}
+    by_bytes: dict[bytes, int] = {}
     spelled = ((string, u) for u, string in enumerate(tokens) if string)
     for string, u in sorted(spelled, key=lambda pair: len(pair[0])):
-        first_pieces = segmentation[backward[u][0]] if backward[u] else ()
-        if string in shared or not first_pieces:
-            cells[u] = heads.setdefault(string, len(heads))
+        first_pieces = segmentation[reverse[u][0]] if reverse[u] else ()
+        if string in teacher_ids or not first_pieces:
+            cells[u] = by_bytes.setdefault(string, len(by_bytes))
         else:
             cells[u] = cells[first_pieces[0]]
     return cells

@@ -1,4 +1,4 @@
-"""Give every student token its own cell; a teacher token predicts the next piece of its spelling.
+"""Give every student token its own cell; a teacher token predicts its next piece.
 
 V_s: number of student ids. seg(v): the student's tokens for the bytes of teacher token v. d: number
 of these already emitted.
@@ -6,8 +6,8 @@ of these already emitted.
     t(w) ∝ Σ q(v) over the teacher tokens that continue and have w as piece number d
 
 The student usually writes v as seg(v). Then t is its exact target, without sampling noise. If it
-writes v otherwise (" docstring" over " doc" and "string"), the text has u where t counted
-w′ = seg(v)[d]. The gradient is corrected by that difference,
+writes v otherwise (it has one token " docstring", the teacher has " doc" and "string"), the text
+has u where t counted w′ = seg(v)[d]. The gradient is corrected by that difference,
 
     p − t − [u] + [w′]
 

@@ -4,8 +4,8 @@ A student token u is at one of three places in the teacher's tokenization of the
 
     root      both tokenizations have a boundary before u: any teacher token v may come next
     interior  the student has emitted the first d tokens of seg(v) since v began, and v continues
-    other     u begins inside a v whose segmentation the student did not follow, or outside the
-              bytes that both renderings have: no target, plain cross-entropy
+    other     u begins inside a v that the student did not write as seg(v), or outside the text
+              that both sequences have in common: no target, plain cross-entropy
 
 If u is not in the cell of v's next piece (it spans the end of v, or v is spelled otherwise), the
 observed cell is still the cell of v's next piece: the target is an expectation over v.
@@ -26,10 +26,10 @@ NO_TARGET = -1
 
 @dataclass
 class Positions:
-    """The source of the target of each token of the student's sequence, with counts."""
+    """Locate the target of each token of the student's sequence, and count disagreements."""
 
     teacher_index: list[int]
-    """Index in the teacher's sequence of the token that it predicts here; −1: no target."""
+    """Index of the token, in the teacher's sequence, whose prediction is the target; −1: none."""
     start: list[int]
     """The target is a sum over ``cells.order[start:stop]``."""
     stop: list[int]
@@ -62,7 +62,10 @@ class Positions:
 
 @dataclass
 class _Turn:
-    """A run of supervised tokens: text, then optionally the special token that ends it."""
+    """Hold a run of supervised tokens: text, then optionally a special token that ends it.
+
+    ``first`` is the index of its first token, ``end`` that of the special token.
+    """
 
     first: int
     ids: list[int]
@@ -96,15 +99,15 @@ def align(
     length = len(student_ids)
     start, stop, depth, cell = ([0] * length for _ in range(4))
     spans = [NO_TARGET] * length, [NO_TARGET] * len(teacher_ids)
-    found = Positions([NO_TARGET] * length, start, stop, depth, cell, *spans)
+    result = Positions([NO_TARGET] * length, start, stop, depth, cell, *spans)
     for teacher, student in zip(teacher_turns, student_turns, strict=True):
         common = _set_offsets(teacher, student)
         if common is None:
             return None
-        _align_text(teacher, student, common, cells, found)
-        _number_spans(teacher, student, common, found)
-        _align_ends(teacher, student, common, cells, found)
-    return found
+        _align_text(teacher, student, common, cells, result)
+        _number_spans(teacher, student, common, result)
+        _align_ends(teacher, student, common, cells, result)
+    return result
 
 
 def _turns(
@@ -143,9 +146,10 @@ def _set_offsets(teacher: _Turn, student: _Turn) -> int | None:
 
 
 def _align_text(
-    teacher: _Turn, student: _Turn, common: int, cells: VocabularyCells, found: Positions
+    teacher: _Turn, student: _Turn, common: int, cells: VocabularyCells, result: Positions
 ) -> None:
-    root = 0
+    """Record the target of each student token of the text that has one."""
+    root = 0  # the student token at which the teacher's current token begins
     for i, k in enumerate(covering(teacher.offsets, student.offsets[:-1])):
         begin, end = student.offsets[i], max(student.offsets[i + 1], teacher.offsets[k + 1])
         if k < 0 or teacher.offsets[k] < 0 or end > common:
@@ -159,25 +163,25 @@ def _align_text(
             continue
         observed = cells.seen(teacher.ids[k], emitted, student.ids[i])
         if observed is not None:
-            _record(found, student.first + i, teacher.first + k, emitted, observed, cells)
+            _record(result, student.first + i, teacher.first + k, emitted, observed, cells)
         if observed != cells.student_cell(student.ids[i]):
-            found.disagreeing_interiors += bool(emitted)
-            found.disagreeing_roots += not emitted
+            result.disagreeing_interiors += bool(emitted)
+            result.disagreeing_roots += not emitted
 
 
-def _number_spans(teacher: _Turn, student: _Turn, common: int, found: Positions) -> None:
-    """Number the spans: one ends at each common boundary. Numbers continue from turn to turn."""
+def _number_spans(teacher: _Turn, student: _Turn, common: int, result: Positions) -> None:
+    """Number the spans, which end at the common boundaries. Numbers continue from turn to turn."""
     shared = set(teacher.offsets).intersection(student.offsets)
-    closes = sorted(offset for offset in shared if 0 <= offset <= common)
-    first = 1 + max(found.chunk, default=NO_TARGET)
-    for turn, column in ((teacher, found.teacher_chunk), (student, found.chunk)):
+    shared_ends = sorted(offset for offset in shared if 0 <= offset <= common)
+    first = 1 + max(result.chunk, default=NO_TARGET)
+    for turn, column in ((teacher, result.teacher_chunk), (student, result.chunk)):
         for i, (begin, end) in enumerate(pairwise(turn.offsets)):
-            if closes and closes[0] <= begin and end <= closes[-1]:
-                column[turn.first + i] = first + bisect_right(closes, begin) - 1
+            if shared_ends and shared_ends[0] <= begin and end <= shared_ends[-1]:
+                column[turn.first + i] = first + bisect_right(shared_ends, begin) - 1
 
 
 def _align_ends(
-    teacher: _Turn, student: _Turn, common: int, cells: VocabularyCells, found: Positions
+    teacher: _Turn, student: _Turn, common: int, cells: VocabularyCells, result: Positions
 ) -> None:
     """Record the end token as a root if both texts end on one byte and both end tokens match."""
     if teacher.end is None or student.end is None:
@@ -186,19 +190,19 @@ def _align_ends(
         return
     if cells.segmentation[teacher.ids[-1]] == (student.ids[-1],):
         observed = cells.student_cell(student.ids[-1])
-        _record(found, student.end, teacher.end, (), observed, cells)
-        found.chunk[student.end] = found.teacher_chunk[teacher.end] = 1 + max(found.chunk)
+        _record(result, student.end, teacher.end, (), observed, cells)
+        result.chunk[student.end] = result.teacher_chunk[teacher.end] = 1 + max(result.chunk)
 
 
 def _record(
-    found: Positions,
+    result: Positions,
     place: int,
     teacher_place: int,
     emitted: tuple[int, ...],
     observed: int,
     cells: VocabularyCells,
 ) -> None:
-    found.teacher_index[place] = teacher_place
-    found.start[place], found.stop[place] = cells.prefix_range(emitted)
-    found.depth[place] = cells.depth(emitted)
-    found.cell[place] = observed
+    result.teacher_index[place] = teacher_place
+    result.start[place], result.stop[place] = cells.prefix_range(emitted)
+    result.depth[place] = cells.depth(emitted)
+    result.cell[place] = observed

@@ -1,12 +1,13 @@
-"""Split the bytes of one tokenizer's tokens into tokens of another: seg(v) in the papers."""
+"""Split the bytes of one tokenizer's tokens into tokens of another: seg(v) in the formulas."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from potstill.alignment.token_bytes import backend_settings
+from potstill.protocols import Tokenizer
 
 
 class Segmenter:
@@ -16,7 +17,7 @@ class Segmenter:
     tokens. Bytes that are not text, such as half a character, are split by the longest match.
     """
 
-    def __init__(self, tokenizer: Any, tokens: list[bytes | None]) -> None:
+    def __init__(self, tokenizer: Tokenizer, tokens: list[bytes | None]) -> None:
         self._tokens = tokens
         self._encoder = _bare_encoder(tokenizer)
         self.ids = self._ids_of_bytes()
@@ -74,7 +75,7 @@ def _as_text(string: bytes) -> str | None:
         return None
 
 
-def _bare_encoder(tokenizer: Any) -> Any:
+def _bare_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
     """Return a function that tokenizes texts without dummy prefix and special tokens."""
     settings = backend_settings(tokenizer)
     if settings is None:
@@ -91,7 +92,7 @@ def _bare_encoder(tokenizer: Any) -> Any:
     return encode
 
 
-def _drop_dummy_prefix(settings: Any, key: Any) -> None:
+def _drop_dummy_prefix(settings: Any, key: str | int) -> None:
     """Remove the dummy prefix from a component, in any of its three forms."""
     component = settings[key]
     if component is None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Group(NamedTuple):
-    """The smallest runs of tokens that cover the same bytes on both sides."""
+    """Hold the smallest runs of tokens that cover the same bytes on both sides."""
 
     teacher_start: int
     teacher_stop: int
@@ -17,7 +17,7 @@ class Group(NamedTuple):
 
 
 def boundaries(pieces: Sequence[bytes]) -> list[int]:
-    """Return the byte offset before each token and after the last: one more than tokens."""
+    """Return the byte offset before each of n tokens and after the last: n + 1 numbers."""
     return [0, *accumulate(map(len, pieces))]
 
 
@@ -31,16 +31,16 @@ def groups(teacher_pieces: Sequence[bytes], student_pieces: Sequence[bytes]) -> 
         raise ValueError("the two tokenizations are of different texts")
     teacher, student = boundaries(teacher_pieces), boundaries(student_pieces)
     student_index = {offset: i for i, offset in enumerate(student)}
-    closes = [
+    shared_boundaries = [
         (t, student_index[offset]) for t, offset in enumerate(teacher) if offset in student_index
     ]
-    return [Group(t, t_next, s, s_next) for (t, s), (t_next, s_next) in pairwise(closes)]
+    return [Group(t, t_next, s, s_next) for (t, s), (t_next, s_next) in pairwise(shared_boundaries)]
 
 
 def covering(teacher_offsets: Sequence[int], offsets: Sequence[int]) -> list[int]:
     """Return the teacher token that holds the byte at each of the ascending ``offsets``.
 
-    ``teacher_offsets`` are its `boundaries`. −1: before the first token or after the last.
+    ``teacher_offsets`` are the `boundaries` of the teacher's tokens. −1: in none of them.
     """
     found, k, last = [], -1, len(teacher_offsets) - 1
     for offset in offsets:

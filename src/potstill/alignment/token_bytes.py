@@ -13,13 +13,14 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from potstill.errors import OpaqueTokenizer
+from potstill.protocols import Tokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_ADDED_AS_SPECIAL: WeakKeyDictionary[Any, tuple[int, frozenset[int]]] = WeakKeyDictionary()
+_ADDED_AS_SPECIAL: WeakKeyDictionary[Tokenizer, tuple[int, frozenset[int]]] = WeakKeyDictionary()
 _LOSSY_NORMALIZERS = {"BertNormalizer", "Lowercase", "StripAccents"}
 
 
-def token_bytes(tokenizer: Any) -> list[bytes | None]:
+def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     """Return the bytes of every id; None for a special token and for an id without a token.
 
     The joined bytes of a text's ids are the text's UTF-8. Two exceptions: SentencePiece may add one
@@ -41,17 +42,17 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     ]
 
 
-def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Return all ids added as special, with a role (EOS, …) or without: they stand for no text."""
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return all ids added as special, with a role (EOS, …) or without. They have no text."""
     size, added = _ADDED_AS_SPECIAL.get(tokenizer, (-1, frozenset()))
-    if size != len(tokenizer):  # slow for Gemma's thousands of added tokens, so it is cached
+    if size != len(tokenizer):  # cached: it is slow for Gemma's thousands of added tokens
         decoder = getattr(tokenizer, "added_tokens_decoder", {})
         added = frozenset(i for i, token in decoder.items() if token.special)
         _ADDED_AS_SPECIAL[tokenizer] = len(tokenizer), added
     return added.union(tokenizer.all_special_ids)
 
 
-def backend_settings(tokenizer: Any) -> dict[str, Any] | None:
+def backend_settings(tokenizer: Tokenizer) -> dict[str, Any] | None:
     """Return the content of a fast tokenizer's ``tokenizer.json``; None for a slow tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return None if backend is None else json.loads(backend.to_str())
@@ -62,7 +63,7 @@ def _alphabet(tokenizer: Any) -> tuple[list[Any], Callable[[Any], bytes]]:
     settings = backend_settings(tokenizer)
     if settings is not None:
         size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
-        return tokenizer.convert_ids_to_tokens(list(range(size))), _reader(tokenizer, settings)
+        return tokenizer.convert_ids_to_tokens(list(range(size))), _byte_reader(tokenizer, settings)
     if isinstance(getattr(tokenizer, "mergeable_ranks", None), dict):  # tiktoken: already bytes
         return _by_id(tokenizer.mergeable_ranks, len(tokenizer)), bytes
     if hasattr(tokenizer, "sp_model"):
@@ -77,7 +78,7 @@ def _by_id(vocabulary: dict[Any, int], size: int) -> list[Any]:
     return spellings
 
 
-def _reader(tokenizer: Any, settings: dict[str, Any]) -> Callable[[str], bytes]:
+def _byte_reader(tokenizer: Any, settings: dict[str, Any]) -> Callable[[str], bytes]:
     """Return a function from the spelling of a fast tokenizer's token to bytes."""
     model = settings["model"]
     kinds = _component_types(settings["pre_tokenizer"], settings["decoder"])
@@ -134,7 +135,7 @@ def _unigram_bytes(token: str) -> bytes:
     return token.replace("▁", " ").encode()
 
 
-def _opaque(tokenizer: Any, reason: str) -> OpaqueTokenizer:
+def _opaque(tokenizer: Tokenizer, reason: str) -> OpaqueTokenizer:
     name = tokenizer.name_or_path or type(tokenizer).__name__
     return OpaqueTokenizer(
         f"{name}: the bytes of its tokens cannot be recovered, because {reason}; use --method text"

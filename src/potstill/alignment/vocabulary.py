@@ -1,7 +1,7 @@
 """Compare two vocabularies, and count the leading ids that mean the same.
 
-Head rows beyond the tokenizer's length are padding: no text produces them. So this compares tokens,
-not sizes, and the tokens' bytes, not their spelling.
+Head rows beyond the tokenizer's length are padding, so sizes are not compared. Tokens are compared
+by their bytes: the same bytes can be spelled differently.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Relation = Literal["same", "same family", "permuted", "different"]
 
 @dataclass(frozen=True)
 class VocabularyComparison:
-    """The result of comparing two vocabularies."""
+    """Hold the result of comparing two vocabularies."""
 
     relation: Relation
     """``same``: every id means the same. ``same family``: one has more ids after the shared ones.
@@ -40,8 +40,8 @@ def compare_vocabularies(
 ) -> VocabularyComparison:
     """Compare two vocabularies by their tokens' bytes, or by spelling without known bytes."""
     teacher, student = _meanings(teacher_tokenizer), _meanings(student_tokenizer)
-    both = min(len(teacher), len(student))
-    first = next((i for i in range(both) if teacher[i] != student[i]), None)
+    shorter = min(len(teacher), len(student))
+    first = next((i for i in range(shorter) if teacher[i] != student[i]), None)
     teacher_set, student_set = set(teacher) - {None}, set(student) - {None}
     difference = None
     relation: Relation = "different"
@@ -53,7 +53,7 @@ def compare_vocabularies(
         relation = "permuted" if teacher_set == student_set else "different"
     return VocabularyComparison(
         relation=relation,
-        shared_rows=both if first is None else first,
+        shared_rows=shorter if first is None else first,
         shared_tokens=len(teacher_set & student_set),
         teacher_tokens=len(teacher_set),
         student_tokens=len(student_set),

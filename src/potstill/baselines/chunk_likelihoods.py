@@ -44,9 +44,9 @@ def fused_linear_chunks(
     ``chunk [N]`` and ``teacher_chunk [M]`` are span numbers, the same on both sides; −1 for a token
     in no span, which has no loss. ``chunk_tokens`` is the number of tokens in one matrix product.
 
-    A token's gradient needs the likelihood of its whole span, so the student is projected twice
-    (4a + b, not 3a + b). The second gradient is that of a cross-entropy with the weights
-    ∂loss/∂(−log P) of each token's span.
+    A token's gradient needs the likelihood of its whole span, so the student is projected twice:
+    first to get the likelihoods, then for the gradient, which is that of a cross-entropy with the
+    weights ∂loss/∂(−log P) of each token's span.
     """
     head, teacher = as_head(student_head), as_any_head(teacher_head)
     spans = (chunk, teacher_chunk)
@@ -63,22 +63,22 @@ def fused_linear_chunks(
         value = (loss * present[:-1]).sum()
         weights = -torch.cat([derivative, derivative.new_zeros(1)])[chunk]
     # Only the gradient of this cross-entropy is used, not its value.
-    carrier = fused_linear_cross_entropy(
+    surrogate = fused_linear_cross_entropy(
         student_hidden, head, labels, weights=weights, chunk_tokens=chunk_tokens
     )
-    return value + (carrier - carrier.detach())
+    return value + (surrogate - surrogate.detach())
 
 
 def log_likelihoods(
     hidden: Tensor, head: Head | CallableHead, labels: Tensor, chunk_tokens: int | None = None
 ) -> Tensor:
     """Return log p(label) ``[N]`` in nats, without gradients."""
-    found = torch.zeros(len(hidden), dtype=wide_dtype(hidden.dtype), device=hidden.device)
+    log_p = torch.zeros(len(hidden), dtype=wide_dtype(hidden.dtype), device=hidden.device)
     projection = Projection(hidden, head, observed=labels, chunk_tokens=chunk_tokens)
     for positions, logits in projection.blocks():
-        log_p = -torch.nn.functional.cross_entropy(logits, labels[positions], reduction="none")
-        found[positions] = log_p
-    return found
+        nll = torch.nn.functional.cross_entropy(logits, labels[positions], reduction="none")
+        log_p[positions] = -nll
+    return log_p
 
 
 def binary_divergence(

@@ -37,15 +37,15 @@ def fused_linear_last_token(
     """
     student, teacher = as_head(student_head), as_any_head(teacher_head)
     last, teacher_last = last_positions(conversation), last_positions(teacher_conversation)
-    both = sorted(last.keys() & teacher_last.keys())
+    shared = sorted(last.keys() & teacher_last.keys())
     width = max(len(student), len(teacher))
-    last_hidden = student_hidden[[last[c] for c in both]]
-    teacher_last_hidden = teacher_hidden[[teacher_last[c] for c in both]]
-    source = Projection(teacher_last_hidden, teacher, chunk_tokens=chunk_tokens)
+    last_hidden = student_hidden[[last[c] for c in shared]]
+    teacher_last_hidden = teacher_hidden[[teacher_last[c] for c in shared]]
+    projection = Projection(teacher_last_hidden, teacher, chunk_tokens=chunk_tokens)
 
     def score(logits: Tensor, positions: slice) -> LossAndGradient:
         size = logits.shape[-1]
-        teacher_logits = _padded(source.logits(positions), width)
+        teacher_logits = _padded(projection.logits(positions), width)
         loss, gradient = forward_kl(teacher_logits, _padded(logits, width))
         return loss, gradient[:, :size]
 

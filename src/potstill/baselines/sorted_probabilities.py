@@ -44,12 +44,12 @@ def fused_linear_sorted(
     ``teacher_row [N]``: the index of the teacher's hidden state that predicts at the same byte; −1
     for none, where only cross-entropy counts.
     """
-    source = teacher_projection(
+    projection = teacher_projection(
         teacher_hidden, teacher_head, teacher_row, teacher_labels, chunk_tokens
     )
 
     def score(logits: Tensor, positions: slice) -> LossAndGradient:
-        q = (source.logits(positions) / teacher_temperature).softmax(-1)
+        q = (projection.logits(positions) / teacher_temperature).softmax(-1)
         distance, gradient = sorted_distance(q, logits.softmax(-1))
         loss, hard_gradient = cross_entropy(labels[positions], logits)
         weight = sorted_weight * (teacher_row[positions] >= 0)

@@ -1,7 +1,7 @@
-"""The literature's losses across tokenizers, as targets that own their loss.
+"""Define the targets of the literature's losses across tokenizers.
 
-N tokens of the student, M of the teacher. Each wraps the teacher's states; see the file of the loss
-for its definition and for what it gets wrong.
+N tokens of the student, M of the teacher. Each target holds the teacher's states; see the file of
+its loss for the definition and its defects.
 """
 
 from __future__ import annotations
