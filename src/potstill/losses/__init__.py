@@ -1,4 +1,4 @@
-"""The losses, each one number a supervised token, in nats."""
+"""Define the losses: differentiable, in nats, one number per token or summed over tokens."""
 
 from potstill.losses.cross_tokenizer import Places as Places
 from potstill.losses.cross_tokenizer import fused_linear_cells as fused_linear_cells

@@ -5,8 +5,8 @@ function takes finite logits ``[b, V]`` in float32 or wider, **which it may over
 the loss ``[b]`` in nats and its gradient with respect to s, ``[b, V]``. `finite` makes −inf finite.
 
 For every divergence D, ∂D/∂s = u − p·Σu with u = p ⊙ ∂D/∂p; for forward KL this is p − q. The six
-tensors of b × V that autograd would keep are not needed. Nor are log-probabilities where their mean
-is enough: log q = t − log Σeᵗ, so KL(q‖p) = Σ q (t − s) − log Σeᵗ + log Σeˢ.
+tensors of b × V that autograd would keep are not needed. Where only the mean of log-probabilities
+is needed, they are not stored: log q = t − log Σeᵗ, so KL(q‖p) = Σ q (t − s) − log Σeᵗ + log Σeˢ.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LossAndGradient = tuple[Tensor, Tensor]
 ClosedForm = Callable[..., LossAndGradient]
 
 LOWEST = -1e30
-"""Replaces a logit of −inf: its softmax is 0, too, but 0 · −1e30 is 0 and 0 · −inf is NaN."""
+"""Value that replaces a logit of −inf: its softmax is 0, too, but 0 · −1e30 is 0, not NaN."""
 
 
 def finite(logits: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def forward_kl(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGradien
     q, teacher_normalizer = _softmax(teacher_logits)
     p, student_normalizer = _softmax(student_logits)
     expected = _dot(q, teacher_logits.sub_(student_logits))
-    return _infinite(expected - teacher_normalizer + student_normalizer), p.sub_(q)
+    return _restore_infinity(expected - teacher_normalizer + student_normalizer), p.sub_(q)
 
 
 def reverse_kl(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGradient:
@@ -50,7 +50,7 @@ def reverse_kl(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGradien
     p, student_normalizer = _softmax(student_logits)
     difference = student_logits.sub_(teacher_logits)
     expected = _dot(p, difference)
-    loss = _infinite(expected - student_normalizer + teacher_normalizer)
+    loss = _restore_infinity(expected - student_normalizer + teacher_normalizer)
     return loss, difference.sub_(expected[:, None]).mul_(p)
 
 
@@ -90,8 +90,8 @@ def skew_reverse_kl(
     m = _mixture(q, p, a)
     log_ratio = log_p.sub_(m.log())
     loss = _dot(p, log_ratio)
-    share = torch.div(p, m)
-    return loss, _through_softmax(p, log_ratio.sub_(share, alpha=a).mul_(p))
+    ratio = torch.div(p, m)
+    return loss, _through_softmax(p, log_ratio.sub_(ratio, alpha=a).mul_(p))
 
 
 def total_variation(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGradient:
@@ -116,7 +116,7 @@ def positive_temperature(value: float) -> float:
 
 
 def by_autograd(divergence: Callable[..., Tensor]) -> ClosedForm:
-    """Return the closed form of any ``(teacher_logits, student_logits)`` → ``[b]``, by autograd."""
+    """Return a function for the value and gradient of any ``divergence``, computed by autograd."""
 
     def value_and_gradient(
         teacher_logits: Tensor, student_logits: Tensor, **divergence_parameters: float
@@ -131,7 +131,7 @@ def by_autograd(divergence: Callable[..., Tensor]) -> ClosedForm:
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return probabilities ``[b, V]`` and log Σe^logits ``[b]``, from the largest logit − log p."""
+    """Return probabilities ``[b, V]`` and log Σe^logits ``[b]``, as max logit − log max p."""
     probabilities = logits.softmax(-1)
     return probabilities, logits.amax(-1) - probabilities.amax(-1).log()
 
@@ -157,10 +157,11 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return product
 
 
-def _infinite(loss: Tensor) -> Tensor:
-    """Replace a loss by infinity if a logit of −inf (`LOWEST`) met a positive probability."""
+def _restore_infinity(loss: Tensor) -> Tensor:
+    """Make a loss infinite again if a logit of −inf (`LOWEST`) met a positive probability."""
     return loss.masked_fill(loss > -LOWEST * 1e-20, math.inf)
 
 
 def _through_softmax(p: Tensor, u: Tensor) -> Tensor:
+    """Return the gradient with respect to the logits, from u = p ⊙ ∂D/∂p."""
     return u - p * u.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Compute the loss towards a teacher with another tokenizer, over cells of both vocabularies.
+"""Compute the loss from a teacher with another tokenizer, over cells of both vocabularies.
 
 N supervised tokens of the student, M of the teacher, V_s and V_t vocabularies, C cells.
 
@@ -12,7 +12,7 @@ becomes masses on cells:
     other     no target: plain cross-entropy
 
 The baselines (potstill.baselines.cells) use the same code with two options: a residual cell for the
-mass of tokens that end at an interior, and only the heaviest few cells at a position.
+mass of tokens that end at an interior, and only the few cells with most mass at a position.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Places:
 
 
 class CellPartition:
-    """Use the same cells at every position, and an extra one, without target, for other ids."""
+    """Use the same cells at every position, and one more cell, without target, for other ids."""
 
     def __init__(self, cells: Tensor, count: int) -> None:
         self.count = count + 1
@@ -141,7 +141,7 @@ def fused_linear_cells(
     all_cells = CellPartition(student_cells, cells.count)
     row = places.teacher_row
     projection = teacher_projection(teacher_hidden, teacher_head, row, teacher_labels, chunk_tokens)
-    masses = _Masses(projection, cells, places, teacher_temperature)
+    masses = _TeacherMasses(projection, cells, places, teacher_temperature)
 
     def score(logits: Tensor, positions: slice) -> LossAndGradient:
         partition: Partition = all_cells
@@ -178,7 +178,7 @@ def teacher_projection(
     return Projection(teacher_hidden[row], head, observed=observed, chunk_tokens=chunk_tokens)
 
 
-class _Masses:
+class _TeacherMasses:
     """Compute the teacher's masses on the cells, block by block in increasing order."""
 
     def __init__(
@@ -205,9 +205,9 @@ class _Masses:
         inside = self.is_inside[positions].nonzero().squeeze(-1)
         if len(inside):
             indices = self._continuations(inside, self.ranges[positions][inside])
-            position, ids, columns = (index.to(q.device) for index in indices)
+            position, ids, next_cells = (index.to(q.device) for index in indices)
             pooled[inside.to(q.device)] = 0
-            pooled.index_put_((position, columns), q[position, ids], accumulate=True)
+            pooled.index_put_((position, next_cells), q[position, ids], accumulate=True)
         total = pooled.sum(-1, keepdim=True)
         return pooled / total.clamp_min(torch.finfo(pooled.dtype).tiny), total.squeeze(-1) > 0
 
@@ -215,10 +215,10 @@ class _Masses:
         """Return, for every token that continues: position, token id, cell of its next piece."""
         start, stop, depth = ranges.unbind(-1)
         sizes = stop - start
-        within = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-        places = start.repeat_interleave(sizes) + within
-        columns = self.cells.next_cells(places, depth.repeat_interleave(sizes))
-        return inside.repeat_interleave(sizes), self.cells.order[places], columns
+        begins = sizes.cumsum(0) - sizes
+        places = torch.arange(int(sizes.sum())) + (start - begins).repeat_interleave(sizes)
+        next_cells = self.cells.next_cells(places, depth.repeat_interleave(sizes))
+        return inside.repeat_interleave(sizes), self.cells.order[places], next_cells
 
 
 def _check_places(hidden: Tensor, labels: Tensor, places: Places) -> None:

@@ -5,7 +5,7 @@ logits divided by one temperature. Every function takes ``teacher_logits [N, V]`
 ``student_logits [N, V]`` and returns ``[N]`` nats, one number per token, in float32 or wider.
 
 No function multiplies by temperature² (Hinton et al. 2015, arXiv 1503.02531, section 2): the factor
-keeps the size of gradients, and the learning rate can do this instead.
+keeps the size of gradients, and the learning rate can do the same.
 
 A logit of −inf is probability 0 and contributes 0 · log 0 = 0. ``forward_kl`` is infinite if the
 student gives 0 to a token to which the teacher does not. N = 0 returns an empty tensor.
@@ -177,14 +177,14 @@ class Divergence:
         return self.closed_form or closed.by_autograd(self.dense)
 
     def parameters_from(self, given: Mapping[str, float]) -> dict[str, float]:
-        """Return the checked parameters of this divergence, from ``given`` or by default."""
+        """Return this divergence's parameters, checked: from ``given``, else the defaults."""
         return {one.name: one.check(given.get(one.name, one.default)) for one in self.parameters}
 
 
 TEACHER_WEIGHT = Parameter(
     "teacher_weight", 0.5, "The teacher's share w of jensen_shannon's mixture."
 )
-SKEW = Parameter("skew", 0.1, "The admixture a of the two skew divergences.")
+SKEW = Parameter("skew", 0.1, "Weight a in the mixture of the two skew divergences.")
 SKEW_FORWARD, SKEW_REVERSE = "KL(q ‖ a·q + (1−a)·p)", "KL(p ‖ (1−a)·q + a·p)"
 JS = "w·KL(q‖m) + (1−w)·KL(p‖m), m = w·q + (1−w)·p"
 HINTON = "Hinton et al. 2015, arXiv 1503.02531"

@@ -71,17 +71,18 @@ def fused_linear_divergence(
     compare = closed_form(
         divergence, divergence_parameters, temperature=temperature, compiled=compiled
     )
-    source = Projection(teacher_hidden, teacher, observed=labels, chunk_tokens=chunk_tokens)
+    projection = Projection(teacher_hidden, teacher, observed=labels, chunk_tokens=chunk_tokens)
 
     def score(logits: Tensor, positions: slice) -> LossAndGradient:
         if labels is None or not hard_label_weight:
-            return compare(source.logits(positions), logits)
+            return compare(projection.logits(positions), logits)
         # A label beyond the shared vocabulary has no probability here: use the divergence alone.
         shared = labels[positions] < len(student)
-        hard = cross_entropy(labels[positions].where(shared, 0), logits.clone())
-        soft = compare(source.logits(positions), logits)
-        share = hard_label_weight * shared.to(soft[0].dtype)
-        return torch.lerp(soft[0], hard[0], share), torch.lerp(soft[1], hard[1], share[:, None])
+        hard, hard_gradient = cross_entropy(labels[positions].where(shared, 0), logits.clone())
+        soft, soft_gradient = compare(projection.logits(positions), logits)
+        weight = hard_label_weight * shared.to(soft.dtype)
+        gradient = torch.lerp(soft_gradient, hard_gradient, weight[:, None])
+        return torch.lerp(soft, hard, weight), gradient
 
     return fused_linear_loss(
         student_hidden, student, score, observed=labels, weights=weights, chunk_tokens=chunk_tokens
@@ -115,22 +116,21 @@ def closed_form(
     temperature: float = 1.0,
     compiled: bool = False,
 ) -> Callable[[Tensor, Tensor], LossAndGradient]:
-    """Return ``(teacher_logits, student_logits)`` → loss and gradient at a temperature.
+    """Return a function: teacher and student logits → loss and gradient, at ``temperature``.
 
-    The returned function may overwrite both logits. ``parameters`` may name those of other
-    divergences, too: they are not used. Raises: ValueError for an unknown divergence or a parameter
-    or temperature out of range.
+    It may overwrite both logits. ``parameters`` of other divergences are ignored.
+    Raises: ValueError for an unknown divergence or a parameter or temperature out of range.
     """
-    value_and_gradient, own = resolve_divergence(divergence, parameters)
+    value_and_gradient, own_parameters = resolve_divergence(divergence, parameters)
     if compiled:
         value_and_gradient = _compiled(value_and_gradient)
     temperature = positive_temperature(temperature)
 
     def compare(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGradient:
         if temperature == 1.0:
-            return value_and_gradient(teacher_logits, student_logits, **own)
+            return value_and_gradient(teacher_logits, student_logits, **own_parameters)
         loss, gradient = value_and_gradient(
-            teacher_logits / temperature, student_logits / temperature, **own
+            teacher_logits / temperature, student_logits / temperature, **own_parameters
         )
         return loss, gradient.div_(temperature)
 
@@ -158,7 +158,7 @@ def resolve_divergence(
 
 @functools.cache
 def _compiled(function: ClosedForm) -> ClosedForm:
-    """Return the compiled function, compiled once per process for blocks of any size."""
+    """Return ``function`` compiled for blocks of any size, once per process."""
     return torch.compile(function, dynamic=True)
 
 
@@ -181,8 +181,8 @@ def fused_linear_loss(
             f"weights {tuple(weights.shape)} must be one number for each of the "
             f"{len(hidden)} hidden states"
         )
-    # Read the grad mode here: inside forward it is always off, and ctx.needs_input_grad ignores
-    # torch.no_grad, so a validation pass would compute gradients for nothing.
+    # Read the grad mode here. Inside forward it is always off, and ctx.needs_input_grad ignores
+    # torch.no_grad, so evaluation would compute gradients that nobody uses.
     differentiate = torch.is_grad_enabled()
     student = as_head(head)
     projection = Projection(
@@ -197,7 +197,7 @@ def fused_linear_loss(
 
 
 def as_any_head(head: Tensor | Head | CallableHead) -> Head | CallableHead:
-    """Return `as_head` of a teacher's head, or a `CallableHead` unchanged."""
+    """Return a teacher's head as `as_head` does, a `CallableHead` unchanged."""
     return head if isinstance(head, CallableHead) else as_head(head)
 
 

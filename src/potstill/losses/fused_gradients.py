@@ -107,20 +107,20 @@ class _Gradients:
         elif self.weight.dtype == inputs.dtype:
             torch.addmm(self.weight, gradient, inputs, out=self.weight)
         else:  # the product is in half precision, the sum over chunks in float32
-            for part, gradient_rows in _pieces(self.weight, gradient):
-                part += gradient_rows @ inputs
+            for block, gradient_rows in _row_blocks(self.weight, gradient):
+                block += gradient_rows @ inputs
 
 
 def _graph_is_kept() -> bool:
     """Return True if backward may run again (``retain_graph=True``)."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if ask is None else bool(ask())
+    is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if is_kept is None else bool(is_kept())
 
 
 def _scaled(
     gradient: Tensor, factor: Tensor, shape: torch.Size, dtype: torch.dtype, *, kept: bool
 ) -> Tensor:
-    """Return ``gradient · factor`` in ``shape``, with 0 in the rows that the head's cut leaves out.
+    """Return ``gradient · factor`` in ``shape``; the rows that the head was cut by are 0.
 
     Overwrite the gradient if shape and dtype match and backward cannot run again. Round to
     ``dtype`` last: in float16 a loss scale of 65 536 is infinite.
@@ -128,13 +128,13 @@ def _scaled(
     fits = gradient.shape == shape and gradient.dtype == dtype
     scaled = gradient if fits and not kept else gradient.new_empty(shape, dtype=dtype)
     scaled[len(gradient) :] = 0
-    for part, source in _pieces(scaled[: len(gradient)], gradient):
-        part.copy_(source.to(wide_dtype(source.dtype)) * factor)
+    for block, source in _row_blocks(scaled[: len(gradient)], gradient):
+        block.copy_(source.to(wide_dtype(source.dtype)) * factor)
     return scaled
 
 
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the same few rows of every tensor, so that intermediate results stay in the cache."""
+def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield blocks of the same rows of every tensor, so small that they stay in the cache."""
     width = max(1, tensors[0].numel() // max(1, len(tensors[0])))
     size = block_rows(tensors[0].device.type, width)
     return zip(*(torch.split(tensor, size) for tensor in tensors), strict=True)

@@ -1,4 +1,4 @@
-"""Compute a loss from a target that is known over cells of the vocabulary only.
+"""Compute a loss from a target that is known only as masses on cells of the vocabulary.
 
 b tokens in a block, N supervised tokens, V the student's vocabulary, C cells. A *partition* divides
 the vocabulary into cells. t_c is the teacher's mass on cell c, u the token of the text, o the
@@ -92,7 +92,7 @@ def on_support(
     """Return D(t ‖ p given S) − log p(S), where S is the set of cells with t_c > 0.
 
     For forward KL this equals D. For other divergences it is finite where D may be infinite. D
-    compares the cells in S. The text shows that the token is in S, so p(S) gets cross-entropy.
+    compares the cells in S. The token of the text is in S, so −log p(S) is its cross-entropy.
     """
 
     def restricted(log_masses: Tensor, log_pooled: Tensor) -> LossAndGradient:
@@ -106,7 +106,7 @@ def on_support(
 
 
 class TopKPartition:
-    """Each of the tokens ``ids [b, k]`` is a cell; all other tokens are cell number k."""
+    """Make each of the tokens ``ids [b, k]`` a cell, and all other tokens cell number k."""
 
     def __init__(self, ids: Tensor, vocabulary: int) -> None:
         self.count = ids.shape[-1] + 1

@@ -6,8 +6,8 @@ A matrix product is fast with many tokens, softmax with few: a block of b tokens
 processor's cache, where a softmax takes a fifth of the time. So one product computes a chunk, and
 the chunk is split into blocks of float32 logits.
 
-**Anchors.** bfloat16 keeps eight bits, so a logit of 20 is rounded by up to 0.06. A student close
-to its teacher then gets a gradient that is wrong by 40 %. Softmax depends on differences only, so
+**Anchors.** bfloat16 keeps eight bits, so a logit of 20 is rounded by up to 0.06. If the student
+is close to its teacher, the gradient is then wrong by 40 %. Softmax depends on differences only, so
 half-precision products are stored as logit − anchor. The anchor of a token is its largest logit
 among the labels of the chunk, so stored values are small where the probability is large. The
 product subtracts the anchor before it rounds, and the error becomes twenty times smaller.
@@ -25,11 +25,11 @@ from torch import Tensor
 
 from potstill.losses.closed_forms import finite
 
-# The size of a chunk's logits, or half the weight if that is more. Gradients need larger chunks:
-# each one reads and writes the weight's gradient once.
+# The size of a chunk's logits; it is half the weight's size if that is more. Gradients need larger
+# chunks, because each chunk reads and writes the weight's gradient once.
 LOGITS_BYTES = {"cpu": 48 * 2**20, "cuda": 256 * 2**20}
 GRADIENT_BYTES = {"cpu": 192 * 2**20, "cuda": 256 * 2**20}
-# The float32 logits of one block; a few such tensors fit the cache. On a GPU a block is a chunk.
+# The size of a block's float32 logits; a few such tensors fit the cache. On a GPU: a whole chunk.
 BLOCK_BYTES = {"cpu": 3 * 2**19}
 
 
@@ -145,12 +145,12 @@ class Projection:
             self.weight, self.dtype = self.hidden[:0], wide_dtype(self.dtype)
         half = (torch.bfloat16, torch.float16)
         self.wide_products = hidden.device.type == "cuda" and self.dtype in half
-        self.stored = torch.float32 if self.wide_products else self.dtype
-        self.observed = observed if self.stored in half else None
+        self.buffer_dtype = torch.float32 if self.wide_products else self.dtype
+        self.observed = observed if self.buffer_dtype in half else None
         budget = GRADIENT_BYTES if gradients else LOGITS_BYTES
-        self.chunk = chunk_tokens or _chunk_size(len(head), self.hidden, self.stored, budget)
+        self.chunk = chunk_tokens or _chunk_size(len(head), self.hidden, self.buffer_dtype, budget)
         size = min(self.chunk, len(hidden))
-        self.buffer = self.hidden.new_empty(size, len(head), dtype=self.stored)
+        self.buffer = self.hidden.new_empty(size, len(head), dtype=self.buffer_dtype)
         self.start = self.stop = 0
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -177,7 +177,7 @@ class Projection:
         return self.head.to_logits(torch.add(product, anchors.float()))
 
     def product(self, positions: slice) -> Tensor:
-        """Return the buffer ``[b, V]`` of these tokens' product, which the caller may overwrite."""
+        """Return these tokens' part ``[b, V]`` of the buffer, which the caller may overwrite."""
         return self.buffer[positions.start - self.start : positions.stop - self.start]
 
     def _project(self, start: int, stop: int) -> None:
@@ -220,7 +220,7 @@ def block_rows(device: str, width: int) -> int:
     """Return how many rows of ``width`` float32 numbers make a block; on a GPU, all."""
     if device not in BLOCK_BYTES:
         return 2**31
-    # A multiple of the threads, at least one each: threads do not share the reduction of one row.
+    # A multiple of the threads: a row is reduced by one thread.
     threads = torch.get_num_threads()
     return max(1, BLOCK_BYTES[device] // (4 * max(1, width)) // threads) * threads
 
