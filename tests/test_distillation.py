@@ -197,8 +197,8 @@ def test_a_budget_in_seconds_and_an_interrupt_work_across_tokenizers(
 def test_data_in_which_nothing_can_be_aligned_is_one_error(
     place: Path, other: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    turns = [{"role": "user", "content": "on"}, {"role": "assistant", "content": "a <|im_end|> b"}]
-    write_rows(place / "odd.jsonl", [{"messages": turns}] * 4)
+    rows = [{"prompt": f"on {i}", "completion": "a <|im_end|> b"} for i in range(4)]
+    write_rows(place / "odd.jsonl", rows)
     assert distill("--method", "cross", "--max-steps", "2", data="odd.jsonl", student="other") == 2
     assert "the tokenizers read different bytes in 3" in capsys.readouterr().err
     assert not (place / "run").exists()

@@ -73,7 +73,9 @@ def place(pair_folder: Path) -> Path:
 def bad_files(place: Path) -> Path:
     """Add the files that `BAD_INPUT` names; the student ``bare`` has no chat template."""
     write_rows(place / "prompts.jsonl", [{"prompt": "x"}])
-    write_rows(place / "long.jsonl", [{"prompt": "the rain " * 50, "completion": "on"}] * 3)
+    write_rows(
+        place / "long.jsonl", [{"prompt": f"{i} rain " * 50, "completion": "on"} for i in range(3)]
+    )
     write_rows(place / "one.jsonl", conversations(1))
     (place / "broken.jsonl").write_text('{"text": "good"}\n{"text": \n')
     (place / "bad.yaml").write_text("lerning_rate: 1\n")

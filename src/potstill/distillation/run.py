@@ -19,9 +19,10 @@ import torch
 
 from potstill.data import without_answer
 from potstill.data.conversations import as_conversation
+from potstill.distillation.held_out import split_data
 from potstill.distillation.settings import DistillSettings, check_names
 from potstill.distillation.targets import opener_of
-from potstill.distillation.training import split_data, train
+from potstill.distillation.training import train
 from potstill.errors import RunFolderError
 from potstill.evaluation import (
     Evaluation,

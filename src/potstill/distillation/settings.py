@@ -79,6 +79,9 @@ class DistillSettings:
     """auto, cpu, cuda or mps."""
     seed: int = 0
     """Seed of the data order, the held-out part and the samples."""
+    log_to: str | None = None
+    """Also log to these, separated by commas: wandb, tensorboard, mlflow, or another logger that
+    transformers knows."""
     trust_remote_code: bool = False
     """Run code that comes with the models. Read it first."""
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -91,8 +94,10 @@ class DistillSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} {value}: must be above 0")
-        if self.trainer.get("eval_strategy", "no") not in ("no", False):
-            raise ConfigError("trainer.eval_strategy: give eval_steps instead, which sets it")
+        if not 0 < self.eval_fraction < 1:
+            raise ConfigError(
+                f"eval_fraction {self.eval_fraction}: must be between 0 and 1, ends excluded"
+            )
 
 
 POSITIVE = (
@@ -102,6 +107,7 @@ POSITIVE = (
     "seconds",
     "max_length",
     "eval_steps",
+    "learning_rate",
 )
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 import time
 from typing import Any
 
 import transformers
 from transformers.trainer_callback import ProgressCallback
 
-from potstill.data import read_conversations
 from potstill.defaults import PASSES
+from potstill.distillation.held_out import note_leaks, split_data
 from potstill.distillation.settings import DistillSettings
 from potstill.distillation.targets import capture_missing, opener_of, require_targets
+from potstill.distillation.trainer_settings import (
+    checked_trainer_settings,
+    loggers,
+    make_arguments,
+)
 from potstill.doctor import quick_check
-from potstill.errors import ConfigError, DataError, NonFiniteLoss, SelfCheckFailed
+from potstill.errors import NonFiniteLoss, SelfCheckFailed
 from potstill.evaluation import HeldOut, fingerprint
 from potstill.generation.filters import users_function
 from potstill.processes import broadcast_from_main, is_main_process, print_main, process_count
@@ -43,17 +47,6 @@ def check_pair(settings: DistillSettings) -> None:
         print_main(remark)
 
 
-def split_data(settings: DistillSettings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return training and held-out conversations, split by the seed if no file names the latter."""
-    conversations = list(read_conversations(settings.data))
-    if settings.eval_data:
-        return conversations, list(read_conversations(settings.eval_data))
-    random.Random(settings.seed).shuffle(conversations)
-    share = max(1, round(len(conversations) * settings.eval_fraction))
-    count = share if len(conversations) > 1 else 0
-    return conversations[count:], conversations[:count]
-
-
 def train(run: RunFolder, settings: DistillSettings) -> None:
     """Train from the last checkpoint on, and save the student.
 
@@ -63,10 +56,8 @@ def train(run: RunFolder, settings: DistillSettings) -> None:
     if settings.teacher_model:
         capture_missing(settings, [*training, *held_out])
     check_pair(settings)
-    if not held_out:
-        raise DataError(
-            "no conversation is left to hold out for evaluation; give --eval-data or more data"
-        )
+    if is_main_process():
+        note_leaks(training, held_out)
     _read_held_out(settings, held_out)
     data = {"train": fingerprint(training), "held out": fingerprint(held_out)}
     run.refuse_other_data(data)
@@ -184,11 +175,10 @@ def _saving(settings: DistillSettings, max_steps: int) -> dict[str, int]:
 def _watching(settings: DistillSettings) -> dict[str, Any]:
     if not settings.eval_steps:
         return {}
-    return {
-        "eval_strategy": "steps",
-        "eval_steps": settings.eval_steps,
-        "per_device_eval_batch_size": settings.batch_size,
-    }
+    watching = {"eval_strategy": "steps", "eval_steps": settings.eval_steps}
+    if "per_device_eval_batch_size" in settings.trainer:
+        return watching
+    return {**watching, "per_device_eval_batch_size": settings.batch_size}
 
 
 def _note_precision_and_temperature(rows: list[dict[str, Any]], settings: DistillSettings) -> None:
@@ -258,20 +248,9 @@ def _arguments(run: RunFolder, settings: DistillSettings, **overrides: Any) -> D
         "use_cpu": opener_of(settings).device_type() == "cpu",
         "logging_steps": 1,
         "save_total_limit": 2,
-        "report_to": [],
-        **settings.trainer,
+        "report_to": loggers(settings.log_to),
+        "run_name": run.path.name,
+        **checked_trainer_settings(settings.trainer),
         **overrides,
     }
-    known = {item.name for item in dataclasses.fields(DistillationConfig)}
-    for name in chosen:
-        if name not in known:
-            raise ConfigError(
-                f"trainer.{name}: no setting of transformers.TrainingArguments; check its name"
-            )
-    try:
-        return DistillationConfig(**chosen)
-    except (TypeError, ValueError) as error:  # in YAML a bare no is False
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"trainer: transformers says: {reason}; check {', '.join(settings.trainer)}"
-        ) from error
+    return make_arguments(chosen, settings.trainer)

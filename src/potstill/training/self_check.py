@@ -97,8 +97,8 @@ def _check_self_divergence(nats: Tensor | None, objective: Objective, rows: list
     # The trainer has a better message for NaN.
     if abs(error) > SELF_TOLERANCE[_precision(_teacher_dtype(objective))]:
         raise SelfCheckFailed(
-            f"self-check: the teacher is {error:.3g} nats per token away from itself, not 0: "
-            "the loss compares different positions or different heads; this is a mistake in the "
+            f"self-check: the teacher is {error:.3g} nats per token away from itself, and must be "
+            "0: the loss compares different positions or different heads; this is a mistake in the "
             "objective or its teacher"
         )
 
