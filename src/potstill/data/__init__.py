@@ -6,9 +6,10 @@ from potstill.data.batches import TokenCounts as TokenCounts
 from potstill.data.batches import encode_conversation as encode_conversation
 from potstill.data.batches import tokenize_conversations as tokenize_conversations
 from potstill.data.chat_templates import PLAIN_CHAT_TEMPLATE as PLAIN_CHAT_TEMPLATE
+from potstill.data.conversations import Reading as Reading
 from potstill.data.conversations import read_conversations as read_conversations
 from potstill.data.conversations import read_prompts as read_prompts
-from potstill.data.conversations import without_answer as without_answer
+from potstill.data.forms import without_answer as without_answer
 from potstill.data.pairs import PairCounts as PairCounts
 from potstill.data.pairs import PairEncoder as PairEncoder
 from potstill.data.pairs import PairLayout as PairLayout
@@ -21,6 +22,7 @@ __all__ = [
     "PairCounts",
     "PairEncoder",
     "PairLayout",
+    "Reading",
     "TokenCounts",
     "encode_conversation",
     "read_conversations",

@@ -7,22 +7,25 @@ that ends the turn; in plain text, every token but the first.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from potstill.alignment import special_ids
-from potstill.data.chat_templates import Span, answer_spans
+from potstill.data.answers import Answer, render_answers
 from potstill.data.conversations import Conversation
+from potstill.data.marked_templates import Span
 from potstill.defaults import MAX_LENGTH
-from potstill.errors import DataError
+from potstill.errors import ChatTemplateError, DataError, ModelError
 from potstill.protocols import Batch, Tokenizer
 
 IGNORED = -100
+TOGETHER = 256  # conversations tokenized in one call, on all cores
 Encoded = dict[str, Any]
 """Lists such as ``input_ids`` and ``labels``, and counts."""
 
@@ -41,6 +44,8 @@ class TokenCounts:
     """Conversations cut at ``max_length`` tokens."""
     dropped: int = 0
     """Conversations whose answer begins after ``max_length`` tokens, or is empty."""
+    dropped_thoughts: int = 0
+    """Turns whose thought the chat template does not write."""
 
     def add(self, row: Encoded) -> bool:
         """Count one encoded conversation; return False if it must be dropped."""
@@ -52,6 +57,7 @@ class TokenCounts:
         self.tokens += len(row["input_ids"])
         self.supervised_tokens += supervised
         self.shortened += row["shortened"]
+        self.dropped_thoughts += row["dropped_thoughts"]
         return True
 
     def __str__(self) -> str:
@@ -61,43 +67,110 @@ class TokenCounts:
             line += f"; {self.shortened} cut at the length limit"
         if self.dropped:
             line += f"; {self.dropped} left out (no answer within the length limit)"
+        if self.dropped_thoughts:
+            line += f"; the chat template drops the thought of {self.dropped_thoughts} turns"
+            line += " (--chat-template FILE gives one that keeps them)"
         return line
 
 
 def encode_conversation(
     conversation: Conversation, tokenizer: Tokenizer, *, max_length: int | None = None
 ) -> Encoded:
-    """Return ``input_ids``, ``labels`` and ``answer_bytes``, cut at ``max_length`` tokens.
+    """Return ``input_ids``, ``labels`` and counts of one conversation.
 
-    ``answer_bytes`` counts the UTF-8 bytes of the supervised text, without template and end token.
-    Raises: ChatTemplateError.
+    See `encode_conversations`. Raises: ChatTemplateError, ModelError.
     """
-    is_text = "text" in conversation
-    if is_text:
-        text, spans = conversation["text"], [(0, len(conversation["text"]))]
-    else:
-        text, spans = answer_spans(tokenizer, conversation["messages"])
-    encoded = tokenizer(text, add_special_tokens=is_text, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    end_id = tokenizer.eos_token_id
-    if is_text and end_id is not None:
-        if ids and ids[-1] == end_id:  # added by the tokenizer, with the offsets (0, 0)
-            ids, offsets = ids[:-1], offsets[:-1]
-        ids, offsets = [*ids, end_id], [*offsets, (len(text), len(text) + 1)]
-    ids, offsets = ids[:max_length], offsets[:max_length]
-    labels, special = [IGNORED] * len(ids), special_ids(tokenizer)
-    for number, span in enumerate(spans):
-        ended = not (conversation.get("cut_off") and number == len(spans) - 1)
-        for i in _tokens_of(span, offsets, text, ids, special, with_end=ended):
-            labels[i] = ids[i]
-    labels[:1] = [IGNORED]  # no position predicts the first token
-    text_end = offsets[-1][1] if offsets else 0
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "answer_bytes": sum(len(text[start : min(end, text_end)].encode()) for start, end in spans),
-        "shortened": len(encoded["input_ids"]) > len(ids),
-    }
+    return next(encode_conversations([conversation], tokenizer, max_length=max_length))
+
+
+def encode_conversations(
+    conversations: Iterable[Conversation], tokenizer: Tokenizer, *, max_length: int | None = None
+) -> Iterator[Encoded]:
+    """Yield ``input_ids`` and ``labels`` of each conversation, cut at ``max_length`` tokens.
+
+    ``answer_bytes`` counts the UTF-8 bytes of the supervised text, without template and end token;
+    ``dropped_thoughts`` the turns whose thought the template does not write. Raises:
+    ChatTemplateError; ModelError for a tokenizer that does not say where its tokens are.
+    """
+    if not getattr(tokenizer, "is_fast", True):
+        raise ModelError(
+            f"{tokenizer.name_or_path}: its tokenizer is a slow one and does not say where its "
+            "tokens are in the text; needed is a fast one (tokenizer.json): save it again with "
+            "AutoTokenizer.from_pretrained(…).save_pretrained(…), or use another model"
+        )
+    for batch in _batches(conversations):
+        rendered = [_rendered(conversation, tokenizer) for conversation in batch]
+        for is_text in (False, True):
+            if texts := [one.text for one in rendered if one.is_text == is_text]:
+                encoded = tokenizer(texts, add_special_tokens=is_text, return_offsets_mapping=True)
+                found = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+                for one in rendered:
+                    if one.is_text == is_text:
+                        one.ids, one.offsets = next(found)
+        yield from (one.row(tokenizer, max_length) for one in rendered)
+
+
+def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    one_by_one = iter(conversations)
+    while batch := list(itertools.islice(one_by_one, TOGETHER)):
+        yield batch
+
+
+@dataclass
+class _Reading:
+    """A conversation as text, then as tokens."""
+
+    text: str
+    answers: list[Answer]
+    is_text: bool
+    dropped_thoughts: int = 0
+    ids: list[int] = field(default_factory=list)
+    offsets: list[Span] = field(default_factory=list)
+
+    def row(self, tokenizer: Tokenizer, max_length: int | None) -> Encoded:
+        ids, offsets, end_id = self.ids, self.offsets, tokenizer.eos_token_id
+        if self.is_text and end_id is not None:
+            if ids and ids[-1] == end_id:  # added by the tokenizer, with the offsets (0, 0)
+                ids, offsets = ids[:-1], offsets[:-1]
+            end = len(self.text)
+            ids, offsets = [*ids, end_id], [*offsets, (end, end + 1)]
+        whole = len(ids)
+        ids, offsets = ids[:max_length], offsets[:max_length]
+        labels, special = [IGNORED] * len(ids), special_ids(tokenizer)
+        starts = [start for start, _ in offsets]
+        for answer in self.answers:
+            first, stop = _tokens_of((answer.start, answer.end), offsets, starts)
+            if answer.has_end:
+                stop = _after_end(stop, offsets, self.text, ids, special)
+            labels[first:stop] = ids[first:stop]
+        labels[:1] = [IGNORED]  # no position predicts the first token
+        text_end = offsets[-1][1] if offsets else 0
+        texts = [self.text[one.start : min(one.end, text_end)] for one in self.answers]
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "answer_bytes": sum(len(text.encode()) for text in texts),
+            "shortened": whole > len(ids),
+            "dropped_thoughts": self.dropped_thoughts,
+        }
+
+
+def _rendered(conversation: Conversation, tokenizer: Tokenizer) -> _Reading:
+    cut_off = bool(conversation.get("cut_off"))
+    if "text" in conversation:
+        text = conversation["text"]
+        return _Reading(text, [Answer(0, 0, len(text), not cut_off)], is_text=True)
+    messages = conversation["messages"]
+    try:
+        rendered = render_answers(tokenizer, messages, tools=conversation.get("tools"))
+    except ChatTemplateError as error:
+        place = getattr(conversation, "place", "")
+        raise ChatTemplateError(f"{place}: {error}" if place else str(error)) from error
+    answers = rendered.answers
+    last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
+    if cut_off and answers and answers[-1].turn == last:  # a length limit stopped it
+        answers[-1] = answers[-1]._replace(has_end=False)
+    return _Reading(rendered.text, answers, False, rendered.dropped_thoughts)
 
 
 def tokenize_conversations(
@@ -118,8 +191,7 @@ def tokenize_conversations(
     counts = TokenCounts()
 
     def encoded() -> Iterator[Encoded]:
-        for conversation in conversations:
-            row = encode_conversation(conversation, tokenizer, max_length=max_length)
+        for row in encode_conversations(conversations, tokenizer, max_length=max_length):
             if counts.add(row):
                 yield row
 
@@ -211,27 +283,31 @@ def _positions(packed_row: list[Encoded], length: int) -> list[int]:
     return [position for size in (*sizes, length - sum(sizes)) for position in range(size)]
 
 
-def _tokens_of(
-    span: Span,
-    offsets: list[Span],
-    text: str,
-    ids: list[int],
-    special: frozenset[int],
-    *,
-    with_end: bool,
-) -> Iterator[int]:
-    """Yield the tokens that overlap ``span``, then those up to the special token that ends it."""
+def _tokens_of(span: Span, offsets: list[Span], starts: list[int]) -> tuple[int, int]:
+    """Return the first token that overlaps ``span``, and the first after it.
+
+    ``starts`` are the starts of ``offsets``, which grow.
+    """
     start, end = span
-    yield from (i for i, (first, last) in enumerate(offsets) if last > start and first < end)
-    tail: list[int] = []
-    after = next((i for i, (first, _) in enumerate(offsets) if first >= end), len(ids))
-    for i in range(after, len(ids)):
-        tail.append(i)
+    stop = bisect.bisect_left(starts, end)
+    first = bisect.bisect_left(starts, start, hi=stop)
+    while first > 0 and offsets[first - 1][1] > start:  # one that begins in the prompt
+        first -= 1
+    while first < stop and offsets[first][1] <= start:  # a token without text (BOS)
+        first += 1
+    return first, max(first, stop)
+
+
+def _after_end(
+    stop: int, offsets: list[Span], text: str, ids: list[int], special: frozenset[int]
+) -> int:
+    """Return the index after the special token that ends an answer; ``stop`` if none does."""
+    for i in range(stop, len(ids)):
         if ids[i] in special:
-            yield from tail if with_end else ()
-            return
+            return i + 1
         if text[slice(*offsets[i])].strip():  # Llama 2 has " </s>": only blanks may precede the end
-            return
+            break
+    return stop
 
 
 def _padded(columns: list[list[int]], length: int, value: int) -> Tensor:

@@ -1,83 +1,159 @@
-"""Render a conversation with a model's chat template, and locate the assistant's text in it.
-
-Templates trim, add system prompts and drop earlier thoughts, so the messages do not show where an
-answer is. It is located by rendering twice, the second time with the answer replaced by a character
-that no text contains: where the two renderings differ is the answer.
-"""
+"""Render a conversation with a model's chat template, and check that nothing of it is lost."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
+import json
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from potstill.data.marked_templates import MarkedText, render_marked
 from potstill.errors import ChatTemplateError
 from potstill.models.chat_template import PLAIN_CHAT_TEMPLATE as PLAIN_CHAT_TEMPLATE
-from potstill.models.chat_template import ensure_chat_template as ensure_chat_template
 from potstill.models.chat_template import set_chat_template as set_chat_template
+from potstill.models.chat_template import template_date
 from potstill.protocols import Tokenizer
 
-_PLACEHOLDER = "\uf8ff"  # the last character of Unicode's private use area
-
-Span = tuple[int, int]
 Message = dict[str, Any]
+_CHECKED = 8  # conversations whose rendering is compared with the tokenizer's own
+_compared: WeakKeyDictionary[Tokenizer, int] = WeakKeyDictionary()
 
 
-def render(tokenizer: Tokenizer, messages: list[Message], *, for_answer: bool = False) -> str:
+def render(
+    tokenizer: Tokenizer,
+    messages: list[Message],
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    for_answer: bool = False,
+) -> str:
     """Return the text of a conversation; ``for_answer`` appends the generation prompt.
 
     Raises: ChatTemplateError if there is no chat template, or it rejects the conversation or loses
     its prompt.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    text = rendered_marked(tokenizer, messages, tools, for_answer=for_answer).text
+    if for_answer:
+        check_shown(messages[-1:], tools, text)
+    return text
+
+
+def rendered_marked(
+    tokenizer: Tokenizer,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None,
+    *,
+    for_answer: bool = False,
+) -> MarkedText:
+    template = template_of(tokenizer, tools)
+    # Copies, because a message is recognized by its identity. gpt-oss reads `thinking`.
+    copies = [_copy(message) for message in messages]
+    variables = {**special_tokens(tokenizer), "tools": tools or None, "documents": None}
+    variables |= {"add_generation_prompt": for_answer, "today": template_date(tokenizer)}
+    try:
+        marked = render_marked(template, copies, **variables)
+    except Exception as error:  # a template is a program and may raise anything
+        as_text = [_with_arguments_as_text(message) for message in copies]
+        if as_text == copies:
+            raise _refused(error) from error
+        try:  # some templates write the arguments of a tool call as they are
+            marked = render_marked(template, as_text, **variables)
+        except Exception:
+            raise _refused(error) from error
+    if not any(message.get("tool_calls") for message in messages):
+        _compare(tokenizer, copies, tools, marked.text, for_answer)
+    return marked
+
+
+def _compare(
+    tokenizer: Tokenizer,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None,
+    text: str,
+    for_answer: bool,
+) -> None:
+    """Compare the first renderings with the tokenizer's own: they must be equal.
+
+    Raises: ChatTemplateError.
+    """
+    compared = _compared.get(tokenizer, 0)
+    if compared >= _CHECKED or template_date(tokenizer) is not None:
+        return
+    own = tokenizer.apply_chat_template(
+        messages, tools=tools or None, tokenize=False, add_generation_prompt=for_answer
+    )
+    if own != text:
+        raise ChatTemplateError(
+            f"the tokenizer of {tokenizer.name_or_path or 'this model'} writes conversations "
+            "otherwise than its chat template says; give the template with --chat-template FILE"
+        )
+    _compared[tokenizer] = compared + 1
+
+
+def template_of(tokenizer: Tokenizer, tools: list[dict[str, Any]] | None) -> str:
+    template: Any = getattr(tokenizer, "chat_template", None)
+    if not template:
         raise ChatTemplateError(
             f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template, and "
             "the data are conversations; pass --chat-template plain, or a Jinja file"
         )
-    try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=for_answer
-        )
-    except Exception as error:  # a template is a program and may raise anything
-        reason = " ".join(str(error).split())[:200]
-        raise ChatTemplateError(f"the chat template refuses a conversation: {reason}") from error
-    prompt = messages[-1]["content"] if for_answer else ""
-    if isinstance(prompt, str) and "".join(prompt.split()) not in "".join(text.split()):
-        lost = f"the chat template loses the user's text ({prompt[:60]!r})"
-        raise ChatTemplateError(f"{lost}; use another template")
-    return text
+    if isinstance(template, dict):
+        name = "tool_use" if tools and "tool_use" in template else "default"
+        if name not in template:
+            raise ChatTemplateError(
+                f"the tokenizer has chat templates named {', '.join(template)}, and none is the "
+                "default; give one with --chat-template FILE"
+            )
+        template = template[name]
+    return str(template)
 
 
-def answer_spans(tokenizer: Tokenizer, messages: list[Message]) -> tuple[str, list[Span]]:
-    """Return the rendered text, and the span of each assistant turn in it.
-
-    A span starts where generation would start. Raises: ChatTemplateError if the template drops an
-    assistant's text.
-    """
-    text = render(tokenizer, messages)
-    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-    return text, [_span(tokenizer, messages, turn, text) for turn in turns]
+def special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
+    return dict(getattr(tokenizer, "special_tokens_map", {}))
 
 
-def _span(tokenizer: Tokenizer, messages: list[Message], turn: int, text: str) -> Span:
-    replaced = {**messages[turn], "content": _PLACEHOLDER}
-    marked = render(tokenizer, [*messages[:turn], replaced, *messages[turn + 1 :]])
-    start = _common_length(text, marked)
-    end = len(text) - _common_length(reversed(text[start:]), reversed(marked[start:]))
-    content = messages[turn]["content"].strip()
-    if content and content not in text[start:end]:
-        raise ChatTemplateError(
-            f"the chat template loses the assistant's text in turn {turn + 1} "
-            f"({content[:40]!r}); use another template"
-        )
-    prompt = render(tokenizer, messages[:turn], for_answer=True)
-    # A template may begin the answer (Qwen3's empty thought): that beginning is supervised, too.
-    if len(prompt) <= start and text.startswith(prompt):
-        start = len(prompt)
-    return start, end
+def _copy(message: Message) -> Message:
+    thought = message.get("reasoning_content")
+    return {**message, "thinking": thought} if thought else dict(message)
 
 
-def _common_length(one: Iterable[str], other: Iterable[str]) -> int:
-    """Return the number of characters that both begin with."""
-    pairs = zip(one, other, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+def _with_arguments_as_text(message: Message) -> Message:
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    as_text = [
+        {**call, "function": {**call["function"], "arguments": _json(call["function"])}}
+        for call in calls
+    ]
+    return {**message, "tool_calls": as_text}
+
+
+def _json(function: dict[str, Any]) -> str:
+    return json.dumps(function["arguments"], ensure_ascii=False)
+
+
+def _refused(error: Exception) -> ChatTemplateError:
+    reason = " ".join(str(error).split())[:200]
+    return ChatTemplateError(f"the chat template refuses a conversation: {reason}")
+
+
+def check_shown(messages: list[Message], tools: list[dict[str, Any]] | None, text: str) -> None:
+    """Raises: ChatTemplateError if a system prompt, a user's text or a tool is not in the text."""
+    written = letters(text)
+    for message in messages:
+        if message["role"] in ("system", "user") and letters(message["content"]) not in written:
+            who = "the user's text" if message["role"] == "user" else "the system prompt"
+            hint = "" if message["role"] == "user" else " (--merge-system)"
+            raise ChatTemplateError(
+                f"the chat template loses {who} ({message['content'][:60]!r}); use another "
+                f"template{hint}"
+            )
+    for tool in tools or ():
+        name = str(tool.get("function", tool).get("name", ""))
+        if name not in text:
+            raise ChatTemplateError(
+                f"the chat template does not write the tools of a conversation ({name}); use a "
+                "template that does (--chat-template FILE), or data without tools"
+            )
+
+
+def letters(text: str) -> str:
+    return "".join(text.split())

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from potstill.data import without_answer
-from potstill.data.conversations import as_conversation
+from potstill.data.forms import as_conversation
 from potstill.distillation.held_out import split_data
 from potstill.distillation.settings import DistillSettings, check_names
 from potstill.distillation.targets import opener_of

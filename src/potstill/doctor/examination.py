@@ -23,7 +23,8 @@ from potstill.alignment import (
 )
 from potstill.alignment.probe import PROBE
 from potstill.data import read_conversations, tokenize_conversations
-from potstill.data.chat_templates import answer_spans, ensure_chat_template
+from potstill.data.answers import render_answers
+from potstill.data.chat_templates import set_chat_template
 from potstill.data.conversations import Conversation
 from potstill.defaults import EVAL_FRACTION, MAX_LENGTH, PASSES
 from potstill.doctor.cost import Plan, estimate, find_card, model_size
@@ -191,10 +192,10 @@ def _side(source: str, tokenizer: Tokenizer, opener: ModelOpener) -> Side:
     """
     config = opener.config(source)
     template = "its own" if tokenizer.chat_template else opener.chat_template
-    ensure_chat_template(tokenizer, opener.chat_template)
+    set_chat_template(tokenizer, opener.chat_template)
     opening, ends_turn = "", None
     if tokenizer.chat_template:
-        rendered, _ = answer_spans(tokenizer, TALK)
+        rendered = render_answers(tokenizer, TALK).text
         opening, _, closing = rendered.partition(TALK[0]["content"])
         closing = closing.partition(TALK[1]["content"])[2]
         after = tokenizer.encode(closing, add_special_tokens=False)

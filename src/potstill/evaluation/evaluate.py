@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from potstill.data import read_conversations
-from potstill.data.conversations import as_conversation
+from potstill.data.forms import as_conversation
 from potstill.defaults import MAX_LENGTH
 from potstill.errors import DataError
 from potstill.evaluation.held_out import HeldOut

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from potstill.data.conversations import json_lines
+from potstill.data.files import json_lines
 from potstill.errors import DataError
 
 ANSWER_TOKENS = 64

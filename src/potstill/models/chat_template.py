@@ -1,8 +1,10 @@
-"""Give a tokenizer a chat template: the plain one, or one from a Jinja file."""
+"""Give a tokenizer a chat template: the plain one, or one from a Jinja file; and its date."""
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from potstill.errors import ChatTemplateError
 from potstill.protocols import Tokenizer
@@ -16,27 +18,37 @@ PLAIN_CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
+PLAIN = "plain"
+_dates: WeakKeyDictionary[Tokenizer, datetime.date] = WeakKeyDictionary()
 
 
 def set_chat_template(tokenizer: Tokenizer, chat_template: str | None) -> None:
     """Set the plain template (``plain``) or one from a Jinja file; None keeps the tokenizer's.
 
-    Raises: ChatTemplateError if the file does not exist.
+    ``plain`` is for base models: a tokenizer that has a template of its own keeps it. A file
+    replaces it. Raises: ChatTemplateError if the file does not exist.
     """
     if chat_template is None:
         return
-    if chat_template == "plain":
-        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    if chat_template == PLAIN:
+        tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
         return
     try:
         tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ChatTemplateError(
             f"{chat_template}: no such chat template; give plain, or the path of a Jinja file"
         ) from error
 
 
-def ensure_chat_template(tokenizer: Tokenizer, chat_template: str | None) -> None:
-    """Call `set_chat_template` for a tokenizer that has no template of its own."""
-    if not tokenizer.chat_template:
-        set_chat_template(tokenizer, chat_template)
+def set_template_date(tokenizer: Tokenizer, date: datetime.date | None) -> None:
+    """Set the date that the template writes (`strftime_now`); None is the current date."""
+    if date is None:
+        _dates.pop(tokenizer, None)
+    else:
+        _dates[tokenizer] = date
+
+
+def template_date(tokenizer: Tokenizer) -> datetime.date | None:
+    """Return the date that was set for a tokenizer's template."""
+    return _dates.get(tokenizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from potstill.models.chat_template import ensure_chat_template
+from potstill.models.chat_template import set_chat_template
 from potstill.models.sources import (
     Source,
     load_config,
@@ -62,5 +62,5 @@ class ModelOpener:
         return pick_device(self.device).type
 
     def _with_template(self, tokenizer: Tokenizer) -> Tokenizer:
-        ensure_chat_template(tokenizer, self.chat_template)
+        set_chat_template(tokenizer, self.chat_template)
         return tokenizer

@@ -14,7 +14,8 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from potstill.data.chat_templates import answer_spans, render
+from potstill.data.answers import render_answers
+from potstill.data.chat_templates import render
 from potstill.generation.local import end_tokens
 from potstill.models.vocabulary import padding_id
 from potstill.play.players import Player
@@ -107,8 +108,9 @@ def _continued_ids(player: Player, prompt: str, answer_start: str) -> list[int]:
     if not stripped:
         return prompt_ids(player, prompt)
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": stripped}]
-    text, spans = answer_spans(player.tokenizer, turns)
-    end = text.index(stripped, spans[-1][0]) + len(stripped)
+    rendered = render_answers(player.tokenizer, turns)
+    text = rendered.text
+    end = text.index(stripped, rendered.answers[-1].start) + len(stripped)
     white_space = answer_start[len(answer_start.rstrip()) :]
     return list(player.tokenizer(text[:end] + white_space, add_special_tokens=False)["input_ids"])
 

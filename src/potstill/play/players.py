@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.alignment import token_bytes
-from potstill.data.chat_templates import ensure_chat_template
+from potstill.data.chat_templates import set_chat_template
 from potstill.errors import OpaqueTokenizer, RunFolderError
 from potstill.evaluation.token_views import spelled
 from potstill.models import dtype_of, load_model
@@ -90,7 +90,7 @@ def _open(name: str, source: str, config: dict[str, Any], device: str) -> Player
     model, tokenizer = load_model(
         source, dtype=dtype, device=device, trust_remote_code=bool(config.get("trust_remote_code"))
     )
-    ensure_chat_template(tokenizer, config.get("chat_template") or "plain")
+    set_chat_template(tokenizer, config.get("chat_template") or "plain")
     try:
         tokens = token_bytes(tokenizer)
     except OpaqueTokenizer:  # only the spaces between its tokens are lost

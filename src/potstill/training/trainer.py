@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Trainer
 
-from potstill.data.conversations import as_conversation
+from potstill.data.forms import as_conversation
 from potstill.errors import ConfigError, NonFiniteLoss
 from potstill.models.vocabulary import highest_id, refuse_unknown_ids
 from potstill.processes import print_main
