@@ -8,9 +8,9 @@ from typing import Any
 
 from potstill.comparison.compare_runs import Answers
 from potstill.comparison.finished_runs import ANSWERS
-from potstill.data import read_conversations, without_answer
+from potstill.data import read_conversations
 from potstill.data.conversations import with_reference
-from potstill.evaluation.held_out import last_question
+from potstill.evaluation.held_out import last_question, prompts_of
 from potstill.generation import answer_prompts
 from potstill.models import ModelOpener
 from potstill.run_folder import write_whole
@@ -43,7 +43,7 @@ def write_answers(
     if not held_out or (folder / ANSWERS).is_file():
         return
     print(f"  {len(held_out)} answers of {model}", flush=True)
-    prompts = [without_answer(row["messages"]) for row in held_out]
+    prompts = prompts_of(held_out)
     answers = answer_prompts(opener.model(model), opener.tokenizer(base), prompts, **sampling)
     rows = [
         {"prompt": last_question(row), "teacher": row["messages"][-1]["content"], **answer}

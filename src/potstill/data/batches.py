@@ -8,6 +8,7 @@ that ends the turn; in plain text, every token but the first.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -217,6 +218,18 @@ def arrow_dataset(rows: Iterator[Encoded], columns: dict[str, Any]) -> Any:
     while batch := list(itertools.islice(rows, 1000)):
         batches.append(pyarrow.RecordBatch.from_pylist(batch, schema=schema))
     return datasets.Dataset(pyarrow.Table.from_batches(batches)) if batches else None
+
+
+def rows_fingerprint(dataset: Any) -> str:
+    """Return 16 hexadecimal digits that identify encoded rows: every list, in order."""
+    found = hashlib.sha256()
+    table = dataset.data.table
+    for name in sorted(table.column_names):
+        for chunk in table.column(name).chunks:
+            lists = hasattr(chunk, "flatten") and hasattr(chunk, "value_lengths")
+            for part in (chunk.value_lengths(), chunk.flatten()) if lists else (chunk,):
+                found.update(part.to_numpy(zero_copy_only=False).tobytes())
+    return found.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

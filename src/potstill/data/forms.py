@@ -57,6 +57,9 @@ def as_conversation(row: dict[str, Any], place: str) -> Row:
         if asked and "messages" in row:
             raise DataError(f"{place}: no assistant turn to learn from; {ANSWER_FIRST}")
         raise DataError(f"{place}: {_nearest(row, asked)}")
+    # Nothing is learned after the last answer.
+    while messages[-1]["role"] != "assistant":
+        messages = messages[:-1]
     return _placed({"messages": messages, **_tools(row, place), **kept}, place)
 
 

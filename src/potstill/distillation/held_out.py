@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 from typing import Any
@@ -21,10 +22,13 @@ def split_data(settings: DistillSettings) -> tuple[Conversations, Conversations]
     The split is by prompt: all answers to one prompt are on the same side. Raises: DataError if a
     side is empty.
     """
-    conversations = list(read_conversations(settings.data))
-    if settings.eval_data:
-        held_out = list(read_conversations(settings.eval_data))
-        for name, rows in ((settings.data, conversations), (settings.eval_data, held_out)):
+    reading = settings.reading
+    conversations = list(read_conversations(settings.data, reading=reading))
+    if settings.eval_data or settings.eval_split:
+        file = settings.eval_data or settings.data
+        split = dataclasses.replace(reading, split=settings.eval_split or reading.split)
+        held_out = list(read_conversations(file, reading=split))
+        for name, rows in ((settings.data, conversations), (file, held_out)):
             if not rows:
                 raise DataError(f"{name}: no conversation there; give a file with conversations")
         return conversations, held_out

@@ -6,6 +6,7 @@ data → how many steps → training → student → evaluation → report
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import gc
 import json
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 
-from potstill.data import without_answer
 from potstill.data.forms import as_conversation
 from potstill.distillation.held_out import split_data
 from potstill.distillation.settings import DistillSettings, check_names
@@ -33,15 +33,16 @@ from potstill.evaluation import (
     gap_closed,
     summarize,
 )
+from potstill.evaluation.held_out import last_question, prompts_of
 from potstill.evaluation.token_views import token_views
 from potstill.generation import answer_prompts
 from potstill.models import load_model
-from potstill.processes import is_main_process, print_main
+from potstill.processes import broadcast_from_main, is_main_process, print_main
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.report import write_report
 from potstill.report.verdict import verdict
 from potstill.run_folder import RunFolder, write_json, write_whole
-from potstill.teachers import open_teacher, open_teacher_tokenizer
+from potstill.teachers import captured_date, open_teacher, open_teacher_tokenizer
 
 SAMPLES = 8
 SAMPLE_TOKENS = 80
@@ -132,6 +133,7 @@ def run_distillation(settings: DistillSettings) -> Path:
     """
     settings.check()
     run = RunFolder(settings.output_dir)
+    settings = dataclasses.replace(settings, template_date=_template_date(run, settings))
     measured = run.evaluation.is_file()
     run.refuse_other(dataclasses.asdict(settings), but=("device", "tasks"))
     if measured and run.read_config().get("tasks") != settings.tasks:
@@ -158,6 +160,13 @@ def run_distillation(settings: DistillSettings) -> Path:
     return page
 
 
+def _template_date(run: RunFolder, settings: DistillSettings) -> str:
+    """Return the date for chat templates: a run that is continued on another day keeps its own."""
+    stored = run.read_config().get("template_date") if run.config.is_file() else None
+    chosen = settings.template_date or stored or captured_date(settings.teacher)
+    return broadcast_from_main(chosen or datetime.date.today().isoformat())
+
+
 def _free_memory() -> None:
     # Trainer and callbacks refer to each other, and keep both models and the optimizer alive.
     gc.collect()
@@ -174,10 +183,11 @@ def _evaluate_run(run: RunFolder, settings: DistillSettings, tasks: Tasks) -> di
         opener.tokenizer(settings.student),
     )
     pair = HeldOut(*tokenizers, held_out, max_length=settings.max_length)
-    asked = [without_answer(row["messages"]) for row in held_out[:SAMPLES] if "messages" in row]
+    shown = [row for row in held_out if "messages" in row][:SAMPLES]
+    asked = prompts_of(shown)
     teacher = open_teacher(settings.teacher, **vars(opener))
     scores, abilities = {"teacher": pair.score_teacher(teacher)}, {}
-    answers = {"teacher": [str(row["messages"][-1]["content"]) for row in held_out[: len(asked)]]}
+    answers = {"teacher": [str(row["messages"][-1]["content"]) for row in shown]}
     if teacher.model is not None:
         abilities["teacher"] = tasks.measure(teacher.model, pair.teacher_tokenizer)
         answers["teacher"] = _sample(teacher.model, pair.teacher_tokenizer, asked, settings.seed)
@@ -188,7 +198,7 @@ def _evaluate_run(run: RunFolder, settings: DistillSettings, tasks: Tasks) -> di
         answers[name] = _sample(student, pair.tokenizer, asked, settings.seed)
     measures = {name: summarize(one) for name, one in scores.items()}
     samples = [
-        {"prompt": prompt[-1]["content"], **{name: answers[name][i] for name in answers}}
+        {"prompt": last_question(prompt)} | {name: answers[name][i] for name in answers}
         for i, prompt in enumerate(asked)
     ]
     return {

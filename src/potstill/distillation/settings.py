@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from potstill.data.reading import Reading
 from potstill.defaults import EVAL_FRACTION, MAX_LENGTH
 from potstill.errors import ConfigError
 
@@ -20,7 +21,8 @@ class DistillSettings:
     """The same, for the model to train. It is not changed: the trained student is written to
     OUTPUT_DIR/student."""
     data: str
-    """Conversations with the teacher's answers: a .jsonl file, or anything that datasets opens."""
+    """Conversations with the teacher's answers: .jsonl files (several with commas or *), or
+    anything that datasets opens."""
     output_dir: str
     """Folder of the run. The same command continues an interrupted run."""
     method: str = "logits"
@@ -31,8 +33,18 @@ class DistillSettings:
     bpm, alm, uld, strict_topk, last_token_padded."""
     eval_data: str | None = None
     """Held-out conversations. Without it, a part of the data is held out."""
+    eval_split: str | None = None
+    """Held-out conversations from another split: of eval-data, or else of the data."""
     eval_fraction: float = EVAL_FRACTION
     """The part that is held out if there is no eval-data."""
+    split: str = "train"
+    """The split of a data set that has several."""
+    data_name: str | None = None
+    """The configuration of a data set on the hub that has several."""
+    columns: str | None = None
+    """Columns to read under other names: prompt=question,completion=answer."""
+    merge_system: bool = False
+    """Put the system prompt into the first user turn, for templates without a system role."""
     eval_steps: float | None = None
     """Measure the loss on the held-out conversations every so many steps, for the report's curve;
     below 1 a share of the run: 0.25 measures four times."""
@@ -71,7 +83,9 @@ class DistillSettings:
     """Do not train the student's embedding and LM head. In a student cut from its teacher they are
     the teacher's own."""
     chat_template: str | None = None
-    """For tokenizers without one: plain, or the path of a Jinja template."""
+    """The path of a Jinja template, or plain for tokenizers that have none."""
+    template_date: str | None = None
+    """The date that templates write, as 2026-01-31; without it the day on which the run began."""
     precision: str = "bf16"
     """bf16, fp16 or fp32: of the teacher and of matrix products. The student's weights stay in
     float32."""
@@ -87,6 +101,11 @@ class DistillSettings:
     trainer: dict[str, Any] = field(default_factory=dict)
     """Any other setting of DistillationConfig or transformers.TrainingArguments, by name (best in
     YAML)."""
+
+    @property
+    def reading(self) -> Reading:
+        """How the rows of the data are read."""
+        return Reading(self.split, self.data_name, self.columns, self.merge_system)
 
     def check(self) -> None:
         """Raises: ConfigError for a number out of range."""

@@ -26,6 +26,7 @@ def opener_of(settings: DistillSettings) -> ModelOpener:
         dtype=dtype_of(settings.precision),
         chat_template=settings.chat_template,
         trust_remote_code=settings.trust_remote_code,
+        template_date=settings.template_date,
     )
 
 

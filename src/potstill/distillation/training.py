@@ -9,6 +9,7 @@ from typing import Any
 import transformers
 from transformers.trainer_callback import ProgressCallback
 
+from potstill.data import rows_fingerprint
 from potstill.defaults import PASSES
 from potstill.distillation.held_out import note_leaks, split_data
 from potstill.distillation.settings import DistillSettings
@@ -66,6 +67,8 @@ def train(run: RunFolder, settings: DistillSettings) -> None:
     student, tokenizer, objective = _open_pair(base, settings)
     dataset, counts = objective.encode(training, max_length=settings.max_length)
     print_main(f"data: {counts}; {len(held_out)} conversations held out")
+    tokens = {"tokens": rows_fingerprint(dataset)}
+    run.refuse_other_data(tokens)
     require_targets(settings, base.loss_settings, dataset, held_out)
     watched = None
     if settings.eval_steps:
@@ -89,7 +92,7 @@ def train(run: RunFolder, settings: DistillSettings) -> None:
     one = trainer(max_steps=max_steps, **_saving(settings, max_steps), **_watching(settings))
     if is_main_process():
         run.begin({**dataclasses.asdict(settings), "max_steps": max_steps})
-        run.note_data(data)
+        run.note_data(data | tokens)
     _train_from_checkpoint(one, run, max_steps)
     _save(one, run, settings, max_steps)
 

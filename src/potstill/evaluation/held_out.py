@@ -94,6 +94,15 @@ class HeldOut:
         return {"fingerprint": fingerprint(self.conversations), "prompts": prompts, **sums}
 
 
+def prompts_of(conversations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the conversations without their last answers, tools included; no plain text."""
+    return [
+        {**one, "messages": without_answer(one["messages"])}
+        for one in conversations
+        if "messages" in one
+    ]
+
+
 def last_question(conversation: dict[str, Any]) -> str:
     """Return the last question; of plain text the beginning."""
     prompt = without_answer(conversation.get("messages", []))
@@ -105,4 +114,8 @@ def fingerprint(conversations: list[dict[str, Any]], *, of_prompts: bool = False
     texts = [one.get("messages") or one.get("text") for one in conversations]
     if of_prompts:
         texts = [without_answer(text) if isinstance(text, list) else text for text in texts]
+    texts = [
+        [text, one["tools"]] if one.get("tools") else text
+        for text, one in zip(texts, conversations, strict=True)
+    ]
     return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]

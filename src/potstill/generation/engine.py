@@ -18,6 +18,8 @@ class Request:
     """A hash of everything that decides the answer (keys.py)."""
     messages: list[dict[str, Any]]
     """The conversation; its last turn is the user's."""
+    tools: list[dict[str, Any]] | None = None
+    """The tools that the chat template is given, as JSON schemas."""
 
     @property
     def seed(self) -> int:

@@ -22,26 +22,38 @@ SAMPLED_VALUES = 64
 
 
 def requests(
-    prompts: Iterable[list[dict[str, Any]]], sampling: Sampling, identity: Mapping[str, Any]
+    prompts: Iterable[Conversation | list[dict[str, Any]]],
+    sampling: Sampling,
+    identity: Mapping[str, Any],
 ) -> Iterator[Request]:
-    """Yield `sampling.samples` requests per prompt, in order. Repeated prompts get new keys."""
+    """Yield `sampling.samples` requests per prompt, in order. Repeated prompts get new keys.
+
+    A prompt is a list of messages, or a conversation with ``messages`` and perhaps ``tools``.
+    """
     settings = [sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.seed]
     count: Counter[str] = Counter()
-    for messages in prompts:
+    for asked in prompts:
+        messages, tools = (asked, None) if isinstance(asked, list) else _parts(asked)
         if sampling.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": sampling.system}, *messages]
-        prompt = digest([identity, *settings, messages])
+        prompt = digest([identity, *settings, messages, *([tools] if tools else [])])
         for _ in range(sampling.samples):
-            yield Request(digest([prompt, count[prompt]]), messages)
+            yield Request(digest([prompt, count[prompt]]), messages, tools)
             count[prompt] += 1
+
+
+def _parts(asked: Conversation) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    return asked["messages"], asked.get("tools") or None
 
 
 def answered(request: Request, answer: Answer, sampling: Sampling) -> Conversation:
     """Return the conversation with its answer, the sampled token ids and the sampling settings."""
     names = ("temperature", "top_p", "max_new_tokens", "seed")
+    tools = {"tools": request.tools} if request.tools else {}
     nats = {} if answer.nats_per_token is None else {"nats_per_token": answer.nats_per_token}
     return {
         "messages": [*request.messages, {"role": "assistant", "content": answer.text}],
+        **tools,
         "cut_off": answer.cut_off,
         "teacher_ids": answer.teacher_ids,
         **nats,

@@ -26,8 +26,8 @@ from potstill.protocols import CausalLM, Tokenizer
 from potstill.sampling.batch import AnswerBatch, Row
 from potstill.sampling.sampler import Sampling, sample_tokens, uniforms
 
-Prompt = str | list[dict[str, Any]]
-"""A user's text, or a conversation that ends with a user's turn."""
+Prompt = str | list[dict[str, Any]] | Conversation
+"""A user's text, or messages that end with a user's turn, or these with ``tools``."""
 
 
 def answer_prompts(
@@ -92,7 +92,9 @@ class LocalEngine:
         """Return the answers of a unit, in its order."""
         if not unit:
             return []
-        texts = [render(self.tokenizer, request.messages, for_answer=True) for request in unit]
+        texts = [
+            render(self.tokenizer, one.messages, tools=one.tools, for_answer=True) for one in unit
+        ]
         prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         rows = [
             _Row(request, prompt, self._max_tokens(prompt))

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import tenacity
 
-from potstill.errors import ServerError
+from potstill.errors import ConfigError, ServerError
 from potstill.generation.engine import Answer, Request, Unit
 from potstill.sampling.sampler import Sampling
 
@@ -115,6 +115,11 @@ class ServerEngine:
                 self._stop.clear()
 
     def _answer(self, request: Request) -> Answer | RefusedPrompt:
+        if request.tools:
+            raise ConfigError(
+                "a prompt has tools, and a server returns tool calls in a form of its own; use "
+                "--engine local or vllm, or prompts without tools"
+            )
         body: dict[str, Any] = {
             "model": self.teacher,
             "messages": request.messages,

@@ -63,7 +63,10 @@ class VllmEngine:
         Raises: ChatTemplateError; ModelError if vLLM fails, for example on a long prompt.
         """
         for unit in units:
-            texts = [render(self.tokenizer, request.messages, for_answer=True) for request in unit]
+            texts = [
+                render(self.tokenizer, one.messages, tools=one.tools, for_answer=True)
+                for one in unit
+            ]
             ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
             prompts = [{"prompt_token_ids": prompt} for prompt in ids]
             try:

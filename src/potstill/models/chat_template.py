@@ -6,7 +6,7 @@ import datetime
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-from potstill.errors import ChatTemplateError
+from potstill.errors import ChatTemplateError, ConfigError
 from potstill.protocols import Tokenizer
 
 # For base models, which have no template. A prompt must not end in a blank, because the answer's
@@ -39,6 +39,14 @@ def set_chat_template(tokenizer: Tokenizer, chat_template: str | None) -> None:
         raise ChatTemplateError(
             f"{chat_template}: no such chat template; give plain, or the path of a Jinja file"
         ) from error
+
+
+def as_date(text: str | None) -> datetime.date | None:
+    """Return a date from ``YYYY-MM-DD``; None for None. Raises: ConfigError."""
+    try:
+        return None if text is None else datetime.date.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigError(f"template_date {text!r}: needs a date as YYYY-MM-DD") from error
 
 
 def set_template_date(tokenizer: Tokenizer, date: datetime.date | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from potstill.models.chat_template import set_chat_template
+from potstill.models.chat_template import as_date, set_chat_template, set_template_date
 from potstill.models.sources import (
     Source,
     load_config,
@@ -28,8 +28,10 @@ class ModelOpener:
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto (as saved)."""
     chat_template: str | None = None
-    """For tokenizers without one: ``plain``, or the path of a Jinja file."""
+    """The path of a Jinja file, or ``plain`` for tokenizers that have none."""
     trust_remote_code: bool = False
+    template_date: str | None = None
+    """The date that chat templates write, as YYYY-MM-DD; None is the current date."""
 
     def model(self, source: Source, *, dtype: str | None = None) -> CausalLM:
         """Open a causal language model in evaluation mode; ``dtype`` overrides the opener's."""
@@ -63,4 +65,5 @@ class ModelOpener:
 
     def _with_template(self, tokenizer: Tokenizer) -> Tokenizer:
         set_chat_template(tokenizer, self.chat_template)
+        set_template_date(tokenizer, as_date(self.template_date))
         return tokenizer

@@ -14,6 +14,7 @@ from potstill.teachers.base import single_device_model as single_device_model
 from potstill.teachers.capture import CaptureCounts as CaptureCounts
 from potstill.teachers.capture import capture_conversations as capture_conversations
 from potstill.teachers.captured import CapturedTeacher as CapturedTeacher
+from potstill.teachers.captured import captured_date as captured_date
 from potstill.teachers.captured import captured_keep as captured_keep
 from potstill.teachers.captured import is_capture, open_captured, open_captured_tokenizer
 from potstill.teachers.local import LocalTeacher as LocalTeacher
@@ -88,6 +89,7 @@ __all__ = [
     "TeacherKind",
     "as_teacher",
     "capture_conversations",
+    "captured_date",
     "captured_keep",
     "open_teacher",
     "open_teacher_tokenizer",

@@ -7,6 +7,8 @@ conversations alone: after a kill, the same command continues and ends with the 
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +24,13 @@ from potstill.models import ModelOpener
 from potstill.protocols import Tokenizer
 from potstill.shards import lock_folder
 from potstill.teachers.capture_writer import CaptureWriter
-from potstill.teachers.captured import KEEPS, CaptureFolder, is_capture, row_key
+from potstill.teachers.captured import (
+    KEEPS,
+    CaptureFolder,
+    captured_date,
+    is_capture,
+    row_key,
+)
 
 SHARD_CONVERSATIONS = 256
 THRESHOLD = 0.025
@@ -66,15 +74,16 @@ def capture_conversations(
         raise ConfigError(f"--keep {keep}: must be one of {', '.join(KEEPS)}")
     if not 1e-3 <= threshold < 0.5:
         raise ConfigError(f"--threshold {threshold}: must be at least 0.001 and below 0.5")
-    opener = opener or ModelOpener()
-    tokenizer = opener.tokenizer(teacher)
     folder = CaptureFolder(Path(output_dir).expanduser())
+    opener = _with_date(opener or ModelOpener(), folder)
+    tokenizer = opener.tokenizer(teacher)
     made_with = {
         "teacher": str(teacher),
         "keep": keep,
         "max_length": max_length,
         "tokenizer": _text_hash(json.dumps(tokenizer.get_vocab(), sort_keys=True)),
         "chat_template": _text_hash(str(tokenizer.chat_template)),
+        "template_date": opener.template_date,
     }
     if keep == "sparse":
         made_with["threshold"] = threshold
@@ -88,6 +97,12 @@ def capture_conversations(
             writer.write(shard)
         writer.finish()
     return counts
+
+
+def _with_date(opener: ModelOpener, folder: CaptureFolder) -> ModelOpener:
+    """Return the opener with the date that the chat template writes into this capture."""
+    date = opener.template_date or captured_date(str(folder.path))
+    return dataclasses.replace(opener, template_date=date or datetime.date.today().isoformat())
 
 
 def _missing_in_shards(

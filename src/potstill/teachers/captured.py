@@ -18,6 +18,7 @@ size.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -329,5 +330,14 @@ def open_captured(source: str, opener: ModelOpener) -> CapturedTeacher:
 
 
 def open_captured_tokenizer(source: str, opener: ModelOpener) -> Tokenizer:
-    """Open the tokenizer that is kept with a capture."""
+    """Open the tokenizer that is kept with a capture, with the date of its chat template."""
+    opener = dataclasses.replace(opener, template_date=captured_date(source))
     return opener.tokenizer(CaptureFolder(Path(source).expanduser()).tokenizer)
+
+
+def captured_date(source: str) -> str | None:
+    """Return the date that the template wrote into a capture; None for another source."""
+    if not is_capture(source):
+        return None
+    date: str | None = CaptureFolder(Path(source).expanduser()).read_manifest().get("template_date")
+    return date
