@@ -42,7 +42,8 @@ class RunFolder:
         if self.config.is_file():
             stored = self.read_config()
             for key, value in config.items():
-                planned = key == "max_steps" and value is None  # the run computes it later
+                # The run chooses these when it begins.
+                planned = key in ("max_steps", "template_date") and value is None
                 if stored.get(key) != value and not planned and key not in but:
                     raise RunFolderError(
                         f"{self.path}: holds a run with {key} {stored.get(key)}, not {value}; "

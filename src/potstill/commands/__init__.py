@@ -3,6 +3,7 @@
 COMMANDS = {
     "demo": (),
     "doctor": ("teacher", "student"),
+    "data": ("data", "model"),
     "student": ("teacher",),
     "generate": ("teacher",),
     "capture": ("teacher",),
@@ -17,6 +18,7 @@ COMMANDS = {
 SUMMARIES = {
     "demo": "Run everything on two CPU cores: teacher, student, distillation, evaluation, report.",
     "doctor": "Check whether and how a teacher can teach a student, and what it will cost.",
+    "data": "Show rows of a data set as a model will learn them: what is masked, what is learned.",
     "student": "Make a student from a teacher: keep some layers, or change the tokenizer.",
     "generate": "Let a teacher answer prompts, and make a filtered data set of its answers.",
     "capture": "Store a teacher's hidden states on conversations, to train without the teacher.",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from potstill.defaults import MAX_LENGTH
+from potstill.reading import Reading
 
 
 @dataclass(frozen=True)
-class CaptureRecipe:
+class CaptureRecipe(Reading):
     """Store a teacher's hidden states on conversations, to train without the teacher."""
 
     teacher: str
@@ -25,7 +26,9 @@ class CaptureRecipe:
     max_length: int = MAX_LENGTH
     """Tokens at which a conversation is cut; use the same for distill."""
     chat_template: str | None = None
-    """plain, or the path of a Jinja template."""
+    """The path of a Jinja template, or plain for tokenizers that have none."""
+    template_date: str | None = None
+    """The date that templates write, as 2026-01-31; without it the day of the capture."""
     precision: str = "bf16"
     """bf16, fp16 or fp32."""
     device: str = "auto"
@@ -42,7 +45,7 @@ def run(recipe: CaptureRecipe) -> None:
 
     counts = capture_conversations(
         recipe.teacher,
-        read_conversations(recipe.data),
+        read_conversations(recipe.data, reading=recipe),
         recipe.output_dir,
         keep=recipe.keep,
         threshold=recipe.threshold,
@@ -52,6 +55,7 @@ def run(recipe: CaptureRecipe) -> None:
             dtype=dtype_of(recipe.precision),
             chat_template=recipe.chat_template,
             trust_remote_code=recipe.trust_remote_code,
+            template_date=recipe.template_date,
         ),
     )
     print(f"{recipe.output_dir}: {counts}")

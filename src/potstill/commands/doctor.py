@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass
 
 from potstill.defaults import MAX_LENGTH
+from potstill.reading import Reading
+
+SHOWN = 3
+"""Rows of the data that are shown."""
 
 
 @dataclass(frozen=True)
-class DoctorRecipe:
+class DoctorRecipe(Reading):
     """Check whether and how a teacher can teach a student, and what it will cost."""
 
     teacher: str
@@ -33,7 +38,7 @@ class DoctorRecipe:
     """Estimate the hours on a10, a100, a100-40gb, b200, h100, h200, l4, l40s, mi300x, rtx3090 or
     rtx4090."""
     chat_template: str | None = None
-    """For tokenizers without one: plain, or the path of a Jinja template."""
+    """The path of a Jinja template, or plain for tokenizers that have none."""
     with_weights: bool = False
     """Also score the answers with the teacher's weights, under both chat templates."""
     device: str = "auto"
@@ -55,8 +60,25 @@ def run(recipe: DoctorRecipe) -> None:
             f"{recipe.teacher}: not a model in this process; doctor examines models: give the "
             "teacher's own name or folder"
         )
-    settings = dataclasses.asdict(recipe)
+    reading = dataclasses.asdict(recipe.reading)
+    settings = {name: value for name, value in vars(recipe).items() if name not in reading}
     as_json = settings.pop("json")
-    diagnosis = examine(**settings)
+    diagnosis = examine(**settings, reading=recipe.reading)
     as_dict = diagnosis.as_dict
     print(json.dumps(as_dict(), indent=1, ensure_ascii=False) if as_json else as_text(diagnosis))
+    if recipe.data and not as_json:
+        _show_rows(recipe)
+
+
+def _show_rows(recipe: DoctorRecipe) -> None:
+    """Print the first rows as the student will learn them."""
+    from potstill.data import read_conversations
+    from potstill.data.preview import preview
+    from potstill.models import ModelOpener
+
+    opener = ModelOpener(
+        chat_template=recipe.chat_template, trust_remote_code=recipe.trust_remote_code
+    )
+    rows = itertools.islice(read_conversations(str(recipe.data), reading=recipe.reading), SHOWN)
+    tokenizer = opener.tokenizer(recipe.student)
+    print("\n" + preview(list(rows), tokenizer, recipe.student, max_length=recipe.max_length))

@@ -6,10 +6,11 @@ import json
 from dataclasses import dataclass
 
 from potstill.defaults import MAX_LENGTH
+from potstill.reading import Reading
 
 
 @dataclass(frozen=True)
-class EvaluateRecipe:
+class EvaluateRecipe(Reading):
     """Measure a student against its teacher on held-out conversations."""
 
     student: str
@@ -23,7 +24,7 @@ class EvaluateRecipe:
     max_length: int = MAX_LENGTH
     """Tokens at which a conversation is cut."""
     chat_template: str | None = None
-    """For tokenizers without one: plain, or the path of a Jinja template."""
+    """The path of a Jinja template, or plain for tokenizers that have none."""
     precision: str = "bf16"
     """bf16, fp16 or fp32."""
     device: str = "auto"
@@ -43,6 +44,7 @@ def run(recipe: EvaluateRecipe) -> None:
         recipe.student,
         recipe.teacher,
         recipe.data,
+        reading=recipe.reading,
         tasks=recipe.tasks,
         max_length=recipe.max_length,
         chat_template=recipe.chat_template,

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser
 
 from potstill.commands import COMMANDS, SUMMARIES
 from potstill.errors import ConfigError
+from potstill.reading import Reading
 
 
 def parse(arguments: list[str]) -> tuple[str, Any]:
@@ -84,7 +85,7 @@ def _add_fields(parser: ArgumentParser, recipe: Any) -> None:
     documented = (docstring_parser.parse_from_object(one) for one in reversed(recipe.__mro__[:-1]))
     help_of = {item.arg_name: item.description or "" for one in documented for item in one.params}
     types = typing.get_type_hints(recipe)
-    for item in dataclasses.fields(recipe):
+    for item in _fields(recipe):
         text = help_of[item.name]
         default = None if item.default is dataclasses.MISSING else item.default
         if item.default_factory is not dataclasses.MISSING:
@@ -100,6 +101,12 @@ def _add_fields(parser: ArgumentParser, recipe: Any) -> None:
             for name, (value, about) in _divergence_parameters().items():
                 about = f"{about} (default: {value})"
                 parser.add_argument(_flag(name), type=float | None, default=None, help=about)
+
+
+def _fields(recipe: Any) -> list[dataclasses.Field[Any]]:
+    """Return the fields, those of `Reading` last."""
+    inherited = {item.name for item in dataclasses.fields(Reading)}
+    return sorted(dataclasses.fields(recipe), key=lambda item: item.name in inherited)
 
 
 def _divergences() -> Iterable[str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from potstill.errors import ConfigError
+from potstill.reading import Reading
 
 
 @dataclass(frozen=True)
-class StudentRecipe:
+class StudentRecipe(Reading):
     """Make a student from a teacher: keep some layers, or change the tokenizer."""
 
     teacher: str
@@ -34,6 +35,7 @@ def run(recipe: StudentRecipe) -> None:
         recipe.output_dir,
         keep=_layers(recipe.keep_layers),
         data=recipe.data,
+        reading=recipe.reading,
         tokenizer=recipe.tokenizer,
         trust_remote_code=recipe.trust_remote_code,
     )

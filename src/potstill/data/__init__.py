@@ -14,7 +14,7 @@ from potstill.data.pairs import PairCounts as PairCounts
 from potstill.data.pairs import PairEncoder as PairEncoder
 from potstill.data.pairs import PairLayout as PairLayout
 from potstill.data.pairs import tokenize_pairs as tokenize_pairs
-from potstill.data.reading import Reading as Reading
+from potstill.reading import Reading as Reading
 
 __all__ = [
     "IGNORED",

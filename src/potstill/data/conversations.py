@@ -18,8 +18,8 @@ from typing import Any
 
 from potstill.data.files import Source, rows_of
 from potstill.data.forms import as_conversation, as_prompt, renamed, without_answer
-from potstill.data.reading import Reading
 from potstill.errors import DataError
+from potstill.reading import Reading
 
 Conversation = dict[str, Any]
 

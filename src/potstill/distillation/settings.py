@@ -6,13 +6,13 @@ import difflib
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from potstill.data.reading import Reading
 from potstill.defaults import EVAL_FRACTION, MAX_LENGTH
 from potstill.errors import ConfigError
+from potstill.reading import Reading
 
 
 @dataclass(frozen=True)
-class DistillSettings:
+class DistillSettings(Reading):
     """Train a student, evaluate it before and after, and write a report."""
 
     teacher: str
@@ -37,14 +37,6 @@ class DistillSettings:
     """Held-out conversations from another split: of eval-data, or else of the data."""
     eval_fraction: float = EVAL_FRACTION
     """The part that is held out if there is no eval-data."""
-    split: str = "train"
-    """The split of a data set that has several."""
-    data_name: str | None = None
-    """The configuration of a data set on the hub that has several."""
-    columns: str | None = None
-    """Columns to read under other names: prompt=question,completion=answer."""
-    merge_system: bool = False
-    """Put the system prompt into the first user turn, for templates without a system role."""
     eval_steps: float | None = None
     """Measure the loss on the held-out conversations every so many steps, for the report's curve;
     below 1 a share of the run: 0.25 measures four times."""
@@ -101,11 +93,6 @@ class DistillSettings:
     trainer: dict[str, Any] = field(default_factory=dict)
     """Any other setting of DistillationConfig or transformers.TrainingArguments, by name (best in
     YAML)."""
-
-    @property
-    def reading(self) -> Reading:
-        """How the rows of the data are read."""
-        return Reading(self.split, self.data_name, self.columns, self.merge_system)
 
     def check(self) -> None:
         """Raises: ConfigError for a number out of range."""

@@ -36,6 +36,7 @@ from potstill.evaluation.scores import score_tokens, summarize
 from potstill.models import ModelOpener
 from potstill.models.vocabulary import padding_id
 from potstill.protocols import CausalLM, Tokenizer
+from potstill.reading import Reading
 
 TALK = [
     {"role": "user", "content": "Why does it rain?"},
@@ -95,6 +96,7 @@ def examine(
     student: str,
     *,
     data: str | None = None,
+    reading: Reading | None = None,
     max_steps: int | None = None,
     batch_size: int = 8,
     gradient_accumulation_steps: int = 1,
@@ -131,7 +133,7 @@ def examine(
         max_length=max_length,
         precision=precision,
     )
-    return _diagnose(request, list(read_conversations(data)) if data else [])
+    return _diagnose(request, list(read_conversations(data, reading=reading)) if data else [])
 
 
 def _diagnose(request: _Request, conversations: list[Conversation]) -> Diagnosis:

@@ -21,6 +21,7 @@ from potstill.evaluation.table import as_table
 from potstill.evaluation.tasks import Tasks
 from potstill.models import ModelOpener
 from potstill.protocols import CausalLM, Tokenizer
+from potstill.reading import Reading
 from potstill.teachers import Teacher, as_teacher, open_teacher, open_teacher_tokenizer
 
 Source = str | os.PathLike[str]
@@ -106,14 +107,15 @@ def evaluate(
     teacher_tokenizer: Tokenizer | None = None,
     tasks: str | None = None,
     max_length: int = MAX_LENGTH,
+    reading: Reading | None = None,
     **opening: Any,
 ) -> Evaluation:
     """Measure a student and its teacher on held-out conversations.
 
     Models are sources (hub id, folder, GGUF, ``demo``) or already open; the tokenizer of an open
     model is found by its name if it is not given. ``data`` is a file, a data set's name or
-    conversations with answers. ``tasks`` as in `potstill evaluate --tasks`. ``opening`` are
-    settings of `potstill.models.ModelOpener`.
+    conversations with answers; ``reading`` says how a file is read. ``tasks`` as in `potstill
+    evaluate --tasks`. ``opening`` are settings of `potstill.models.ModelOpener`.
 
     Raises: as `potstill.load_model`; DataError for data without a supervised token.
     """
@@ -123,7 +125,7 @@ def evaluate(
         reader = teacher_tokenizer or open_teacher_tokenizer(str(teacher), opener)
     else:
         reader = teacher_tokenizer or _teacher_tokenizer(as_teacher(teacher), opener)
-    pair = HeldOut(reader, tokenizer, _conversations(data), max_length=max_length)
+    pair = HeldOut(reader, tokenizer, _conversations(data, reading), max_length=max_length)
     is_open = not isinstance(teacher, is_source)
     source = as_teacher(teacher) if is_open else open_teacher(str(teacher), **vars(opener))
     of_teacher = summarize(pair.score_teacher(source))  # first: its errors name the teacher
@@ -145,9 +147,11 @@ def _teacher_tokenizer(teacher: Teacher, opener: ModelOpener) -> Tokenizer:
     return teacher.tokenizer or _tokenizer_of(teacher.model, opener)
 
 
-def _conversations(data: Source | Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _conversations(
+    data: Source | Iterable[Mapping[str, Any]], reading: Reading | None
+) -> list[dict[str, Any]]:
     if isinstance(data, str | os.PathLike):
-        return list(read_conversations(data))
+        return list(read_conversations(data, reading=reading))
     return [as_conversation(dict(row), f"row {number}") for number, row in enumerate(data, 1)]
 
 

@@ -10,6 +10,7 @@ from potstill.data.chat_templates import set_chat_template
 from potstill.errors import RunFolderError
 from potstill.models import load_config, load_model, load_tokenizer
 from potstill.protocols import CausalLM, Tokenizer
+from potstill.reading import Reading
 from potstill.run_folder import whole_folder
 from potstill.students.layer_choice import most_important_layers
 from potstill.students.layers import choose_layers, keep_layers, save_student
@@ -22,6 +23,7 @@ def make_student(
     *,
     keep: Any = None,
     data: str | None = None,
+    reading: Reading | None = None,
     tokenizer: str | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
@@ -45,7 +47,9 @@ def make_student(
     new_tokenizer = load_tokenizer(tokenizer, **trust) if tokenizer else None
     model, student_tokenizer = load_model(teacher, device="cpu", **trust)
     if data is not None and isinstance(keep, int) and keep < count:
-        layers = most_important_layers(model, student_tokenizer, read_conversations(data), keep)
+        layers = most_important_layers(
+            model, student_tokenizer, read_conversations(data, reading=reading), keep
+        )
     student = model if len(layers) == count else keep_layers(model, layers)
     provenance: dict[str, Any] = {"made from": teacher, "layers kept": ", ".join(map(str, layers))}
     if new_tokenizer is not None:
