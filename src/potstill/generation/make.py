@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from potstill.errors import PotstillError
 from potstill.generation import filters
 from potstill.generation.card import counts_table, dataset_card
@@ -20,6 +18,7 @@ from potstill.generation.engine import Engine, Request
 from potstill.generation.filters import Filter
 from potstill.generation.keys import answered, digest, requests
 from potstill.generation.store import AnswerStore, parse_answer
+from potstill.progress import Progress
 from potstill.run_folder import write_whole
 from potstill.sampling import Sampling
 
@@ -95,7 +94,7 @@ def _answer_all(
     print(f"{count - len(store)} answers to make for {folder}", flush=True)
     units = iter(lambda: list(itertools.islice(wanted, engine.unit_size)), [])
     missing = (unit for unit in units if not all(request.key in store for request in unit))
-    with tqdm(total=count, initial=len(store), unit="answer", desc="  answering") as progress:
+    with Progress("answering", count, unit="answers", done=len(store), leave=True) as progress:
         for answers in engine.answer(missing):
             store.add(answers)
             progress.update(len(answers))
