@@ -38,7 +38,7 @@ def print_main(line: str) -> None:
 
 
 def _wrapped(line: str, width: int) -> str:
-    if len(line) <= width:
+    if len(line) <= width or "  " in line.strip():  # a table's line stays as it is
         return line
     return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
 

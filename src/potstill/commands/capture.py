@@ -38,6 +38,7 @@ def run(recipe: CaptureRecipe) -> None:
     """Capture, and print what was captured."""
     from potstill.data import read_conversations
     from potstill.models import ModelOpener, dtype_of
+    from potstill.processes import print_main
     from potstill.teachers import capture_conversations
 
     counts = capture_conversations(
@@ -54,5 +55,5 @@ def run(recipe: CaptureRecipe) -> None:
             trust_remote_code=recipe.trust_remote_code,
         ),
     )
-    print(f"{recipe.output_dir}: {counts}")
+    print_main(f"{recipe.output_dir}: {counts}")
     print(f"next: potstill distill {recipe.output_dir} STUDENT --data {recipe.data}")
