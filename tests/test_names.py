@@ -10,7 +10,7 @@ import pytest
 
 from potstill.commands import COMMANDS, SUMMARIES
 from potstill.commands.parsing import recipe_of
-from potstill.losses.divergences import all_parameters
+from potstill.losses.records import all_parameters
 from potstill.training import METHODS
 
 ROOT = Path(__file__).parent.parent

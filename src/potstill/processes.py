@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
+import textwrap
 from typing import TypeVar
+
+from tqdm import tqdm
 
 Value = TypeVar("Value")
 
@@ -19,9 +24,23 @@ def is_main_process() -> bool:
 
 
 def print_main(line: str) -> None:
-    """Print from the main process only."""
-    if is_main_process():
+    """Print from the main process only, above a progress line if there is one.
+
+    A terminal gets long lines wrapped between words.
+    """
+    if not is_main_process():
+        return
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        line = "\n".join(_wrapped(part, width) for part in line.split("\n"))
+    with tqdm.external_write_mode():
         print(line, flush=True)
+
+
+def _wrapped(line: str, width: int) -> str:
+    if len(line) <= width or "  " in line.strip():  # a table's line stays as it is
+        return line
+    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 def broadcast_from_main(value: Value) -> Value:

@@ -1,4 +1,7 @@
-"""The commands: one file each, with its recipe (a field's docstring is its help) and ``run``."""
+"""The commands: one file each, with its recipe (a field's docstring is its help) and ``run``.
+
+These files import what they run with inside ``run``: --help is quick.
+"""
 
 COMMANDS = {
     "demo": (),

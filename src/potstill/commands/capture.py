@@ -41,6 +41,7 @@ def run(recipe: CaptureRecipe) -> None:
     """Capture, and print what was captured."""
     from potstill.data import read_conversations
     from potstill.models import ModelOpener, dtype_of
+    from potstill.processes import print_main
     from potstill.teachers import capture_conversations
 
     counts = capture_conversations(
@@ -58,5 +59,5 @@ def run(recipe: CaptureRecipe) -> None:
             template_date=recipe.template_date,
         ),
     )
-    print(f"{recipe.output_dir}: {counts}")
+    print_main(f"{recipe.output_dir}: {counts}")
     print(f"next: potstill distill {recipe.output_dir} STUDENT --data {recipe.data}")

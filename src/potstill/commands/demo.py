@@ -12,16 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from potstill.commands.distill import DistillRecipe
-from potstill.data import read_prompts
-from potstill.distillation import run_distillation
-from potstill.generation import LocalEngine
-from potstill.generation.dataset import CONVERSATIONS
-from potstill.generation.make import make_dataset, standard_filters
-from potstill.models import load_model, locate
-from potstill.run_folder import RunFolder
-from potstill.sampling import Sampling
-from potstill.students import make_student
-from potstill.training.kept_memory import keep_freed_memory
 
 # Chosen by layer_choice.py in four minutes: 3.1 nats per token from the teacher, evenly spaced 10.
 LAYERS = [0, 1, 2, 8, 9, 10, 11, 20, 21, 22, 23, 24, 27, 28, 29]
@@ -40,12 +30,22 @@ class DemoRecipe:
 
 def run(recipe: DemoRecipe) -> None:
     """Run the demo."""
+    from potstill.training.kept_memory import keep_freed_memory
+
     keep_freed_memory()
     demo(recipe.output_dir, seconds=recipe.seconds)
 
 
 def demo(output_dir: str = "runs/demo", *, seconds: float = 180) -> Path:
     """Distill SmolLM2-135M-Instruct into half its layers; return the report's path."""
+    from potstill.data import read_prompts
+    from potstill.distillation import run_distillation
+    from potstill.generation.dataset import CONVERSATIONS
+    from potstill.models import locate
+    from potstill.processes import print_main
+    from potstill.run_folder import RunFolder
+    from potstill.students import make_student
+
     folder = RunFolder(output_dir)
     before = folder.path / "student-before"
     recipe = DistillRecipe(
@@ -70,13 +70,19 @@ def demo(output_dir: str = "runs/demo", *, seconds: float = 180) -> Path:
         messages = [prompt["messages"] for prompt in prompts if prompt["split"] == split]
         _answer_into(folder.data / split, messages)
     if not before.is_dir():
-        print(f"cutting a student of {len(LAYERS)} layers from the teacher", flush=True)
+        print_main(f"cutting a student of {len(LAYERS)} layers from the teacher")
         make_student("demo", str(before), keep=LAYERS)
     return run_distillation(recipe)
 
 
 def _answer_into(folder: Path, prompts: list[Any]) -> None:
     """Answer with the teacher below temperature 1, which suits a small model."""
+    from potstill.generation import LocalEngine
+    from potstill.generation.dataset import CONVERSATIONS
+    from potstill.generation.make import make_dataset, standard_filters
+    from potstill.models import load_model
+    from potstill.sampling import Sampling
+
     if (folder / CONVERSATIONS).is_file():
         return
     model, tokenizer = load_model("demo", dtype="bfloat16")

@@ -116,7 +116,7 @@ def _divergences() -> Iterable[str]:
 
 
 def _divergence_parameters() -> dict[str, tuple[float, str]]:
-    from potstill.losses.divergences import all_parameters
+    from potstill.losses.records import all_parameters
 
     return {name: (one.default, one.help) for name, one in all_parameters().items()}
 

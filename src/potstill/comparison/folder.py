@@ -13,6 +13,7 @@ from potstill.data.conversations import with_reference
 from potstill.evaluation.held_out import last_question, prompts_of
 from potstill.generation import answer_prompts
 from potstill.models import ModelOpener
+from potstill.processes import print_main
 from potstill.run_folder import write_whole
 
 
@@ -42,7 +43,7 @@ def write_answers(
     """
     if not held_out or (folder / ANSWERS).is_file():
         return
-    print(f"  {len(held_out)} answers of {model}", flush=True)
+    print_main(f"  {len(held_out)} answers of {model}")
     prompts = prompts_of(held_out)
     answers = answer_prompts(opener.model(model), opener.tokenizer(base), prompts, **sampling)
     rows = [

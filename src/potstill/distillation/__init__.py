@@ -1,12 +1,31 @@
-"""A run: data → training → student → evaluation → report (run.py, training.py, settings.py)."""
+"""A run: data → training → student → evaluation → report (run.py, training.py, settings.py).
 
-from potstill.distillation.held_out import split_data as split_data
-from potstill.distillation.run import Run as Run
-from potstill.distillation.run import distill as distill
-from potstill.distillation.run import run_distillation as run_distillation
-from potstill.distillation.settings import DistillSettings as DistillSettings
-from potstill.distillation.targets import opener_of as opener_of
-from potstill.distillation.training import check_pair as check_pair
+Names are imported when they are first used: the settings need no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from potstill.distillation.held_out import split_data as split_data
+    from potstill.distillation.run import Run as Run
+    from potstill.distillation.run import distill as distill
+    from potstill.distillation.run import run_distillation as run_distillation
+    from potstill.distillation.settings import DistillSettings as DistillSettings
+    from potstill.distillation.targets import opener_of as opener_of
+    from potstill.distillation.training import check_pair as check_pair
+
+_HOME = {
+    "DistillSettings": "settings",
+    "Run": "run",
+    "check_pair": "training",
+    "distill": "run",
+    "opener_of": "targets",
+    "run_distillation": "run",
+    "split_data": "held_out",
+}
 
 __all__ = [
     "DistillSettings",
@@ -17,3 +36,9 @@ __all__ = [
     "run_distillation",
     "split_data",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'potstill.distillation' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"potstill.distillation.{_HOME[name]}"), name)

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import transformers
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from potstill.data import rows_fingerprint
 from potstill.defaults import PASSES
@@ -24,6 +24,7 @@ from potstill.errors import NonFiniteLoss, SelfCheckFailed
 from potstill.evaluation import HeldOut, fingerprint
 from potstill.generation.filters import users_function
 from potstill.processes import broadcast_from_main, is_main_process, print_main, process_count
+from potstill.progress import Progress
 from potstill.run_folder import RunFolder, whole_folder
 from potstill.students import save_student
 from potstill.teachers import open_teacher, open_teacher_tokenizer
@@ -31,7 +32,7 @@ from potstill.training import (
     DistillationConfig,
     DistillationTrainer,
     MetricsFile,
-    ProgressBar,
+    TrainingProgress,
     make_objective,
 )
 
@@ -75,7 +76,7 @@ def train(run: RunFolder, settings: DistillSettings) -> None:
         watched = objective.encode(held_out, max_length=settings.max_length)[0]
 
     def trainer(**overrides: Any) -> DistillationTrainer:
-        return DistillationTrainer(
+        one = DistillationTrainer(
             model=student,
             args=_arguments(run, settings, **overrides),
             train_dataset=dataset,
@@ -83,6 +84,9 @@ def train(run: RunFolder, settings: DistillSettings) -> None:
             processing_class=tokenizer,
             objective=objective,
         )
+        for callback in (ProgressCallback, PrinterCallback):  # TrainingProgress replaces them
+            one.remove_callback(callback)
+        return one
 
     max_steps = (
         settings.max_steps
@@ -119,14 +123,23 @@ def _open_pair(base: DistillationConfig, settings: DistillSettings) -> tuple[Any
 
 
 def _train_from_checkpoint(one: DistillationTrainer, run: RunFolder, max_steps: int) -> None:
-    one.add_callback(MetricsFile(run.metrics, one))
-    if one.pop_callback(ProgressCallback):  # absent where the trainer settings disable the bar
-        one.add_callback(ProgressBar())
     checkpoint = broadcast_from_main(run.last_checkpoint() if is_main_process() else None)
     start = f", from {checkpoint.name}" if checkpoint else ""
     print_main(f"training for {max_steps} steps{start}")
+    progress = Progress(
+        "training",
+        max_steps,
+        unit="steps",
+        done=int(checkpoint.name.split("-")[-1]) if checkpoint else 0,
+        leave=True,
+        shown=not one.args.disable_tqdm,
+    )
+    metrics = MetricsFile(run.metrics, one)
+    one.add_callback(metrics)
+    one.add_callback(TrainingProgress(progress, metrics))
     try:
-        one.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with progress:
+            one.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (NonFiniteLoss, SelfCheckFailed):
         if is_main_process() and checkpoint is None and not run.read_metrics()[0]:
             run.forget()  # no step was done: other settings can use the folder
@@ -206,7 +219,6 @@ def _seconds_per_step(trainer: Any) -> float:
         learning_rate=0.0,
         weight_decay=0.0,
         save_strategy="no",
-        disable_tqdm=True,
     )
     timed.add_callback(clock)
     timed.train()

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from potstill.data import BatchLayout
 from potstill.errors import ModelError
@@ -29,6 +28,7 @@ from potstill.models.heads import (
     supervised,
 )
 from potstill.models.vocabulary import highest_id, refuse_unknown_ids
+from potstill.progress import Progress
 from potstill.teachers import Target, Teacher
 from potstill.teachers.targets import most_likely
 
@@ -88,15 +88,16 @@ def score_tokens(
     layout = BatchLayout(pad_token_id, packed=False)
     parts: list[tuple[Tensor, ...]] = []
     starts = range(0, len(dataset), batch_size)
-    for start in tqdm(starts, desc="  scoring", unit="batch", delay=3, leave=False):
-        encoded = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        batch = on_device(layout(encoded), model.device)
-        hidden, labels = supervised(hidden_states(model, model_inputs(batch)), batch["labels"])
-        target = None if teacher is None else teacher.targets(batch)
-        conversation = start + (batch["labels"][:, 1:] != -100).nonzero()[:, 0]
-        parts.append(
-            (conversation, *_score_positions(hidden, head, labels, target, rows, likeliest))
-        )
+    with Progress("scoring", len(starts), unit="batches") as progress:
+        for start in starts:
+            encoded = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+            batch = on_device(layout(encoded), model.device)
+            hidden, labels = supervised(hidden_states(model, model_inputs(batch)), batch["labels"])
+            target = None if teacher is None else teacher.targets(batch)
+            conversation = start + (batch["labels"][:, 1:] != -100).nonzero()[:, 0]
+            scores = _score_positions(hidden, head, labels, target, rows, likeliest)
+            parts.append((conversation, *scores))
+            progress.update()
     columns = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     conversation, nll, kl, agrees, *next_tokens = columns
     known = teacher is not None

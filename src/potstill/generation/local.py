@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from potstill.data.chat_templates import render
 from potstill.data.conversations import Conversation
@@ -22,6 +21,7 @@ from potstill.generation.engine import Answer, Request, Unit
 from potstill.generation.keys import answered, identify, requests
 from potstill.models.heads import carries_state
 from potstill.models.vocabulary import padding_id, refuse_unknown_ids
+from potstill.progress import Progress
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.sampling.batch import AnswerBatch, Row
 from potstill.sampling.sampler import Sampling, sample_tokens, uniforms
@@ -106,7 +106,7 @@ class LocalEngine:
         highest = max((i for prompt in prompts for i in prompt), default=-1)
         refuse_unknown_ids(self.model, highest, role="teacher")
         batch = AnswerBatch(self.model, padding_id(self.tokenizer, self.model), self._choose)
-        with tqdm(total=len(rows), unit="answer", desc="  of these", leave=False) as progress:
+        with Progress("answering", len(rows), unit="answers") as progress:
             while waiting or batch.rows:
                 active = [row for row in batch.rows if not self._is_done(row)]
                 ended = len(batch.rows) - len(active)

@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from potstill.errors import PotstillError
 from potstill.generation import filters
 from potstill.generation.card import counts_table, dataset_card
@@ -20,6 +18,8 @@ from potstill.generation.engine import Engine, Request
 from potstill.generation.filters import Filter
 from potstill.generation.keys import answered, digest, requests
 from potstill.generation.store import AnswerStore, parse_answer
+from potstill.processes import print_main
+from potstill.progress import Progress
 from potstill.run_folder import write_whole
 from potstill.sampling import Sampling
 
@@ -49,7 +49,7 @@ def make_dataset(
     settings = {**engine.identity, **(made_with or {}), **asdict(sampling), "prompts": digest(keys)}
     with _removed_if_unanswered(folder), AnswerStore(folder, settings) as store:
         for name in store.damaged:
-            print(f"{name}: damaged or missing; its answers are made again", flush=True)
+            print_main(f"{name}: damaged or missing; its answers are made again")
         _answer_all(wanted(), len(keys), engine, store, folder)
         store.seal()
         rows = (
@@ -59,7 +59,7 @@ def make_dataset(
         counts = write_dataset(folder, rows, drop, choose=choose, similarity=similarity)
         store.note(answers=len(keys), counts=counts)
     write_whole(folder / "README.md", dataset_card(settings, counts))
-    print(counts_table(counts), flush=True)
+    print_main(counts_table(counts))
     return folder / CONVERSATIONS
 
 
@@ -92,10 +92,10 @@ def _answer_all(
     """Request and store the units that are not stored yet."""
     if count == len(store):
         return
-    print(f"{count - len(store)} answers to make for {folder}", flush=True)
+    print_main(f"{count - len(store)} answers to make for {folder}")
     units = iter(lambda: list(itertools.islice(wanted, engine.unit_size)), [])
     missing = (unit for unit in units if not all(request.key in store for request in unit))
-    with tqdm(total=count, initial=len(store), unit="answer", desc="  answering") as progress:
+    with Progress("answering", count, unit="answers", done=len(store), leave=True) as progress:
         for answers in engine.answer(missing):
             store.add(answers)
             progress.update(len(answers))

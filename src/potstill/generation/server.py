@@ -22,6 +22,7 @@ import tenacity
 
 from potstill.errors import ConfigError, ServerError
 from potstill.generation.engine import Answer, Request, Unit
+from potstill.processes import print_main
 from potstill.sampling.sampler import Sampling
 
 KEY_VARIABLE = "POTSTILL_API_KEY"
@@ -91,10 +92,7 @@ class ServerEngine:
         if refused and not answered:
             raise refused[0]
         if refused:
-            print(
-                f"{len(refused)} prompts refused and kept as empty answers: {refused[0]}",
-                flush=True,
-            )
+            print_main(f"{len(refused)} prompts refused and kept as empty answers: {refused[0]}")
         yield from ([Answer(error.key, "", False, None, None)] for error in refused)
 
     def _results(self, requests: Iterable[Request]) -> Iterator[Answer | RefusedPrompt]:

@@ -17,6 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from potstill.losses.records import inside_unit_interval
+
 LossAndGradient = tuple[Tensor, Tensor]
 ClosedForm = Callable[..., LossAndGradient]
 
@@ -99,13 +101,6 @@ def total_variation(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGr
     p = student_logits.softmax(-1)
     difference = p - teacher_logits.softmax(-1)
     return 0.5 * difference.abs().sum(-1), _through_softmax(p, 0.5 * p * difference.sign())
-
-
-def inside_unit_interval(name: str, value: float) -> float:
-    """Return ``value``. Raises: ValueError if it is not in the open interval (0, 1)."""
-    if not 0 < value < 1:
-        raise ValueError(f"{name} = {value}: must be between 0 and 1, excluding both")
-    return value
 
 
 def positive_temperature(value: float) -> float:

@@ -14,14 +14,16 @@ student gives 0 to a token to which the teacher does not. N = 0 returns an empty
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from potstill.losses import closed_forms as closed
-from potstill.losses.closed_forms import ClosedForm, inside_unit_interval, positive_temperature
+from potstill.losses.closed_forms import positive_temperature
+from potstill.losses.records import DIVERGENCES as DIVERGENCES
+from potstill.losses.records import Divergence as Divergence
+from potstill.losses.records import Parameter as Parameter
+from potstill.losses.records import all_parameters as all_parameters
+from potstill.losses.records import inside_unit_interval
 
 
 def forward_kl(
@@ -140,76 +142,3 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     a = log_a.exp()
     # Test a, not log a: if a underflows to 0, log a is finite and 0 · (log a + inf) is NaN.
     return (a * torch.where(a == 0, 0.0, log_a - log_b)).sum(-1)
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """Describe a parameter of a divergence: a number in (0, 1)."""
-
-    name: str
-    default: float
-    help: str
-
-    def check(self, value: float) -> float:
-        """Return ``value``. Raises: ValueError if it is not in (0, 1)."""
-        return inside_unit_interval(self.name, value)
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Describe one divergence for losses, configuration, command line, plots and docs."""
-
-    name: str
-    dense: Callable[..., Tensor]
-    """``(teacher_logits [N, V], student_logits [N, V], *, temperature, …)`` → ``[N]`` nats."""
-    closed_form: ClosedForm | None = None
-    """Loss and gradient of one block of logits; if None, autograd differentiates ``dense``."""
-    parameters: tuple[Parameter, ...] = ()
-    formula: str = ""
-    source: str = ""
-
-    def __call__(self, teacher_logits: Tensor, student_logits: Tensor, **settings: float) -> Tensor:
-        """Return the dense form's value."""
-        return self.dense(teacher_logits, student_logits, **settings)
-
-    def value_and_gradient(self) -> ClosedForm:
-        """Return the closed form, or one made from ``dense`` by autograd."""
-        return self.closed_form or closed.by_autograd(self.dense)
-
-    def parameters_from(self, given: Mapping[str, float]) -> dict[str, float]:
-        """Return this divergence's parameters, checked: from ``given``, else the defaults."""
-        return {one.name: one.check(given.get(one.name, one.default)) for one in self.parameters}
-
-
-TEACHER_WEIGHT = Parameter(
-    "teacher_weight", 0.5, "The teacher's share w of jensen_shannon's mixture."
-)
-SKEW = Parameter("skew", 0.1, "Weight a in the mixture of the two skew divergences.")
-SKEW_FORWARD, SKEW_REVERSE = "KL(q ‖ a·q + (1−a)·p)", "KL(p ‖ (1−a)·q + a·p)"
-JS = "w·KL(q‖m) + (1−w)·KL(p‖m), m = w·q + (1−w)·p"
-HINTON = "Hinton et al. 2015, arXiv 1503.02531"
-MINILLM = "Gu et al. 2023 (MiniLLM), arXiv 2306.08543"
-GKD = "Agarwal et al. 2023 (GKD), arXiv 2306.13649"
-DISTILLM = "Ko et al. 2024 (DistiLLM), arXiv 2402.03898"
-WEN = "Wen et al. 2023 (f-distillation), arXiv 2307.15190"
-
-RECORDS = (
-    Divergence("forward_kl", forward_kl, closed.forward_kl, (), "Σ q log(q/p)", HINTON),
-    Divergence("reverse_kl", reverse_kl, closed.reverse_kl, (), "Σ p log(p/q)", MINILLM),
-    Divergence("jensen_shannon", jensen_shannon, closed.jensen_shannon, (TEACHER_WEIGHT,), JS, GKD),
-    Divergence(
-        "skew_forward_kl", skew_forward_kl, closed.skew_forward_kl, (SKEW,), SKEW_FORWARD, DISTILLM
-    ),
-    Divergence(
-        "skew_reverse_kl", skew_reverse_kl, closed.skew_reverse_kl, (SKEW,), SKEW_REVERSE, DISTILLM
-    ),
-    Divergence("total_variation", total_variation, closed.total_variation, (), "½ Σ |q − p|", WEN),
-)
-"""All divergences. To add one, add a record here."""
-
-DIVERGENCES: dict[str, Divergence] = {one.name: one for one in RECORDS}
-
-
-def all_parameters() -> dict[str, Parameter]:
-    """Return every parameter of every divergence in `DIVERGENCES`, by name."""
-    return {one.name: one for record in DIVERGENCES.values() for one in record.parameters}

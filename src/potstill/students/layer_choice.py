@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from potstill.data import BatchLayout, tokenize_conversations
 from potstill.data.conversations import Conversation
 from potstill.errors import ConfigError
 from potstill.losses import fused_linear_divergence
 from potstill.models.heads import hidden_states, on_device, supervised, trainable_head
+from potstill.progress import Progress
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.students.layers import layer_list
 
@@ -66,9 +66,11 @@ def most_important_layers(
         return float(fused_linear_divergence(hidden, head, whole, head, labels=observed))
 
     removed: set[int] = set()
-    for _ in tqdm(range(count - keep), desc="  choosing layers", unit="layer"):
-        candidates = [i for i in range(count) if i not in removed]
-        removed.add(min(candidates, key=lambda i: distance(removed | {i})))
+    with Progress("choosing layers", count - keep, unit="layers") as progress:
+        for _ in range(count - keep):
+            candidates = [i for i in range(count) if i not in removed]
+            removed.add(min(candidates, key=lambda i: distance(removed | {i})))
+            progress.update()
     return [i for i in range(count) if i not in removed]
 
 

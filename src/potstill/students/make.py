@@ -9,6 +9,7 @@ from potstill.data import read_conversations
 from potstill.data.chat_templates import set_chat_template
 from potstill.errors import RunFolderError
 from potstill.models import load_config, load_model, load_tokenizer
+from potstill.processes import print_main
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.reading import Reading
 from potstill.run_folder import whole_folder
@@ -70,7 +71,7 @@ def _with_tokenizer(
     """Return the student with another tokenizer, and one sentence on the source of its rows."""
     if tokenizer.chat_template and not new_tokenizer.chat_template:
         set_chat_template(new_tokenizer, "plain")
-        print("the new tokenizer has no chat template; the student gets the plain one", flush=True)
+        print_main("the new tokenizer has no chat template; the student gets the plain one")
     sources = token_sources(tokenizer, new_tokenizer)
     changed = change_tokenizer(student, tokenizer, new_tokenizer, sources=sources)
     counts = [len(ids) for ids in sources]

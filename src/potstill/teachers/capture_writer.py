@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from potstill.data import IGNORED, BatchLayout
 from potstill.errors import ModelError, RunFolderError
@@ -19,6 +18,7 @@ from potstill.losses import CallableHead, Projection, forward_kl
 from potstill.models import ModelOpener
 from potstill.models.heads import on_device, output_head
 from potstill.processes import print_main
+from potstill.progress import Progress
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.run_folder import whole_folder, write_json
 from potstill.shards import checksum
@@ -83,18 +83,14 @@ class CaptureWriter:
         teacher = self._open()
         keys: list[bytes] = []
         sizes, parts = [0], []
-        batches = tqdm(
-            _batches(rows),
-            desc=f"  shard {len(self.manifest['shards']) + 1}",
-            unit="batch",
-            leave=False,
-            disable=not self.progress,
-        )
-        for batch_rows in batches:
-            found = [row_key(row) for row in batch_rows]
-            keys += [key for key, _ in found]
-            sizes += [count for _, count in found]
-            parts.append(self._encode(teacher, batch_rows, found))
+        label = f"capturing shard {len(self.manifest['shards']) + 1}"
+        with Progress(label, len(rows), unit="conversations", shown=self.progress) as progress:
+            for batch_rows in _batches(rows):
+                found = [row_key(row) for row in batch_rows]
+                keys += [key for key, _ in found]
+                sizes += [count for _, count in found]
+                parts.append(self._encode(teacher, batch_rows, found))
+                progress.update(len(batch_rows))
         tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         for name in ("mass_starts", "id_starts"):
             if name in tensors:

@@ -2,7 +2,7 @@
 (self_check.py), and the Trainer (trainer.py, config.py, callbacks.py)."""
 
 from potstill.training.callbacks import MetricsFile as MetricsFile
-from potstill.training.callbacks import ProgressBar as ProgressBar
+from potstill.training.callbacks import TrainingProgress as TrainingProgress
 from potstill.training.config import METHODS as METHODS
 from potstill.training.config import DistillationConfig as DistillationConfig
 from potstill.training.cross_objective import ALIGNMENTS as ALIGNMENTS
@@ -17,6 +17,6 @@ __all__ = [
     "DistillationTrainer",
     "MetricsFile",
     "Objective",
-    "ProgressBar",
+    "TrainingProgress",
     "make_objective",
 ]

@@ -1,4 +1,4 @@
-"""Trainer callbacks: a metrics file that survives interruptions, and a progress bar."""
+"""Trainer callbacks: a metrics file that survives interruptions, and a progress line."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
 
+from potstill.progress import Progress
 from potstill.run_folder import read_rows, write_whole
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class MetricsFile(TrainerCallback):
         self.file, self.trainer = file, trainer
         self.earlier = {"tokens": 0, "seconds": 0.0}
         self.begun = time.perf_counter()
+        self.tokens_per_second = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Delete the rows after the step at which training begins."""
@@ -53,15 +54,23 @@ class MetricsFile(TrainerCallback):
         row = {"step": state.global_step, **finite}
         row["tokens"] = self.earlier["tokens"] + seen
         row["seconds"] = round(self.earlier["seconds"] + seconds, 3)
-        row["tokens_per_second"] = round(seen / seconds, 1)
+        row["tokens_per_second"] = self.tokens_per_second = round(seen / seconds, 1)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
-class ProgressBar(ProgressCallback):
-    """transformers' progress bar with the loss, without a printed line per step."""
+class TrainingProgress(TrainerCallback):
+    """Count steps on a progress line, with loss and tokens per second after ``metrics``."""
+
+    def __init__(self, progress: Progress, metrics: MetricsFile) -> None:
+        self.progress, self.metrics = progress, metrics
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count the step."""
+        self.progress.update(state.global_step - self.progress.done)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Logs = None, **_: Any) -> None:
-        """Show the loss."""
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
+        """Show the loss of the step."""
+        if logs and "loss" in logs:
+            speed = f"{self.metrics.tokens_per_second:.0f} tokens/s"
+            self.progress.update(0, note=f"loss {logs['loss']:.3f}, {speed}")
