@@ -22,7 +22,7 @@ from potstill.commands import COMMANDS
 
 POTSTILL = [sys.executable, "-m", "potstill"]
 ON_CPU = "--device cpu --precision fp32"
-TERMINAL = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+TERMINAL = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "TQDM_MININTERVAL": "0"}
 GENERATE = (
     f"generate teacher --prompts prompts.jsonl --output-dir made --max-new-tokens 24 {ON_CPU}"
 )
@@ -84,6 +84,7 @@ def lines_of(written: str) -> list[str]:
     return re.split(r"[\r\n]+", written)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", RUNS)
 def test_in_a_terminal_no_line_is_wider_than_80_columns_and_one_bar_is_shown(
     place: Path, command: str
@@ -100,6 +101,7 @@ def test_in_a_terminal_no_line_is_wider_than_80_columns_and_one_bar_is_shown(
         assert not BAR.search(line) or re.fullmatch(r"[a-z0-9 ]+: .* (left|took [\d:]+)", line)
 
 
+@pytest.mark.slow
 def test_training_shows_step_loss_speed_and_time_left_in_one_line(place: Path) -> None:
     states = lines_of(in_terminal([*POTSTILL, *shlex.split(RUNS["distill"])]))
     shown = [line for line in states if line.startswith("training:") and "loss" in line]
@@ -124,6 +126,7 @@ sys.exit(cli.main())
 """
 
 
+@pytest.mark.slow
 def test_an_error_while_a_bar_is_shown_has_a_line_of_its_own(place: Path) -> None:
     written = in_terminal([sys.executable, "-c", FAILING, *shlex.split(RUNS["distill"])])
     states = lines_of(written)
@@ -132,6 +135,7 @@ def test_an_error_while_a_bar_is_shown_has_a_line_of_its_own(place: Path) -> Non
     assert states[-3].strip() == ""  # the bar is cleared
 
 
+@pytest.mark.slow
 def test_ctrl_c_clears_the_bar_and_has_a_line_of_its_own(place: Path) -> None:
     longer = RUNS["distill"].replace("--max-steps 6", "--max-steps 3000")
     written = in_terminal([*POTSTILL, *shlex.split(longer)], interrupt_at="loss")
@@ -139,6 +143,7 @@ def test_ctrl_c_clears_the_bar_and_has_a_line_of_its_own(place: Path) -> None:
     assert lines_of(written)[-2:] == [line, ""]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", RUNS)
 def test_without_a_terminal_there_are_plain_lines_and_no_warnings(
     place: Path, command: str
@@ -154,6 +159,7 @@ def test_without_a_terminal_there_are_plain_lines_and_no_warnings(
     assert all(re.fullmatch(kept, line) for line in done.stderr.decode().splitlines())
 
 
+@pytest.mark.slow
 def test_a_dumb_terminal_gets_plain_lines(place: Path) -> None:
     written = in_terminal([*POTSTILL, *shlex.split(RUNS["generate"])], term="dumb")
     assert "answering: 12/12 answers, took" in written
@@ -165,7 +171,7 @@ def test_plain_lines_are_at_most_one_every_ten_seconds(
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr("tqdm.std.time", lambda: now)
     monkeypatch.setattr(progress._PlainLines, "_written_at", now)
     for label in ("reading", "writing"):
         with progress.Progress(label, 8, unit="files", leave=label == "writing") as shown:

@@ -97,7 +97,9 @@ def train(run: RunFolder, settings: DistillSettings) -> None:
     if is_main_process():
         run.begin({**dataclasses.asdict(settings), "max_steps": max_steps})
         run.note_data(data | tokens)
-    _train_from_checkpoint(one, run, max_steps)
+    # Not of the arguments: there it follows the verbosity of transformers.
+    quiet = bool(settings.trainer.get("disable_tqdm"))
+    _train_from_checkpoint(one, run, max_steps, quiet=quiet)
     _save(one, run, settings, max_steps)
 
 
@@ -122,7 +124,9 @@ def _open_pair(base: DistillationConfig, settings: DistillSettings) -> tuple[Any
     return student, tokenizer, make_objective(base, student, tokenizer, teacher, None)
 
 
-def _train_from_checkpoint(one: DistillationTrainer, run: RunFolder, max_steps: int) -> None:
+def _train_from_checkpoint(
+    one: DistillationTrainer, run: RunFolder, max_steps: int, *, quiet: bool = False
+) -> None:
     checkpoint = broadcast_from_main(run.last_checkpoint() if is_main_process() else None)
     start = f", from {checkpoint.name}" if checkpoint else ""
     print_main(f"training for {max_steps} steps{start}")
@@ -132,7 +136,7 @@ def _train_from_checkpoint(one: DistillationTrainer, run: RunFolder, max_steps: 
         unit="steps",
         done=int(checkpoint.name.split("-")[-1]) if checkpoint else 0,
         leave=True,
-        shown=not one.args.disable_tqdm,
+        shown=not quiet,
     )
     metrics = MetricsFile(run.metrics, one)
     one.add_callback(metrics)

@@ -11,8 +11,8 @@ from transformers import TrainingArguments
 
 from potstill.errors import ConfigError
 from potstill.losses import DIVERGENCES
-from potstill.losses.records import all_parameters
 from potstill.losses.fused import DivergenceFunction, resolve_divergence
+from potstill.losses.records import all_parameters
 from potstill.teachers import LossSettings
 from potstill.training.cross_objective import ALIGNMENTS
 
