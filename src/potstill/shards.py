@@ -30,6 +30,15 @@ SHARD_ROWS = 4096
 _OFFSET_BITS = 40
 
 
+def made_with_at(folder: Path) -> dict[str, Any]:
+    """Return the settings with which the shards in a folder were made; empty if there are none."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        return dict(manifest["made_with"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 class ShardStore:
     """Store rows in `folder`, which need not exist yet. Use it in a `with` block.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 import re
 import shlex
@@ -31,6 +32,7 @@ from potstill.distillation import check_pair, opener_of, run_distillation, split
 from potstill.errors import ConfigError, DataError, PotstillError, VocabularyMismatch
 from potstill.models import load_tokenizer
 from potstill.processes import print_main
+from potstill.reading import Reading
 from potstill.run_folder import RunFolder, write_json, write_whole
 from potstill.training import METHODS
 
@@ -113,6 +115,13 @@ def _trained_runs(folder: RunFolder, recipe: CompareRecipe, recipes: Plan) -> Ru
     if recipe.answers < 0:
         raise ConfigError(f"--answers {recipe.answers}: must be at least 0")
     _check_recipes_match(recipes)
+    stored = folder.read_config() if folder.config.is_file() else {}
+    date = recipe.template_date or stored.get("template_date") or str(datetime.date.today())
+    recipe = dataclasses.replace(recipe, template_date=date)
+    recipes = {
+        name: dataclasses.replace(one, template_date=one.template_date or date)
+        for name, one in recipes.items()
+    }
     seeds, settings = _seeds(recipe.seeds), dataclasses.asdict(recipe)
     folder.refuse_other({name: value for name, value in settings.items() if name not in ADDABLE})
     base = next(iter(recipes.values())) if recipes else _distill_recipe(recipe)
@@ -209,6 +218,8 @@ def _plan(folder: RunFolder, recipes: Plan, train: list[Any]) -> Plan:
             method="text" if is_reference else one.method,
             data=str(folder.data / ("reference.jsonl" if is_reference else "train.jsonl")),
             eval_data=str(folder.data / "held_out.jsonl"),
+            eval_split=None,
+            **dataclasses.asdict(Reading()),  # the copies are already read
             max_steps=steps,
         )
     return plan
@@ -216,7 +227,8 @@ def _plan(folder: RunFolder, recipes: Plan, train: list[Any]) -> Plan:
 
 def _check_recipes_match(recipes: Plan) -> None:
     """Raise ConfigError before training if the runs could not be compared after it."""
-    keys = ["teacher", "data", "eval_data", "eval_fraction", "max_steps", "seconds"]
+    keys = ["teacher", "data", "eval_data", "eval_split", "eval_fraction", "max_steps", "seconds"]
+    keys += ["split", "data_name", "columns", "merge_system", "template_date"]
     keys += ["batch_size", "gradient_accumulation_steps", "max_length", "precision"]
     for name, one in recipes.items():
         first, expected = next(iter(recipes.items()))

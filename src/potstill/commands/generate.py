@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from potstill.reading import Reading
+
 
 @dataclass(frozen=True)
-class GenerateRecipe:
+class GenerateRecipe(Reading):
     """Let a teacher answer prompts, and make a filtered data set of its answers."""
 
     teacher: str
@@ -56,7 +58,9 @@ class GenerateRecipe:
     patience: float = 300
     """Seconds of retries for a server that does not answer."""
     chat_template: str | None = None
-    """For tokenizers without one: plain, or the path of a Jinja template."""
+    """The path of a Jinja template, or plain for tokenizers that have none."""
+    template_date: str | None = None
+    """The date that templates write, as 2026-01-31; without it the day of the first answer."""
     precision: str = "bf16"
     """bf16, fp16 or fp32."""
     device: str = "auto"

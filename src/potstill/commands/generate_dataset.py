@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,9 @@ from potstill.generation.filters import Filter
 from potstill.generation.make import make_dataset, standard_filters
 from potstill.models import ModelOpener, dtype_of, locate
 from potstill.models.adapters import adapter_at
+from potstill.reading import Reading
 from potstill.sampling import Sampling
+from potstill.shards import made_with_at
 
 
 def generate(recipe: GenerateRecipe) -> Path:
@@ -27,7 +31,8 @@ def generate(recipe: GenerateRecipe) -> Path:
     """
     sampling = Sampling(**{name: getattr(recipe, name) for name in Sampling.__dataclass_fields__})
     chosen, choose = _filters(recipe), _choice(recipe)
-    prompts = _PromptFile(recipe.prompts)
+    recipe = dataclasses.replace(recipe, template_date=_template_date(recipe))
+    prompts = _PromptFile(recipe.prompts, recipe.reading)
     if not sum(1 for _ in prompts):  # reads all, to find a malformed row before any work is done
         need = 'each line holds one, as {"prompt": …} or {"messages": …}'
         raise DataError(f"{recipe.prompts}: no prompt there; {need}")
@@ -35,6 +40,7 @@ def generate(recipe: GenerateRecipe) -> Path:
     made_with: dict[str, Any] = {"engine": "server" if recipe.server else recipe.engine}
     if not recipe.server:
         made_with |= {"precision": recipe.precision, "batch_size": recipe.batch_size}
+        made_with["template_date"] = recipe.template_date
     made_with["likeliest"] = recipe.choose == "likeliest"
     return make_dataset(
         Path(recipe.output_dir).expanduser(),
@@ -46,6 +52,12 @@ def generate(recipe: GenerateRecipe) -> Path:
         similarity=recipe.similarity,
         made_with=made_with,
     )
+
+
+def _template_date(recipe: GenerateRecipe) -> str:
+    """Return the date for chat templates: a data set that is continued later keeps its own."""
+    stored = made_with_at(Path(recipe.output_dir).expanduser()).get("template_date")
+    return recipe.template_date or stored or datetime.date.today().isoformat()
 
 
 def _engine(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
@@ -77,6 +89,7 @@ def _opener(recipe: GenerateRecipe) -> ModelOpener:
         dtype=dtype_of(recipe.precision),
         chat_template=recipe.chat_template,
         trust_remote_code=recipe.trust_remote_code,
+        template_date=recipe.template_date,
     )
 
 
@@ -148,8 +161,8 @@ def _choice(recipe: GenerateRecipe) -> Choose | None:
 class _PromptFile:
     """Iterate over the conversations of a prompt file, read anew each time."""
 
-    def __init__(self, source: str) -> None:
-        self.source = source
+    def __init__(self, source: str, reading: Reading) -> None:
+        self.source, self.reading = source, reading
 
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        return (row["messages"] for row in read_prompts(self.source))
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return read_prompts(self.source, reading=self.reading)

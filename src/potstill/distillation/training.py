@@ -68,8 +68,8 @@ def train(run: RunFolder, settings: DistillSettings) -> None:
     student, tokenizer, objective = _open_pair(base, settings)
     dataset, counts = objective.encode(training, max_length=settings.max_length)
     print_main(f"data: {counts}; {len(held_out)} conversations held out")
-    tokens = {"tokens": rows_fingerprint(dataset)}
-    run.refuse_other_data(tokens)
+    data["tokens"] = rows_fingerprint(dataset)
+    run.refuse_other_data(data)
     require_targets(settings, base.loss_settings, dataset, held_out)
     watched = None
     if settings.eval_steps:
@@ -96,10 +96,8 @@ def train(run: RunFolder, settings: DistillSettings) -> None:
     one = trainer(max_steps=max_steps, **_saving(settings, max_steps), **_watching(settings))
     if is_main_process():
         run.begin({**dataclasses.asdict(settings), "max_steps": max_steps})
-        run.note_data(data | tokens)
-    # Not of the arguments: there it follows the verbosity of transformers.
-    quiet = bool(settings.trainer.get("disable_tqdm"))
-    _train_from_checkpoint(one, run, max_steps, quiet=quiet)
+        run.note_data(data)
+    _train_from_checkpoint(one, run, settings, max_steps)
     _save(one, run, settings, max_steps)
 
 
@@ -125,7 +123,7 @@ def _open_pair(base: DistillationConfig, settings: DistillSettings) -> tuple[Any
 
 
 def _train_from_checkpoint(
-    one: DistillationTrainer, run: RunFolder, max_steps: int, *, quiet: bool = False
+    one: DistillationTrainer, run: RunFolder, settings: DistillSettings, max_steps: int
 ) -> None:
     checkpoint = broadcast_from_main(run.last_checkpoint() if is_main_process() else None)
     start = f", from {checkpoint.name}" if checkpoint else ""
@@ -136,7 +134,8 @@ def _train_from_checkpoint(
         unit="steps",
         done=int(checkpoint.name.split("-")[-1]) if checkpoint else 0,
         leave=True,
-        shown=not quiet,
+        # The default of the arguments follows the verbosity of transformers.
+        shown=not settings.trainer.get("disable_tqdm"),
     )
     metrics = MetricsFile(run.metrics, one)
     one.add_callback(metrics)

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from potstill.data.conversations import Conversation
 from potstill.errors import PotstillError
 from potstill.generation import filters
 from potstill.generation.card import counts_table, dataset_card
@@ -26,7 +27,7 @@ from potstill.sampling import Sampling
 
 def make_dataset(
     folder: Path,
-    prompts: Iterable[list[dict[str, Any]]],
+    prompts: Iterable[Conversation | list[dict[str, Any]]],
     engine: Engine,
     sampling: Sampling,
     *,
