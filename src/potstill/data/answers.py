@@ -17,7 +17,7 @@ from potstill.alignment import special_ids
 from potstill.data.chat_templates import (
     Message,
     check_shown,
-    letters,
+    contains,
     rendered_marked,
     special_tokens,
     template_of,
@@ -220,18 +220,18 @@ def _check_turn(message: Message, text: str, answers: list[Answer]) -> bool:
     if not answers:  # a template that marks only some turns for training
         return False
     turn = answers[0].turn
-    written = letters("".join(text[one.start : one.end] for one in answers))
+    written = "".join(text[one.start : one.end] for one in answers)
     thought, _, answer = message["content"].rpartition("</think>")
     thought = thought.removeprefix("<think>") + message.get("reasoning_content", "")
-    if letters(answer) not in written:
+    if not contains(written, answer):
         raise ChatTemplateError(
             f"the chat template loses the assistant's text in turn {turn + 1} "
             f"({answer.strip()[:40]!r}); use another template"
         )
     for call in message.get("tool_calls", ()):
-        if letters(call["function"]["name"]) not in written:
+        if not contains(written, call["function"]["name"]):
             raise ChatTemplateError(
                 f"the chat template loses the tool call in turn {turn + 1} "
                 f"({call['function']['name']}); use a template that writes tool calls"
             )
-    return letters(thought) not in written
+    return not contains(written, thought)

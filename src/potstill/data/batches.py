@@ -7,28 +7,27 @@ that ends the turn; in plain text, every token but the first.
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import itertools
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from potstill.alignment import special_ids
-from potstill.data.answers import Answer, render_answers
 from potstill.data.conversations import Conversation
-from potstill.data.marked_templates import Span
+from potstill.data.encoding import IGNORED as IGNORED
+from potstill.data.encoding import TOGETHER, encode_conversations
+from potstill.data.encoding import Encoded as Encoded
+from potstill.data.encoding import encode_conversation as encode_conversation
 from potstill.defaults import MAX_LENGTH
-from potstill.errors import ChatTemplateError, DataError, ModelError
+from potstill.errors import DataError
 from potstill.protocols import Batch, Tokenizer
-
-IGNORED = -100
-TOGETHER = 256  # conversations tokenized in one call, on all cores
-Encoded = dict[str, Any]
-"""Lists such as ``input_ids`` and ``labels``, and counts."""
 
 
 @dataclass
@@ -50,7 +49,7 @@ class TokenCounts:
 
     def add(self, row: Encoded) -> bool:
         """Count one encoded conversation; return False if it must be dropped."""
-        supervised = sum(label != IGNORED for label in row["labels"])
+        supervised = len(row["labels"]) - row["labels"].count(IGNORED)
         if not supervised:
             self.dropped += 1
             return False
@@ -72,106 +71,6 @@ class TokenCounts:
             line += f"; the chat template drops the thought of {self.dropped_thoughts} turns"
             line += " (--chat-template FILE gives one that keeps them)"
         return line
-
-
-def encode_conversation(
-    conversation: Conversation, tokenizer: Tokenizer, *, max_length: int | None = None
-) -> Encoded:
-    """Return ``input_ids``, ``labels`` and counts of one conversation.
-
-    See `encode_conversations`. Raises: ChatTemplateError, ModelError.
-    """
-    return next(encode_conversations([conversation], tokenizer, max_length=max_length))
-
-
-def encode_conversations(
-    conversations: Iterable[Conversation], tokenizer: Tokenizer, *, max_length: int | None = None
-) -> Iterator[Encoded]:
-    """Yield ``input_ids`` and ``labels`` of each conversation, cut at ``max_length`` tokens.
-
-    ``answer_bytes`` counts the UTF-8 bytes of the supervised text, without template and end token;
-    ``dropped_thoughts`` the turns whose thought the template does not write. Raises:
-    ChatTemplateError; ModelError for a tokenizer that does not say where its tokens are.
-    """
-    if not getattr(tokenizer, "is_fast", True):
-        raise ModelError(
-            f"{tokenizer.name_or_path}: its tokenizer is a slow one and does not say where its "
-            "tokens are in the text; needed is a fast one (tokenizer.json): save it again with "
-            "AutoTokenizer.from_pretrained(…).save_pretrained(…), or use another model"
-        )
-    for batch in _batches(conversations):
-        rendered = [_rendered(conversation, tokenizer) for conversation in batch]
-        for is_text in (False, True):
-            if texts := [one.text for one in rendered if one.is_text == is_text]:
-                encoded = tokenizer(texts, add_special_tokens=is_text, return_offsets_mapping=True)
-                found = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-                for one in rendered:
-                    if one.is_text == is_text:
-                        one.ids, one.offsets = next(found)
-        yield from (one.row(tokenizer, max_length) for one in rendered)
-
-
-def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
-    one_by_one = iter(conversations)
-    while batch := list(itertools.islice(one_by_one, TOGETHER)):
-        yield batch
-
-
-@dataclass
-class _Reading:
-    """A conversation as text, then as tokens."""
-
-    text: str
-    answers: list[Answer]
-    is_text: bool
-    dropped_thoughts: int = 0
-    ids: list[int] = field(default_factory=list)
-    offsets: list[Span] = field(default_factory=list)
-
-    def row(self, tokenizer: Tokenizer, max_length: int | None) -> Encoded:
-        ids, offsets, end_id = self.ids, self.offsets, tokenizer.eos_token_id
-        if self.is_text and end_id is not None:
-            if ids and ids[-1] == end_id:  # added by the tokenizer, with the offsets (0, 0)
-                ids, offsets = ids[:-1], offsets[:-1]
-            end = len(self.text)
-            ids, offsets = [*ids, end_id], [*offsets, (end, end + 1)]
-        whole = len(ids)
-        ids, offsets = ids[:max_length], offsets[:max_length]
-        labels, special = [IGNORED] * len(ids), special_ids(tokenizer)
-        starts = [start for start, _ in offsets]
-        for answer in self.answers:
-            first, stop = _tokens_of((answer.start, answer.end), offsets, starts)
-            if answer.has_end:
-                stop = _after_end(stop, offsets, self.text, ids, special)
-            labels[first:stop] = ids[first:stop]
-        labels[:1] = [IGNORED]  # no position predicts the first token
-        text_end = offsets[-1][1] if offsets else 0
-        texts = [self.text[one.start : min(one.end, text_end)] for one in self.answers]
-        return {
-            "input_ids": ids,
-            "labels": labels,
-            "answer_bytes": sum(len(text.encode()) for text in texts),
-            "shortened": whole > len(ids),
-            "dropped_thoughts": self.dropped_thoughts,
-        }
-
-
-def _rendered(conversation: Conversation, tokenizer: Tokenizer) -> _Reading:
-    cut_off = bool(conversation.get("cut_off"))
-    if "text" in conversation:
-        text = conversation["text"]
-        return _Reading(text, [Answer(0, 0, len(text), not cut_off)], is_text=True)
-    messages = conversation["messages"]
-    try:
-        rendered = render_answers(tokenizer, messages, tools=conversation.get("tools"))
-    except ChatTemplateError as error:
-        place = getattr(conversation, "place", "")
-        raise ChatTemplateError(f"{place}: {error}" if place else str(error)) from error
-    answers = rendered.answers
-    last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
-    if cut_off and answers and answers[-1].turn == last:  # a length limit stopped it
-        answers[-1] = answers[-1]._replace(has_end=False)
-    return _Reading(rendered.text, answers, False, rendered.dropped_thoughts)
 
 
 def tokenize_conversations(
@@ -210,14 +109,29 @@ def tokenize_conversations(
 
 
 def arrow_dataset(rows: Iterator[Encoded], columns: dict[str, Any]) -> Any:
-    """Return a `datasets.Dataset` of ``rows`` with Arrow types ``columns``; None for no rows."""
+    """Return a `datasets.Dataset` of ``rows`` with Arrow types ``columns``; None for no rows.
+
+    The rows are in a temporary file that is mapped into memory and deleted with the data set.
+    """
     import datasets
     import pyarrow
 
-    schema, batches = pyarrow.schema(columns), []
-    while batch := list(itertools.islice(rows, 1000)):
-        batches.append(pyarrow.RecordBatch.from_pylist(batch, schema=schema))
-    return datasets.Dataset(pyarrow.Table.from_batches(batches)) if batches else None
+    schema, count = pyarrow.schema(columns), 0
+    folder = Path(tempfile.mkdtemp(prefix="potstill-rows-"))
+    try:
+        with (
+            pyarrow.OSFile(str(folder / "rows.arrow"), "wb") as file,
+            pyarrow.ipc.new_stream(file, schema) as writer,
+        ):
+            while batch := list(itertools.islice(rows, TOGETHER)):
+                count += len(batch)
+                writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=schema))
+        dataset = datasets.Dataset.from_file(str(folder / "rows.arrow")) if count else None
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    weakref.finalize(dataset or rows, shutil.rmtree, folder, ignore_errors=True)
+    return dataset
 
 
 def rows_fingerprint(dataset: Any) -> str:
@@ -294,33 +208,6 @@ def _positions(packed_row: list[Encoded], length: int) -> list[int]:
     """Return 0, 1, 2, … for each conversation, and for the padding at the end."""
     sizes = [len(row["input_ids"]) for row in packed_row]
     return [position for size in (*sizes, length - sum(sizes)) for position in range(size)]
-
-
-def _tokens_of(span: Span, offsets: list[Span], starts: list[int]) -> tuple[int, int]:
-    """Return the first token that overlaps ``span``, and the first after it.
-
-    ``starts`` are the starts of ``offsets``, which grow.
-    """
-    start, end = span
-    stop = bisect.bisect_left(starts, end)
-    first = bisect.bisect_left(starts, start, hi=stop)
-    while first > 0 and offsets[first - 1][1] > start:  # one that begins in the prompt
-        first -= 1
-    while first < stop and offsets[first][1] <= start:  # a token without text (BOS)
-        first += 1
-    return first, max(first, stop)
-
-
-def _after_end(
-    stop: int, offsets: list[Span], text: str, ids: list[int], special: frozenset[int]
-) -> int:
-    """Return the index after the special token that ends an answer; ``stop`` if none does."""
-    for i in range(stop, len(ids)):
-        if ids[i] in special:
-            return i + 1
-        if text[slice(*offsets[i])].strip():  # Llama 2 has " </s>": only blanks may precede the end
-            break
-    return stop
 
 
 def _padded(columns: list[list[int]], length: int, value: int) -> Tensor:

@@ -137,9 +137,14 @@ def _refused(error: Exception) -> ChatTemplateError:
 
 def check_shown(messages: list[Message], tools: list[dict[str, Any]] | None, text: str) -> None:
     """Raises: ChatTemplateError if a system prompt, a user's text or a tool is not in the text."""
-    written = letters(text)
+    position = 0
     for message in messages:
-        if message["role"] in ("system", "user") and letters(message["content"]) not in written:
+        if message["role"] not in ("system", "user"):
+            continue
+        content = message["content"].strip()
+        found = text.find(content, position)
+        position = max(position, found)
+        if found < 0 and not contains(text, content):
             who = "the user's text" if message["role"] == "user" else "the system prompt"
             hint = "" if message["role"] == "user" else " (--merge-system)"
             raise ChatTemplateError(
@@ -155,5 +160,6 @@ def check_shown(messages: list[Message], tools: list[dict[str, Any]] | None, tex
             )
 
 
-def letters(text: str) -> str:
-    return "".join(text.split())
+def contains(text: str, part: str) -> bool:
+    """Return whether the text has the part, without regard to white space."""
+    return part.strip() in text or "".join(part.split()) in "".join(text.split())
