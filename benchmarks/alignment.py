@@ -6,9 +6,9 @@
 Prose is docstring paragraphs of the standard library, code its modules, scripts a few sentences in
 ten other scripts. The columns are: seconds to compute the cells, and their number; student tokens
 per teacher token; the share of student tokens with a target (at a root, or inside a token whose
-pieces it follows); the share of roots where the text splits the teacher's token otherwise than its
-pieces do, and where it is not in the same cell; milliseconds to encode and align 2 048 student
-tokens, both tokenizers included.
+pieces it follows); the share of roots where the student's token is not the first piece of the
+teacher's token ("disagree", as in `potstill doctor`), and where it is not even in the same cell
+("other cell"); milliseconds to encode and align 2 048 student tokens, both tokenizers included.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def counted(encode: PairEncoder, answers: list[str]) -> tuple[PairCounts, int]:
 
 if __name__ == "__main__":
     print(
-        "pair             text       cells in    cells   tokens  ratio   target  otherwise  "
-        "disagree  skipped  per 2 048"
+        "pair             text       cells in    cells   tokens  ratio   target   disagree "
+        "other cell skipped  per 2 048"
     )
     for name in sys.argv[1:] or PAIRS:
         measure(name)

@@ -8,7 +8,7 @@ The first form takes the demo teacher's distributions at the tokens of the demo'
 through the head E‖(t − q) W‖²; bias is ‖E[t] − q‖² over many draws. RSKD (arXiv 2503.16870) draws
 50 tokens with replacement; the others keep as many tokens as threshold sampling does on average.
 The floor of noise and bias is `states`, which keeps everything. Bytes are those of the files of a
-real capture, everything included; for rivals, what the same packing would take.
+real capture, everything included; for the other targets, what the same packing would take.
 
 The second form trains the demo's student on each kind of target for equal steps, and prints
 held-out KL with paired 95 % intervals against the live teacher.
@@ -64,7 +64,9 @@ def measure(options: Any) -> None:
     weight = model.get_output_embeddings().weight.float()
     q = (torch.cat(states)[: options.tokens].float() @ weight.T).double().softmax(-1)
     print(f"{len(q)} tokens, V = {q.shape[1]}, mean entropy {entropy(q):.2f} nats\n")
-    print("| target | entries a token | bias | noise | through the head | RSKD's ÷ noise |")
+    print(
+        "| target | stored tokens per position | bias | noise | through the head | RSKD's ÷ noise |"
+    )
     print("|---|---|---|---|---|---|")
     random = torch.Generator().manual_seed(0)
     reference = report("RSKD, 50 draws", q, weight, lambda: rskd(q, random), None)

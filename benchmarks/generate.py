@@ -1,18 +1,18 @@
-"""Measure answers per second: the refilled batch and the server client beside their rivals.
+"""Measure how many tokens per second potstill and other libraries generate.
 
     python benchmarks/generate.py [--prompts 400] [--max-new-tokens 256] [--continuous]
     python benchmarks/generate.py --server [--concurrency 8] [--prompts 96] [--max-new-tokens 64]
 
 SmolLM2-135M-Instruct in bfloat16 answers the demo's prompts at temperature 0.7 and top-p 0.95, 256
-prompts at a time. Ours answers first; then a loop of `model.generate` over padded batches of 32 in
-the file's order, and with --continuous transformers' continuous batching. The rivals stop each
-answer at the length that ours had, so that all do the same work. Contenders take turns, so that
-other load on the machine affects all of them; CPU seconds stand beside seconds. Tokens are those of
-the answers, end tokens included.
+prompts at a time. potstill answers first. Then the same prompts are answered by a loop of
+`model.generate` over padded batches of 32 in the file's order, and with --continuous by
+transformers' continuous batching. These stop each answer at the length of potstill's answer, so all
+methods do the same work. The methods take turns, so that other load on the machine affects all of
+them. Tokens are those of the answers, end tokens included.
 
---server starts `transformers serve --continuous-batching` on this machine and sends greedy requests
-alternately through our engine and through the `openai` package's asyncio client, with as many
-requests in flight. It needs `pip install 'transformers[serving]'`.
+--server starts `transformers serve --continuous-batching` on this machine. It sends greedy requests
+alternately with potstill's client and with the asyncio client of the `openai` package, with the
+same number of parallel requests. It needs `pip install 'transformers[serving]'`.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from potstill.data.chat_templates import render
 from potstill.generation import LocalEngine, Request, Sampling, ServerEngine, requests
 from potstill.models import load_tokenizer
 
-OURS = "potstill"
+POTSTILL = "potstill"
 BATCH = 32
-TURN, SERVER_TURN = 256, 32  # prompts; 256 is the local engine's own unit
+TURN, SERVER_TURN = 256, 32  # prompts; 256 is the local engine's default unit
 
 
 class Stopwatch:
-    """Seconds, this process's CPU seconds, and tokens, by contender; ours is the first."""
+    """Seconds, this process's CPU seconds, and tokens, by method."""
 
     def __init__(self) -> None:
         self.seconds, self.cpu, self.tokens = Counter[str](), Counter[str](), Counter[str]()
@@ -68,16 +68,16 @@ class Stopwatch:
         return result
 
     def table(self) -> str:
-        """Return a table: tokens per second, and how many times faster ours is."""
-        ours = self.tokens[OURS] / self.seconds[OURS]
+        """Return a table with tokens per second, and the time per token relative to potstill's."""
+        reference = self.tokens[POTSTILL] / self.seconds[POTSTILL]
         lines = [
-            "| contender | tokens | seconds | CPU seconds | tokens/s | ours is × faster |",
+            "| method | tokens | seconds | CPU seconds | tokens/s | time ÷ time of `potstill` |",
             "|---|---|---|---|---|---|",
         ]
-        for name in sorted(self.seconds, key=lambda name: name != OURS):
+        for name in sorted(self.seconds, key=lambda name: name != POTSTILL):
             tokens, seconds = self.tokens[name], self.seconds[name]
             numbers = f"{tokens} | {seconds:.0f} | {self.cpu[name]:.0f} | "
-            numbers += f"{tokens / seconds:.1f} | {ours * seconds / tokens:.2f}"
+            numbers += f"{tokens / seconds:.1f} | {reference * seconds / tokens:.2f}"
             lines.append(f"| {name} | {numbers} |")
         return "\n".join(lines)
 
@@ -96,7 +96,7 @@ class Lengths(StoppingCriteria):
 def plain_loop(
     model: Any, tokenizer: Any, texts: list[str], lengths: list[int], settings: GenerationConfig
 ) -> int:
-    said = 0
+    generated = 0
     for start in range(0, len(texts), BATCH):
         batch = slice(start, start + BATCH)
         encoded = tokenizer(
@@ -109,8 +109,8 @@ def plain_loop(
         columns = encoded["input_ids"].shape[1]
         stop = StoppingCriteriaList([Lengths(columns, lengths[batch])])
         rows = model.generate(**encoded, generation_config=settings, stopping_criteria=stop)
-        said += sum(min(length, rows.shape[1] - columns) for length in lengths[batch])
-    return said
+        generated += sum(min(length, rows.shape[1] - columns) for length in lengths[batch])
+    return generated
 
 
 def continuous(
@@ -121,7 +121,7 @@ def continuous(
         max_memory_percent=0.1, max_requests_per_batch=BATCH, page_size=16
     )  # its fastest here
     manager_of = model.continuous_batching_context_manager
-    said = 0
+    generated = 0
     with manager_of(
         generation_config=settings, continuous_batching_config=config, timeout=5
     ) as manager:
@@ -136,8 +136,8 @@ def continuous(
             answer = manager.get_result(timeout=1)
             if answer is not None and answer.is_finished():
                 finished += 1
-                said += len(answer.generated_tokens)
-    return said
+                generated += len(answer.generated_tokens)
+    return generated
 
 
 def compare_local(asked: list[Request], sampling: Sampling, with_continuous: bool) -> None:
@@ -152,21 +152,21 @@ def compare_local(asked: list[Request], sampling: Sampling, with_continuous: boo
     settings = GenerationConfig(
         **chosen, max_new_tokens=sampling.max_new_tokens, pad_token_id=tokenizer.pad_token_id
     )
-    rivals = {f"model.generate, batches of {BATCH}": (plain_loop, model)}
-    if with_continuous:  # which gives a model other attention, hence one of its own
-        rivals["transformers' continuous batching"] = (
+    others = {f"model.generate, padded batches of {BATCH}": (plain_loop, model)}
+    if with_continuous:  # it changes the model's attention, so it gets its own model
+        others["transformers' continuous batching"] = (
             continuous,
             load_model("demo", dtype="bfloat16", device="cpu")[0],
         )
 
     def take_turns(watch: Stopwatch, unit: list[Request]) -> list[int]:
-        answers = watch.time(OURS, engine.answer_unit, unit)
+        answers = watch.time(POTSTILL, engine.answer_unit, unit)
         lengths = [len(answer.teacher_ids) for answer in answers]
-        watch.tokens[OURS] += sum(lengths)
+        watch.tokens[POTSTILL] += sum(lengths)
         texts = [render(tokenizer, request.messages, for_answer=True) for request in unit]
-        for name, (rival, its_model) in rivals.items():
+        for name, (method, its_model) in others.items():
             watch.tokens[name] += watch.time(
-                name, rival, its_model, tokenizer, texts, lengths, settings
+                name, method, its_model, tokenizer, texts, lengths, settings
             )
         return lengths
 
@@ -188,23 +188,24 @@ def compare_served(asked: list[Request], sampling: Sampling, concurrency: int) -
         tokenizer = load_tokenizer(folder)
         with server(folder) as url:
             engine = ServerEngine(url, folder, sampling, concurrency=concurrency)
-            rivals = {
-                OURS: lambda unit: [
+            clients = {
+                POTSTILL: lambda unit: [
                     answer.text for (answer,) in engine.answer([request] for request in unit)
                 ],
                 "openai's asyncio client": lambda unit: asyncio.run(
                     bare_client(url, folder, unit, sampling, concurrency)
                 ),
             }
-            for rival in rivals.values():
-                rival(asked[:2])
+            for client in clients.values():
+                client(asked[:2])
             watch = Stopwatch()
             for number, unit in enumerate(turns(asked, SERVER_TURN)):
-                # Who comes second finds the prompts in the server's cache.
-                for name in sorted(rivals, reverse=number % 2 == 1):
-                    said = watch.time(name, rivals[name], unit)
+                # The second client finds the prompts in the server's cache.
+                for name in sorted(clients, reverse=number % 2 == 1):
+                    answers = watch.time(name, clients[name], unit)
                     watch.tokens[name] += sum(
-                        len(ids) for ids in tokenizer(said, add_special_tokens=False)["input_ids"]
+                        len(ids)
+                        for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]
                     )
                 print(
                     f"{SERVER_TURN * number + len(unit)} prompts, "

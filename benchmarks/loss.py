@@ -1,12 +1,13 @@
-"""Measure the distillation loss alone, forward and backward, beside its rivals and a floor.
+"""Measure the distillation loss, forward and backward: potstill, other libraries and a floor.
 
     python benchmarks/loss.py [--vocabulary smollm2|151936|262144] [--tokens 2048] [--rounds 3]
 
-Rivals are dense PyTorch, TRL and Liger. The floor is the four matrix products that every exact
-method needs (one projection per head, the student's two gradients), over all tokens at once.
-Contenders take turns in one process; a ratio is the median of the ratios of the rounds. Memory is
-measured in a process per contender, above the inputs and the gradients. Errors are those of the
-gradients against float64, ‖g − g₆₄‖ ÷ ‖g₆₄‖, for the cut student and for one close to its teacher.
+The others are dense PyTorch, TRL and Liger. The floor is the four matrix products that every exact
+method needs (one projection per head, the student's two gradients), over all tokens at once. The
+methods take turns in one process; a ratio is the median of the ratios of the rounds. Memory is
+measured in a process per method, in addition to the inputs and the gradients. Errors are those of
+the gradients against float64, ‖g − g₆₄‖ ÷ ‖g₆₄‖, for the cut student and for one that is close to
+its teacher.
 ``smollm2`` takes real hidden states: the demo's answers read by SmolLM2-135M-Instruct and by 15 of
 its 30 layers (run `potstill demo` first, or give --data). A number takes random rows.
 """
@@ -67,7 +68,7 @@ def main() -> None:
         "--supervised", default="1.0,0.3", help="shares of the tokens that have something to learn"
     )
     parser.add_argument(
-        "--contenders",
+        "--methods",
         default="",
         help="beginnings of their names, separated by commas; without it all",
     )
@@ -86,32 +87,32 @@ def main() -> None:
                     f"\n## {dtype}, {divergence}, {share:.0%} of {options.tokens} tokens, "
                     f"V = {len(inputs.student_weight)}\n"
                 )
-                race(options, mask(inputs, share), divergence, dtype, share)
+                time_methods(options, mask(inputs, share), divergence, dtype, share)
         if not options.no_errors:
             errors(options, inputs, dtype)
 
 
-def race(options: Any, inputs: Inputs, divergence: str, dtype: str, share: float) -> None:
-    contenders = {
-        name: run for name, run in CONTENDERS.items() if available(name) and wanted(name, options)
+def time_methods(options: Any, inputs: Inputs, divergence: str, dtype: str, share: float) -> None:
+    methods = {
+        name: run for name, run in METHODS.items() if available(name) and wanted(name, options)
     }
     if share < 1:
         compacted = {
             f"{name}, rows compacted": on_compacted(run)
-            for name, run in contenders.items()
-            if name not in OURS
+            for name, run in methods.items()
+            if name not in ALWAYS_MEASURED
         }
-        contenders |= compacted
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        methods |= compacted
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     for round_ in range(options.rounds + 1):  # the first warms up
-        for name, run in contenders.items():
+        for name, run in methods.items():
             begun = time.perf_counter()
             run(inputs, divergence)
             if round_:
                 seconds[name].append(time.perf_counter() - begun)
-    print("| | seconds | ÷ floor | × ours |" + ("" if options.no_memory else " peak MB |"))
+    print("| | seconds | ÷ floor | ÷ potstill |" + ("" if options.no_memory else " peak MB |"))
     print("|---|---|---|---|" + ("" if options.no_memory else "---|"))
-    for name in contenders:
+    for name in methods:
         row = [
             f"{statistics.median(seconds[name]):.2f}",
             ratio(seconds[name], seconds["floor"]),
@@ -148,7 +149,7 @@ def errors(options: Any, inputs: Inputs, dtype: str) -> None:
         "| | cut student | close to its teacher |\n|---|---|---|"
     )
     exact = [exact_gradients(case) for case in (cut, near)]
-    for name, run in CONTENDERS.items():
+    for name, run in METHODS.items():
         if name == "floor" or not available(name) or not wanted(name, options):
             continue
         cells = []
@@ -169,10 +170,10 @@ def relative(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm())
 
 
-# Contenders: inputs and a divergence's name → ∂/∂hidden and ∂/∂weight of the sum over supervised
+# Methods: inputs and a divergence's name → ∂/∂hidden and ∂/∂weight of the sum over supervised
 # tokens.
 
-Contender = Callable[[Inputs, str], tuple[Tensor, Tensor]]
+Method = Callable[[Inputs, str], tuple[Tensor, Tensor]]
 
 
 def floor(inputs: Inputs, divergence: str) -> tuple[Tensor, Tensor]:
@@ -238,14 +239,14 @@ def liger(inputs: Inputs, divergence: str) -> tuple[Tensor, Tensor]:
     return hidden_gradient * count, weight_gradient * count
 
 
-CONTENDERS: dict[str, Contender] = {
+METHODS: dict[str, Method] = {
     "floor": floor,
     "potstill": potstill,
     "dense PyTorch": dense,
     "Liger 0.8.5": liger,
     "TRL 1.16": trl,
 }
-OURS = ("floor", "potstill")
+ALWAYS_MEASURED = ("floor", "potstill")
 
 
 def available(name: str) -> bool:
@@ -255,13 +256,13 @@ def available(name: str) -> bool:
 
 def wanted(name: str, options: Any) -> bool:
     return (
-        name in OURS
-        or not options.contenders
-        or any(name.startswith(part) for part in options.contenders.split(","))
+        name in ALWAYS_MEASURED
+        or not options.methods
+        or any(name.startswith(part) for part in options.methods.split(","))
     )
 
 
-def on_compacted(run: Contender) -> Contender:
+def on_compacted(run: Method) -> Method:
     return lambda inputs, divergence: run(compact(inputs), divergence)
 
 
@@ -372,7 +373,7 @@ def measured_apart(options: Any, name: str, divergence: str, dtype: str, share: 
 def peak_megabytes(options: Any) -> float:
     """Return peak resident bytes of one call, minus those before it and its gradients; Linux."""
     name, _, compacted = options.memory_of.partition(", rows")
-    run = on_compacted(CONTENDERS[name]) if compacted else CONTENDERS[name]
+    run = on_compacted(METHODS[name]) if compacted else METHODS[name]
     inputs = mask(load(options, getattr(torch, options.dtypes)), float(options.supervised))
     small = inputs._replace(
         student_hidden=inputs.student_hidden[:8],

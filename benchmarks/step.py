@@ -1,13 +1,14 @@
-"""Measure a training step: ours, TRL's GKDTrainer and plain fine-tuning, on the same batches.
+"""Measure a training step of potstill, TRL's GKDTrainer and fine-tuning on the same batches.
 
     python benchmarks/step.py --data runs/demo/data/train/conversations.jsonl
 
-The teacher is SmolLM2-135M-Instruct in bfloat16, the student half its layers in float32 under
-bfloat16 autocast; eight conversations a step, in the file's order. Each contender runs in its own
-process, in turn, for several rounds; the first two steps are not counted. Tokens include prompts,
-not padding. KD efficiency is the step ÷ (the teacher's forward pass with its head at the supervised
-positions + a fine-tuning step with a fused cross-entropy): 1 means that distillation adds no cost
-of its own. ``cross`` treats this pair as if it had two tokenizers, which shows the cost of cells.
+The teacher is SmolLM2-135M-Instruct in bfloat16. The student is half of its layers in float32 under
+bfloat16 autocast. A step uses eight conversations, in the file's order. Each method runs in its own
+process, in turn, for several rounds. The first two steps are not counted. Tokens include prompts,
+but not padding. KD efficiency is the time of a distillation step ÷ (the teacher's forward pass with
+its LM head at the supervised positions + a fine-tuning step with a fused cross-entropy): 1 means
+that distillation adds no other cost. ``cross`` treats the two models as if their tokenizers were
+different, which shows the cost of the alignment.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ def main() -> None:
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        print(json.dumps(CONTENDERS[options.only](options)))
+        print(json.dumps(METHODS[options.only](options)))
         return
     if not Path(options.data).is_file():
         sys.exit(f"{options.data}: not there; run `potstill demo` first, or give --data")
     names = [
-        name for name in CONTENDERS if not name.startswith("TRL") or importlib.util.find_spec("trl")
+        name for name in METHODS if not name.startswith("TRL") or importlib.util.find_spec("trl")
     ]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _, name in itertools.product(range(options.rounds), names):
@@ -59,17 +60,18 @@ def print_table(results: dict[str, list[dict[str, float]]]) -> None:
     seconds = {
         name: statistics.median(row["seconds"] for row in rows) for name, rows in results.items()
     }
-    ours = seconds["potstill logits"]
-    print("| contender | tokens/s | seconds a step | ours is × faster |\n|---|---|---|---|")
+    reference = seconds["potstill logits"]
+    header = "| method | tokens/s | seconds per step | time ÷ time of `potstill logits` |"
+    print(f"{header}\n|---|---|---|---|")
     for name, rows in results.items():
         print(
             f"| {name} | {rows[0]['tokens'] / seconds[name]:.0f} | {seconds[name]:.2f} "
-            f"| {seconds[name] / ours:.2f} |"
+            f"| {seconds[name] / reference:.2f} |"
         )
-    efficiency = ours / (seconds["teacher forward alone"] + seconds["potstill text"])
+    efficiency = reference / (seconds["teacher forward alone"] + seconds["potstill text"])
     print(
         f"\nKD efficiency {efficiency:.2f} "
-        "(step ÷ (teacher forward + completion-only fused fine-tuning step))"
+        "(potstill logits ÷ (teacher forward alone + potstill text))"
     )
 
 
@@ -116,7 +118,7 @@ def arguments(options: Any) -> dict[str, Any]:
         "learning_rate": 1e-4,
         "bf16": True,
         "use_cpu": True,
-        "activation_checkpointing": False,  # TRL has it on unless told
+        "activation_checkpointing": False,  # it is on by default in TRL
         "report_to": [],
         "save_strategy": "no",
         "logging_steps": 1000,
@@ -179,7 +181,7 @@ def trl_step(options: Any) -> dict[str, float]:
 
 
 def trl_step_with_memory_kept(options: Any) -> dict[str, float]:
-    """Run TRL's step with the allocator setting of our commands."""
+    """Run TRL's step with the allocator setting of potstill's commands."""
     from potstill.training.kept_memory import keep_freed_memory
 
     keep_freed_memory()
@@ -208,7 +210,7 @@ def teacher_forward(options: Any) -> dict[str, float]:
     return {"seconds": statistics.mean(times[WARM_UP:]), "tokens": counts.tokens / len(times)}
 
 
-CONTENDERS = {
+METHODS = {
     "potstill logits": lambda options: potstill_step(options, "logits"),
     "potstill logits, padded": lambda options: potstill_step(options, "logits", packed=False),
     "potstill cross": lambda options: potstill_step(options, "cross"),

@@ -19,7 +19,7 @@ class CaptureRecipe(Reading):
     output_dir: str
     """Folder of the capture; the same command continues an interrupted one."""
     keep: str = "states"
-    """states (exact), states8 (8 bits, half the size), or sparse (about 32 bytes a token;
+    """states (exact), states8 (8 bits, half the size), or sparse (about 33 bytes a token;
     forward_kl with the same tokenizer only)."""
     threshold: float = 0.025
     """sparse: tokens of at least this probability are kept, others are sampled."""

@@ -1,4 +1,4 @@
-"""A sparse target, and how it is stored: about 10 tokens of each distribution, in about 32 bytes.
+"""A sparse target, and how it is stored: about 10 tokens of each distribution, in about 33 bytes.
 
 N tokens, E entries, V vocabulary. Stored for each token: one byte each for the number of large and
 of drawn entries, the entropy and −log q of the text's token; a byte for the mass of each large
