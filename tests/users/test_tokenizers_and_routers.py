@@ -169,3 +169,17 @@ def test_a_mixture_trains_and_its_router_loss_is_said_to_be_left_out(
         assert potstill(f"{command} {FAST} {STEPS}") == 0
         said = "mixture: output_router_logits is switched off; the loss that balances the experts"
         assert (said in capsys.readouterr().err) == is_said
+
+
+def test_a_slow_tokenizer_is_refused_in_one_line() -> None:
+    from transformers import ByT5Tokenizer
+
+    from potstill.data import encode_conversation
+    from potstill.errors import ModelError
+
+    slow = ByT5Tokenizer(extra_ids=0)
+    slow.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(ModelError, match=r"a slow one .* needed is a fast one") as caught:
+        encode_conversation({"messages": turns}, slow)
+    assert "\n" not in str(caught.value)
