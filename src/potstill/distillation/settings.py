@@ -16,7 +16,8 @@ class DistillSettings(Reading):
     """Train a student, evaluate it before and after, and write a report."""
 
     teacher: str
-    """Hub id, model folder, GGUF file, demo, or the folder of a capture."""
+    """Hub id, model folder, GGUF file, demo, the folder of a capture, or the address of a
+    server (http://HOST:PORT)."""
     student: str
     """The same, for the model to train. It is not changed: the trained student is written to
     OUTPUT_DIR/student."""

@@ -19,6 +19,7 @@ from potstill.teachers.captured import captured_keep as captured_keep
 from potstill.teachers.captured import is_capture, open_captured, open_captured_tokenizer
 from potstill.teachers.local import LocalTeacher as LocalTeacher
 from potstill.teachers.local import open_local
+from potstill.teachers.served import is_url, open_served, open_served_tokenizer
 from potstill.teachers.targets import BlockScores as BlockScores
 from potstill.teachers.targets import CellTarget as CellTarget
 from potstill.teachers.targets import LogitsTarget as LogitsTarget
@@ -43,7 +44,8 @@ LOCAL = TeacherKind(
     "local", lambda source: True, open_local, lambda source, opener: opener.tokenizer(source)
 )
 CAPTURED = TeacherKind("captured", is_capture, open_captured, open_captured_tokenizer)
-KINDS = [CAPTURED, LOCAL]
+SERVED = TeacherKind("served", is_url, open_served, open_served_tokenizer)
+KINDS = [CAPTURED, SERVED, LOCAL]
 """The first kind that matches a source opens it; keep LOCAL last."""
 
 
@@ -53,7 +55,8 @@ def teacher_kind(source: str) -> TeacherKind:
 
 
 def open_teacher(source: str | os.PathLike[str], **settings: Any) -> Teacher:
-    """Open a teacher: hub id, model folder, GGUF file, ``demo`` or the folder of a capture.
+    """Open a teacher: hub id, model folder, GGUF file, ``demo``, the folder of a capture or
+    the address of a server.
 
     ``settings`` are those of `potstill.models.ModelOpener`: device, dtype, chat_template,
     trust_remote_code. Raises: as `potstill.load_model`.

@@ -77,12 +77,11 @@ def capture_conversations(
     folder = CaptureFolder(Path(output_dir).expanduser())
     opener = _with_date(opener or ModelOpener(), folder)
     tokenizer = opener.tokenizer(teacher)
-    made_with = {
+    made_with: dict[str, Any] = {
         "teacher": str(teacher),
         "keep": keep,
         "max_length": max_length,
-        "tokenizer": _text_hash(json.dumps(tokenizer.get_vocab(), sort_keys=True)),
-        "chat_template": _text_hash(str(tokenizer.chat_template)),
+        **template_hashes(tokenizer),
         "template_date": opener.template_date,
     }
     if keep == "sparse":
@@ -170,6 +169,14 @@ def _refuse_other(folder: CaptureFolder, made_with: dict[str, Any], opener: Mode
                 f"{folder.path}: captured with {name} {manifest.get(name)}, not {value}; "
                 "give another --output-dir"
             )
+
+
+def template_hashes(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return hashes of the vocabulary and of the chat template."""
+    return {
+        "tokenizer": _text_hash(json.dumps(tokenizer.get_vocab(), sort_keys=True)),
+        "chat_template": _text_hash(str(tokenizer.chat_template)),
+    }
 
 
 def _text_hash(text: str) -> str:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from potstill.data import IGNORED, BatchLayout
 from potstill.errors import ModelError, RunFolderError
-from potstill.losses import CallableHead, Projection, forward_kl
+from potstill.losses import Head, Projection, forward_kl
 from potstill.models import ModelOpener
 from potstill.models.heads import on_device, output_head
 from potstill.processes import print_main
 from potstill.progress import Progress
 from potstill.protocols import CausalLM, Tokenizer
-from potstill.run_folder import whole_folder, write_json
+from potstill.run_folder import write_json
 from potstill.shards import checksum
 from potstill.teachers.captured import (
     FORMAT,
@@ -35,6 +35,7 @@ from potstill.teachers.captured import (
 )
 from potstill.teachers.local import LocalTeacher
 from potstill.teachers.sparse import encode_sparse
+from potstill.teachers.stored_head import store_head, weights_hash
 
 BATCH_TOKENS = 4096
 ROUNDING_TOKENS = 4096
@@ -142,53 +143,26 @@ class CaptureWriter:
         if self._teacher is not None:
             return self._teacher
         model = self.opener.model(self.made_with["teacher"])
-        weights = _weights_hash(model)
         if self.manifest:
-            if self.manifest["weights"] != weights:
+            if self.manifest["weights"] != weights_hash(model):
                 raise RunFolderError(
                     f"{self.folder.path}: captured from other weights of this teacher (in "
                     f"{self.manifest['dtype']}); give the same --precision or another --output-dir"
                 )
         else:
-            self._begin(model, weights)
+            self._begin(model)
         self._teacher = LocalTeacher(model)
         return self._teacher
 
-    def _begin(self, model: CausalLM, weights: str) -> None:
-        head = output_head(model)
-        if isinstance(head, CallableHead):
-            raise ModelError(
-                f"{self.made_with['teacher']}: its LM head is quantized and cannot be stored; "
-                "use a model whose head has floating-point weights"
-            )
+    def _begin(self, model: CausalLM) -> None:
         (self.folder.path / "shards").mkdir(exist_ok=True)
-        with whole_folder(self.folder.tokenizer) as unfinished:
-            self.tokenizer.save_pretrained(unfinished)
-        tensors = {"weight": head.weight.detach().cpu().contiguous()}
-        if head.bias is not None:
-            tensors["bias"] = head.bias.detach().cpu()
-        if self.keep == "states8":
-            tensors["rotation"] = rotation(head.weight.shape[1])
-        unfinished_head = self.folder.path / ".head.unfinished"
-        save_file(tensors, unfinished_head)
-        unfinished_head.replace(self.folder.head)
-        kept_head = {
-            "rows": len(head),
-            "scale": head.scale,
-            "softcap": head.softcap,
-            "sha256": checksum(self.folder.head),
-        }
-        self.manifest = {
-            "kind": "capture",
-            "format": FORMAT,
-            **self.made_with,
-            "revision": getattr(model.config, "_commit_hash", None),
-            "weights": weights,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "hidden_size": head.weight.shape[1],
-            "head": kept_head,
-            "shards": {},
-        }
+        head, turn = output_head(model), {}
+        if self.keep == "states8" and isinstance(head, Head):
+            turn = {"rotation": rotation(head.weight.shape[1])}
+        name = self.made_with["teacher"]
+        stored = store_head(self.folder.path, model, self.tokenizer, name, **turn)
+        self.manifest = {"kind": "capture", "format": FORMAT, **self.made_with, **stored}
+        self.manifest["shards"] = {}
         write_json(self.folder.manifest_file, self.manifest)
 
     def _states(self, teacher: LocalTeacher, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
@@ -254,14 +228,3 @@ def _batches(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         else:
             batches.append([row])
     return batches
-
-
-def _weights_hash(model: CausalLM) -> str:
-    """Return 16 digits that identify the weights, from a few values of each tensor."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        values = parameter.detach().flatten()
-        step = max(1, len(values) // 64)
-        digest.update(values[::step].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from potstill.data import IGNORED
@@ -38,6 +37,7 @@ from potstill.losses import Head
 from potstill.models import ModelOpener
 from potstill.protocols import Batch, Tokenizer
 from potstill.shards import checksum
+from potstill.teachers import stored_head
 from potstill.teachers.sparse import PER_TOKEN, SparseTarget, decode_sparse, join
 from potstill.teachers.targets import LossSettings, StatesTarget
 
@@ -60,12 +60,12 @@ class CaptureFolder:
     @property
     def head(self) -> Path:
         """The teacher's LM head."""
-        return self.path / "head.safetensors"
+        return self.path / stored_head.HEAD
 
     @property
     def tokenizer(self) -> Path:
         """The teacher's tokenizer."""
-        return self.path / "tokenizer"
+        return self.path / stored_head.TOKENIZER
 
     def shard(self, name: str) -> Path:
         """Return the file of a shard."""
@@ -314,11 +314,8 @@ def read_head(folder: CaptureFolder, manifest: dict[str, Any]) -> tuple[Head, Te
 
     Raises: ModelError if the file is missing or damaged.
     """
-    file = folder.head
-    if not file.is_file() or checksum(file) != manifest["head"]["sha256"]:
-        raise ModelError(f"{file}: damaged or missing; run potstill capture again in a new folder")
-    tensors, kept = load_file(file), manifest["head"]
-    head = Head(tensors["weight"], tensors.get("bias"), kept["scale"], kept["softcap"])
+    again = "run potstill capture again in a new folder"
+    head, tensors = stored_head.read_head(folder.path, manifest["head"], again=again)
     return head, tensors.get("rotation")
 
 

@@ -1,0 +1,39 @@
+"""`potstill serve`: offer a teacher's hidden states to training on other machines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ServeRecipe:
+    """Serve a teacher's hidden states, for `potstill distill http://HOST:PORT STUDENT`."""
+
+    teacher: str
+    """Hub id, model folder, GGUF file, or demo."""
+    host: str = "127.0.0.1"
+    """Address to serve at. Others than this machine's own need a token in POTSTILL_TOKEN."""
+    port: int = 8790
+    """Port to serve at; 0 takes a free one."""
+    chat_template: str | None = None
+    """The path of a Jinja template, or plain for tokenizers that have none."""
+    precision: str = "bf16"
+    """bf16, fp16 or fp32."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Read it first."""
+
+
+def run(recipe: ServeRecipe) -> None:
+    """Serve until interrupted."""
+    import importlib.util
+
+    from potstill.errors import ConfigError
+
+    for package in ("starlette", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"serve needs the package {package}: pip install 'potstill[serve]'")
+    from potstill.teachers.serve import serve
+
+    serve(recipe)

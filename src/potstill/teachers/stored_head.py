@@ -1,0 +1,78 @@
+"""Store a teacher's LM head and tokenizer in a folder, for captures and servers."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from potstill.errors import ModelError
+from potstill.losses import CallableHead, Head
+from potstill.models.heads import output_head
+from potstill.protocols import CausalLM, Tokenizer
+from potstill.run_folder import whole_folder
+from potstill.shards import checksum
+
+HEAD, TOKENIZER = "head.safetensors", "tokenizer"
+
+
+def store_head(
+    folder: Path, model: CausalLM, tokenizer: Tokenizer, name: str, **more: Tensor
+) -> dict[str, Any]:
+    """Write the head and the tokenizer of ``model``; return what a manifest says about them.
+
+    ``more`` are further tensors of the head's file. Raises: ModelError for a quantized head.
+    """
+    head = output_head(model)
+    if isinstance(head, CallableHead):
+        raise ModelError(
+            f"{name}: its LM head is quantized and cannot be stored; use a model whose head has "
+            "floating-point weights"
+        )
+    with whole_folder(folder / TOKENIZER) as unfinished:
+        tokenizer.save_pretrained(unfinished)
+    tensors = {"weight": head.weight.detach().cpu().contiguous(), **more}
+    if head.bias is not None:
+        tensors["bias"] = head.bias.detach().cpu()
+    unfinished_head = folder / ".head.unfinished"
+    save_file(tensors, unfinished_head)
+    unfinished_head.replace(folder / HEAD)
+    return {
+        "revision": getattr(model.config, "_commit_hash", None),
+        "weights": weights_hash(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "hidden_size": head.weight.shape[1],
+        "head": {
+            "rows": len(head),
+            "scale": head.scale,
+            "softcap": head.softcap,
+            "sha256": checksum(folder / HEAD),
+        },
+    }
+
+
+def read_head(folder: Path, facts: dict[str, Any], *, again: str) -> tuple[Head, dict[str, Tensor]]:
+    """Return the head, and all tensors of its file. ``again`` says how to make the file again.
+
+    Raises: ModelError if the file is missing or damaged.
+    """
+    file = folder / HEAD
+    if not file.is_file() or checksum(file) != facts["sha256"]:
+        raise ModelError(f"{file}: damaged or missing; {again}")
+    tensors = load_file(file)
+    head = Head(tensors["weight"], tensors.get("bias"), facts["scale"], facts["softcap"])
+    return head, tensors
+
+
+def weights_hash(model: CausalLM) -> str:
+    """Return 16 digits that identify the weights, from a few values of each tensor."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        values = parameter.detach().flatten()
+        step = max(1, len(values) // 64)
+        digest.update(values[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

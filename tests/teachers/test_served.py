@@ -1,0 +1,334 @@
+"""A served teacher: the same targets as the one in this process, through restarts and kills."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+from safetensors.torch import load_file, save
+from starlette.testclient import TestClient
+
+from conftest import conversations, sentencepiece_tokenizer, tiny_model, toy_tokenizer, write_rows
+from potstill import cli
+from potstill.data import BatchLayout, encode_conversation
+from potstill.errors import ServerError
+from potstill.teachers import LocalTeacher, open_teacher
+from potstill.teachers.capture import template_hashes
+from potstill.teachers.served import ServedTeacher
+from potstill.teachers.server import _compute, _joinable, _Waiting, make_app
+from potstill.teachers.stored_head import store_head
+
+ON_CPU = ["--device", "cpu", "--precision", "fp32"]
+KILLS = 20
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("POTSTILL_TOKEN", raising=False)
+
+
+def app_of(model: Any, folder: Path, token: str | None = None, tokenizer: Any = None) -> Any:
+    tokenizer = tokenizer or toy_tokenizer()
+    facts = store_head(folder, model, tokenizer, "tiny")
+    return make_app(
+        model, folder, {**facts, "teacher": "tiny", **template_hashes(tokenizer)}, token
+    )
+
+
+@contextlib.contextmanager
+def serving(app: Any, port: int = 0) -> Iterator[str]:
+    """Serve in a thread; yield the address."""
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.bind(("127.0.0.1", port))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny_model(seed=1)
+
+
+@pytest.fixture
+def url(model: Any, tmp_path: Path) -> Iterator[str]:
+    (tmp_path / "stored").mkdir()
+    with serving(app_of(model, tmp_path / "stored")) as address:
+        yield address
+
+
+def rows(count: int = 12) -> list[dict[str, Any]]:
+    return [encode_conversation(one, toy_tokenizer()) for one in conversations(count)]
+
+
+LAYOUTS = [BatchLayout(265), BatchLayout(265, packed=False), BatchLayout(265, one_line=True)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["packed", "padded", "one line"])
+def test_states_and_head_are_those_of_the_local_teacher_bit_by_bit(
+    url: str, model: Any, layout: BatchLayout
+) -> None:
+    batch = layout(rows())
+    served, local = ServedTeacher(url).targets(batch), LocalTeacher(model).targets(batch)
+    assert torch.equal(served.hidden, local.hidden)
+    assert torch.equal(served.head.weight, local.head.weight)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["packed", "padded", "one line"])
+def test_requests_that_are_computed_together_have_the_same_states(
+    model: Any, layout: BatchLayout
+) -> None:
+    def request(some: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = layout(some)
+        chosen = torch.zeros_like(batch["labels"])
+        chosen[:, :-1] = batch["labels"][:, 1:] != -100
+        names = ("input_ids", "position_ids", "attention_mask")
+        return {name: batch[name] for name in names if name in batch} | {"chosen": chosen}  # type: ignore[literal-required]
+
+    encoded = rows(12)
+    batches = [request(encoded[:4]), request(encoded[4:6]), request(encoded[6:])]
+    for columns in {tuple(batch) for batch in batches}:
+        alike = [batch for batch in batches if tuple(batch) == columns]
+        for one, joined in zip(alike, _compute(model, alike), strict=True):
+            [alone] = _compute(model, [one])
+            assert torch.allclose(alone, joined, atol=1e-5)
+
+
+def test_only_requests_of_similar_length_are_joined() -> None:
+    def waiting(length: int, name: str = "position_ids") -> _Waiting:
+        column = torch.zeros(2, length, dtype=torch.long)
+        return _Waiting({"input_ids": column, name: column}, None)  # type: ignore[arg-type]
+
+    groups = _joinable([waiting(100), waiting(10), waiting(11), waiting(10, "attention_mask")])
+    lengths = [[one.batch["input_ids"].shape[1] for one in group] for group in groups]
+    assert sorted(map(sorted, lengths)) == [[10], [10, 11], [100]] or sorted(lengths) == [
+        [10],
+        [10],
+        [11],
+        [100],
+    ]
+
+
+@pytest.fixture
+def place(pair_folder: Path) -> Path:
+    write_rows(pair_folder / "data.jsonl", conversations(20))
+    return pair_folder
+
+
+def distill(teacher: str, output: str, *flags: str, student: str = "student") -> int:
+    arguments = ["distill", teacher, student, "--data", "data.jsonl", "--output-dir", output]
+    return cli.main([*arguments, "--max-steps", "3", *ON_CPU, *flags])
+
+
+def weights(output: str) -> dict[str, Any]:
+    return load_file(Path(output) / "student" / "model.safetensors")
+
+
+def opened(folder: Path) -> Any:
+    from potstill.models import load_model
+
+    return load_model(folder, dtype="float32", device="cpu")[0]
+
+
+@pytest.mark.parametrize("method", ["logits", "cross"])
+def test_a_run_with_a_served_teacher_ends_where_one_with_a_local_teacher_ends(
+    place: Path, method: str
+) -> None:
+    if method == "cross":
+        tiny_model(seed=2, layers=2, rows=400).save_pretrained(place / "other")
+        sentencepiece_tokenizer(chat_template=None).save_pretrained(place / "other")
+    student = "other" if method == "cross" else "student"
+    flags = ("--method", method, "--chat-template", "plain")
+    assert distill("teacher", "local", *flags, student=student) == 0
+    (place / "stored").mkdir()
+    with serving(app_of(opened(place / "teacher"), place / "stored")) as url:
+        assert distill(url, "served", *flags, student=student) == 0
+    local, served = weights("local"), weights("served")
+    assert all(torch.equal(local[name], served[name]) for name in local)
+    files = [place / one / "evaluation.json" for one in ("local", "served")]
+    first, second = (json.loads(file.read_text()) for file in files)
+    assert first["after"] == second["after"]
+
+
+def test_a_restart_of_the_server_is_survived_and_another_teacher_refused(
+    model: Any, tmp_path: Path
+) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    batch = LAYOUTS[0](rows())
+    with serving(app_of(model, tmp_path / "a")) as url:
+        teacher = ServedTeacher(url, patience_seconds=20)
+        before = teacher.targets(batch).hidden
+    port = int(url.rsplit(":", 1)[1])
+    found: list[Any] = []
+
+    def ask() -> None:
+        try:
+            found.append(teacher.targets(batch).hidden)
+        except ServerError as error:
+            found.append(str(error))
+
+    for folder, other in (("b", model), ("c", tiny_model(seed=5))):
+        asking = threading.Thread(target=ask)
+        asking.start()
+        time.sleep(0.5)  # the server is away
+        with serving(app_of(other, tmp_path / folder), port):
+            asking.join()
+    assert torch.equal(found[0], before)
+    assert "now serves another teacher" in found[1]
+
+
+def test_a_server_that_goes_away_for_good_is_one_line(url: str, model: Any) -> None:
+    teacher = ServedTeacher(url, patience_seconds=0.5)
+    teacher.url = "http://127.0.0.1:9"  # nothing listens there
+    with pytest.raises(ServerError, match=r"no answer .* for 0.5 seconds; start the server") as one:
+        teacher.targets(LAYOUTS[0](rows()))
+    assert "\n" not in str(one.value)
+
+
+class TestBadInput:
+    def refused(self, url: str, place: Path, capsys: pytest.CaptureFixture[str]) -> str:
+        assert distill(url, "run") == 2
+        line = capsys.readouterr().err
+        assert not (place / "run").exists()
+        assert line.count("potstill: ") == 1
+        return line
+
+    def test_nothing_listens(self, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        line = self.refused("http://127.0.0.1:9", place, capsys)
+        assert "start it with potstill serve, or check the address" in line
+
+    def test_another_kind_of_server(self, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        from starlette.applications import Starlette
+        from starlette.responses import JSONResponse
+        from starlette.routing import Route
+
+        other = Starlette(routes=[Route("/teacher", lambda _: JSONResponse({"object": "list"}))])
+        with serving(other) as url:
+            assert "not a server of potstill serve" in self.refused(url, place, capsys)
+
+    def test_a_wrong_token(
+        self, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (place / "stored").mkdir()
+        app = app_of(opened(place / "teacher"), place / "stored", token="secret")
+        with serving(app) as url:
+            assert "refuses the token (status 401)" in self.refused(url, place, capsys)
+            monkeypatch.setenv("POTSTILL_TOKEN", "wrong")
+            assert "set POTSTILL_TOKEN" in self.refused(url, place, capsys)
+            monkeypatch.setenv("POTSTILL_TOKEN", "secret")
+            assert distill(url, "run") == 0
+
+    def test_another_tokenizer(self, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (place / "stored").mkdir()
+        app = app_of(tiny_model(rows=400), place / "stored", tokenizer=sentencepiece_tokenizer())
+        with serving(app) as url:
+            assert "different tokenizers" in self.refused(url, place, capsys)
+
+    def test_what_a_server_refuses(self, model: Any, tmp_path: Path) -> None:
+        ids = torch.zeros(1, 4, dtype=torch.long)
+        bodies = [
+            b"not safetensors",
+            save({"input_ids": ids}),
+            save({"input_ids": ids, "chosen": torch.zeros(1, 5, dtype=torch.bool)}),
+            save({"input_ids": ids + 10_000, "chosen": ids}),
+            save({"input_ids": ids - 1, "chosen": ids}),
+            save({"input_ids": ids.float(), "chosen": ids}),
+            save({"input_ids": ids, "chosen": ids + 0, "labels": ids + 1}),
+            save({"input_ids": ids[0], "chosen": ids[0] + 0}),
+        ]
+        with TestClient(app_of(model, tmp_path)) as client:
+            for body in bodies:
+                assert client.post("/states", content=body).status_code == 400
+            big = b"0" * (33 << 18)
+            assert client.post("/states", content=big).status_code == 413
+            assert client.get("/files/../secret").status_code == 404
+            assert client.get("/files/head.safetensors").status_code == 200
+
+    def test_a_port_in_use_and_an_open_address_without_a_token(
+        self, place: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = str(taken.getsockname()[1])
+            assert cli.main(["serve", "teacher", "--port", port, *ON_CPU]) == 2
+        assert f"port {port} of 127.0.0.1" in capsys.readouterr().err
+        assert cli.main(["serve", "teacher", "--host", "0.0.0.0", *ON_CPU]) == 2
+        assert "set a token in POTSTILL_TOKEN" in capsys.readouterr().err
+        assert cli.main(["serve", "none", *ON_CPU]) == 2
+        assert "none" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_random_kills_of_the_server_and_the_run_lose_nothing(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "potstill"]
+    serve = [*command, "serve", "teacher", "--port", str(port), *ON_CPU]
+    run = [*command, "distill", f"http://127.0.0.1:{port}", "student", "--data", "data.jsonl"]
+    run += ["--output-dir", "killed", "--max-steps", "12", *ON_CPU]
+    assert distill("teacher", "whole", "--max-steps", "12") == 0
+    dice = random.Random(0)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(what: list[str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(what, env=environment, stdout=subprocess.PIPE)
+
+    server, client = start(serve), start(run)
+    kills, deadline = 0, time.monotonic() + 500
+    while client.poll() != 0 and time.monotonic() < deadline:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            client.wait(timeout=dice.uniform(1, 12))
+        if client.poll() is not None and client.returncode != 0:
+            client = start(run)
+        elif client.poll() is None and kills < KILLS:
+            kills += 1
+            if dice.random() < 0.5:
+                server.send_signal(signal.SIGKILL)
+                server.wait()
+                server = start(serve)
+            else:
+                client.send_signal(signal.SIGKILL)
+                client.wait()
+                client = start(run)
+    server.kill()
+    server.wait()
+    assert client.returncode == 0
+    assert kills >= 1
+    whole, killed = weights("whole"), weights("killed")
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_a_url_opens_as_a_teacher(url: str, model: Any) -> None:
+    teacher = open_teacher(url)
+    assert teacher.model is None
+    assert teacher.vocabulary_rows == 272
+    assert teacher.tokenizer is not None
+    assert teacher.tokenizer.chat_template == toy_tokenizer().chat_template
