@@ -143,6 +143,52 @@ def potstill_step(options: Any, method: str, **more: Any) -> dict[str, float]:
     return timed(options, trainer, counts.tokens)
 
 
+def captured_step(options: Any) -> dict[str, float]:
+    """Train from captured hidden states; the capture itself is not timed."""
+    from potstill.data import tokenize_conversations
+    from potstill.models import ModelOpener
+    from potstill.teachers import capture_conversations
+
+    folder, rows = tempfile.mkdtemp(), conversations(options)
+    opener = ModelOpener(dtype="bfloat16")
+    capture_conversations("demo", rows, folder, max_length=1024, opener=opener, progress=False)
+    return elsewhere(options, folder, tokenize_conversations(rows, opener.tokenizer("demo"))[1])
+
+
+def served_step(options: Any) -> dict[str, float]:
+    """Train with a server in another process, on the same cores."""
+    from potstill.data import tokenize_conversations
+    from potstill.models import load_tokenizer
+
+    command = [sys.executable, "-m", "potstill", "serve", "demo", "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    try:
+        url = server.stdout.readline().split()[2]
+        counts = tokenize_conversations(conversations(options), load_tokenizer("demo"))[1]
+        return elsewhere(options, url, counts)
+    finally:
+        server.kill()
+
+
+def elsewhere(options: Any, source: str, counts: Any) -> dict[str, float]:
+    """Train with a teacher that is not in this process."""
+    from potstill import DistillationConfig, DistillationTrainer
+    from potstill.teachers import open_teacher
+    from potstill.training.kept_memory import keep_freed_memory
+
+    keep_freed_memory()
+    _, student, tokenizer = pair()
+    trainer = DistillationTrainer(
+        student,
+        open_teacher(source),
+        DistillationConfig(method="logits", **arguments(options)),
+        conversations(options),
+        processing_class=tokenizer,
+    )
+    return timed(options, trainer, counts.tokens)
+
+
 def plain_step(options: Any) -> dict[str, float]:
     """Run transformers' Trainer unchanged: padded, dense logits, cross-entropy on answers."""
     import transformers
@@ -213,6 +259,8 @@ def teacher_forward(options: Any) -> dict[str, float]:
 METHODS = {
     "potstill logits": lambda options: potstill_step(options, "logits"),
     "potstill logits, padded": lambda options: potstill_step(options, "logits", packed=False),
+    "potstill logits, captured": captured_step,
+    "potstill logits, served": served_step,
     "potstill cross": lambda options: potstill_step(options, "cross"),
     "TRL 1.16 GKDTrainer": trl_step,
     "TRL 1.16 GKDTrainer, freed memory kept": trl_step_with_memory_kept,

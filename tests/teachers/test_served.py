@@ -299,7 +299,7 @@ def test_random_kills_of_the_server_and_the_run_lose_nothing(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def start(what: list[str]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(what, env=environment, stdout=subprocess.PIPE)
+        return subprocess.Popen(what, env=environment, stdout=subprocess.DEVNULL)
 
     server, client = start(serve), start(run)
     kills, deadline = 0, time.monotonic() + 500

@@ -26,7 +26,7 @@ SUMMARIES = {
     "student": "Make a student from a teacher: keep some layers, or change the tokenizer.",
     "generate": "Let a teacher answer prompts, and make a filtered data set of its answers.",
     "capture": "Store a teacher's hidden states on conversations, to train without the teacher.",
-    "serve": "Serve a teacher's hidden states, for potstill distill http://HOST:PORT STUDENT.",
+    "serve": "Serve a teacher's hidden states, for `potstill distill http://HOST:PORT STUDENT`.",
     "distill": "Train a student, evaluate it before and after, and write a report.",
     "compare": "Train several methods on the same data and budget; report which is best.",
     "evaluate": "Measure a student against its teacher on held-out conversations.",
