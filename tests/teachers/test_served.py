@@ -293,8 +293,8 @@ def test_random_kills_of_the_server_and_the_run_lose_nothing(
     command = [sys.executable, "-m", "potstill"]
     serve = [*command, "serve", "teacher", "--port", str(port), *ON_CPU]
     run = [*command, "distill", f"http://127.0.0.1:{port}", "student", "--data", "data.jsonl"]
-    run += ["--output-dir", "killed", "--max-steps", "12", *ON_CPU]
-    assert distill("teacher", "whole", "--max-steps", "12") == 0
+    run += ["--output-dir", "killed", "--max-steps", "300", *ON_CPU]
+    assert distill("teacher", "whole", "--max-steps", "300") == 0
     dice = random.Random(0)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -305,7 +305,7 @@ def test_random_kills_of_the_server_and_the_run_lose_nothing(
     kills, deadline = 0, time.monotonic() + 500
     while client.poll() != 0 and time.monotonic() < deadline:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            client.wait(timeout=dice.uniform(1, 12))
+            client.wait(timeout=dice.uniform(4, 16))
         if client.poll() is not None and client.returncode != 0:
             client = start(run)
         elif client.poll() is None and kills < KILLS:
@@ -321,7 +321,7 @@ def test_random_kills_of_the_server_and_the_run_lose_nothing(
     server.kill()
     server.wait()
     assert client.returncode == 0
-    assert kills >= 1
+    assert kills >= 5
     whole, killed = weights("whole"), weights("killed")
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
