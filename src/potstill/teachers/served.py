@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import ssl
 import tempfile
@@ -19,20 +20,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from potstill.errors import ConfigError, ServerError
+from potstill.data import IGNORED, BatchLayout
+from potstill.errors import ConfigError, ModelError, ServerError
 from potstill.losses import Head
 from potstill.models import ModelOpener
 from potstill.models.gguf import cache_folder
 from potstill.models.heads import model_inputs
+from potstill.models.vocabulary import highest_id
 from potstill.processes import print_main
 from potstill.protocols import Batch, Tokenizer
+from potstill.teachers.captured import batch_rows
 from potstill.teachers.stored_head import HEAD, TOKENIZER, read_head
 from potstill.teachers.targets import LossSettings, StatesTarget
 
 TOKEN_VARIABLE = "POTSTILL_TOKEN"
+IDENTITY = "x-potstill-teacher"
+"""The header in which every reply names the teacher that made it."""
 PATIENCE_SECONDS = 300.0
 """How long a server that does not answer is asked again."""
 RETRIED = (429, 502, 503, 504)
+FORMAT = 1
+NOT_OURS = "not a server of potstill serve; check the address"
 
 
 class _Unavailable(Exception):
@@ -52,7 +60,9 @@ class ServedTeacher:
         self.tokenizer: Tokenizer | None = None
         self._client = _client(self.url)
         weakref.finalize(self, self._client.close)
+        self._identity: str | None = None
         self.facts = self._facts()
+        self._identity = identity(self.facts)
         self.dtype: torch.dtype = getattr(torch, self.facts["dtype"])
         self.folder = self._downloaded()
         self.head, _ = read_head(
@@ -68,20 +78,39 @@ class ServedTeacher:
     def targets(self, batch: Batch) -> StatesTarget:
         """Return hidden states ``[N, H]`` at the supervised positions, and the head."""
         device = batch["labels"].device
-        chosen = torch.zeros_like(batch["labels"], dtype=torch.bool)
-        chosen[:, :-1] = batch["labels"][:, 1:] != -100
-        columns = cast(dict[str, Tensor], {**model_inputs(batch), "chosen": chosen})
-        body = save({name: column.cpu().contiguous() for name, column in columns.items()})
-        hidden = self._states(body)
-        if hidden.shape != (int(chosen.sum()), self.head.weight.shape[1]):
+        hidden = self._states(self._request_body(batch))
+        count = int((batch["labels"][:, 1:] != IGNORED).sum())
+        if hidden.shape != (count, self.head.weight.shape[1]):
             raise ServerError(
                 f"{self.url}: answered with states of shape {tuple(hidden.shape)} for "
-                f"{int(chosen.sum())} tokens; is a proxy between?"
+                f"{count} tokens; is a proxy between?"
             )
         return StatesTarget(hidden.to(device), self._head_on(device))
 
     def require(self, rows: Iterable[dict[str, Any]], loss: LossSettings | None = None) -> None:
-        """Accept any conversations that fit into a request: the model reads all of them."""
+        """Check that the teacher has all token ids. Raises: ModelError."""
+        prefix = "teacher_" if highest_id(rows, "teacher_input_ids") >= 0 else ""
+        highest = highest_id(rows, f"{prefix}input_ids")
+        if highest >= self.facts["embedding_rows"]:
+            raise ModelError(
+                f"the data has the token id {highest}, and {self.facts['teacher']} at {self.url} "
+                f"has only {self.facts['embedding_rows']} rows in its vocabulary; serve a teacher "
+                "that has all tokens of its tokenizer"
+            )
+
+    def _request_body(self, batch: Batch) -> bytes:
+        if not self.facts["reads_packed"] and "attention_mask" not in batch:
+            batch = BatchLayout(0, packed=False)(list(batch_rows(batch)))
+        chosen = torch.zeros_like(batch["labels"], dtype=torch.bool)
+        chosen[:, :-1] = batch["labels"][:, 1:] != IGNORED
+        ids = batch["input_ids"]
+        # The id of padding is the student's: the teacher may not have it. Nothing follows padding.
+        is_last = chosen.flip(1).cumsum(1).flip(1) == 0
+        ids = ids.masked_fill(is_last & (ids >= self.facts["embedding_rows"]), 0)
+        columns = cast(
+            dict[str, Tensor], {**model_inputs(batch), "input_ids": ids, "chosen": chosen}
+        )
+        return save({name: column.cpu().contiguous() for name, column in columns.items()})
 
     def _states(self, body: bytes) -> Tensor:
         content = self._retried("POST", "/states", body)
@@ -101,16 +130,19 @@ class ServedTeacher:
             facts: dict[str, Any] = reply.json()
             if facts["kind"] != "teacher":
                 raise KeyError
+            served = facts["format"]
         except (ValueError, KeyError, TypeError) as error:
+            raise ServerError(f"{self.url}: {NOT_OURS}") from error
+        if served != FORMAT:
             raise ServerError(
-                f"{self.url}: not a server of potstill serve; check the address"
-            ) from error
+                f"{self.url}: serves in format {served}, and this version reads format {FORMAT}; "
+                "use the same version of potstill on both machines"
+            )
         return facts
 
     def _downloaded(self) -> Path:
         """Return the cached folder with head and tokenizer, downloaded once for each teacher."""
-        key = hashlib.sha256(repr(sorted(_identity(self.facts).items())).encode()).hexdigest()[:16]
-        folder = cache_folder() / "served" / key
+        folder = cache_folder() / "served" / identity(self.facts)
         if folder.is_dir():
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -131,15 +163,21 @@ class ServedTeacher:
 
     def _retried(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """Return the content of a reply, asking again while the server does not answer."""
+
+        def start_clock(state: tenacity.RetryCallState) -> None:
+            if state.attempt_number == 1:  # patience begins at the failure, not at the request
+                state.start_time = state.outcome_timestamp or 0.0
+
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_Unavailable),
             wait=tenacity.wait_random_exponential(0.2, 10, min=0.1),
             stop=tenacity.stop_after_delay(self.patience_seconds),
+            after=start_clock,
             before_sleep=self._note,
             reraise=True,
         )
         try:
-            reply: httpx.Response = retrying(self._request_same, method, path, body)
+            reply: httpx.Response = retrying(self._request, method, path, body)
         except _Unavailable as error:
             raise ServerError(
                 f"{self.url}: {error} for {self.patience_seconds:g} seconds; start the server, and "
@@ -148,23 +186,8 @@ class ServedTeacher:
         return reply.content
 
     def _note(self, state: tenacity.RetryCallState) -> None:
-        self._is_away = True
         if state.attempt_number == 1:
             print_main(f"note: {self.url} does not answer; asking again")
-
-    _is_away = False
-
-    def _request_same(self, method: str, path: str, body: bytes | None) -> httpx.Response:
-        """Send a request; after an interruption, first make sure that the teacher is the same."""
-        if self._is_away:
-            found = self._request("GET", "/teacher").json()
-            if _identity(found) != _identity(self.facts):
-                raise ServerError(
-                    f"{self.url}: now serves another teacher ({found.get('teacher')}); serve "
-                    f"{self.facts['teacher']} as before, and run the same command again"
-                )
-            self._is_away = False
-        return self._request(method, path, body)
 
     def _request(self, method: str, path: str, body: bytes | None = None) -> httpx.Response:
         try:
@@ -178,7 +201,14 @@ class ServedTeacher:
             )
         if reply.status_code in RETRIED:
             raise _Unavailable(f"status {reply.status_code}")
+        if self._identity not in (None, reply.headers.get(IDENTITY)):
+            raise ServerError(
+                f"{self.url}: now serves another teacher; serve {self.facts['teacher']} as before, "
+                "and run the same command again"
+            )
         if not reply.is_success:
+            if IDENTITY not in reply.headers:
+                raise ServerError(f"{self.url}: {NOT_OURS} (status {reply.status_code})")
             text = " ".join(reply.text.split())[:200]
             raise ServerError(f"{self.url}{path}: status {reply.status_code}: {text}")
         return reply
@@ -219,10 +249,11 @@ def _tokenizer(teacher: ServedTeacher, opener: ModelOpener) -> Tokenizer:
     return opener.tokenizer(teacher.folder / TOKENIZER)
 
 
-def _identity(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return what must be the same for the targets to be the same."""
-    names = ("weights", "dtype", "tokenizer", "chat_template", "files")
-    return {name: facts.get(name) for name in names} | {"head": facts.get("head", {}).get("sha256")}
+def identity(facts: dict[str, Any]) -> str:
+    """Return 16 digits that are the same if the targets are the same."""
+    names = ("weights", "dtype", "tokenizer", "chat_template", "files", "head")
+    same = json.dumps({name: facts.get(name) for name in names}, sort_keys=True)
+    return hashlib.sha256(same.encode()).hexdigest()[:16]
 
 
 def _client(url: str) -> httpx.Client:
