@@ -28,6 +28,7 @@ from potstill.data import BatchLayout, encode_conversation
 from potstill.errors import ModelError, ServerError
 from potstill.models.heads import hidden_states
 from potstill.teachers import LocalTeacher, open_teacher
+from potstill.teachers.ahead import RequestsAhead
 from potstill.teachers.capture import template_hashes
 from potstill.teachers.served import ServedTeacher
 from potstill.teachers.server import _compute, _computed, _joinable, _Waiting, make_app
@@ -212,7 +213,7 @@ def test_another_teacher_is_refused_even_if_no_request_failed(model: Any, tmp_pa
     port = int(url.rsplit(":", 1)[1])
     with (
         serving(app_of(tiny_model(seed=5), tmp_path / "b"), port),
-        pytest.raises(ServerError, match="now serves another teacher; serve tiny as before"),
+        pytest.raises(ServerError, match="now serves another teacher; serve the former one"),
     ):
         teacher.targets(batch)
 
@@ -259,9 +260,39 @@ def test_a_request_that_fails_does_not_fail_those_computed_with_it(model: Any) -
     assert [isinstance(one, Exception) for one in found] == [False, True, False]
 
 
+def test_the_next_batches_are_requested_before_they_are_needed_one_at_a_time() -> None:
+    posted, running, most = [], [0], [0]
+
+    def post(body: bytes) -> bytes:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        posted.append(body)
+        time.sleep(0.01)
+        running[0] -= 1
+        if body == b"bad":
+            raise ServerError("gone")
+        return body * 2
+
+    ahead = RequestsAhead(post)
+    for body in (b"a", b"b", b"c", b"d"):
+        ahead.announce(body)
+    time.sleep(0.1)
+    assert posted == [b"a", b"b"]  # two replies wait, no more are requested
+    assert ahead.take(b"a") == b"aa"
+    assert ahead.take(b"c") == b"cc"  # b is dropped
+    assert ahead.take(b"x") == b"xx"  # never announced
+    assert ahead.take(b"d") == b"dd"
+    ahead.announce(b"bad")
+    with pytest.raises(ServerError, match="gone"):
+        ahead.take(b"bad")
+    assert ahead.take(b"e") == b"ee"
+    assert most == [1]
+    assert sorted(posted) == sorted([b"a", b"b", b"c", b"x", b"d", b"bad", b"e"])
+
+
 def test_a_server_that_goes_away_for_good_is_one_line(url: str, model: Any) -> None:
     teacher = ServedTeacher(url, patience_seconds=0.5)
-    teacher.url = "http://127.0.0.1:9"  # nothing listens there
+    teacher.connection.url = "http://127.0.0.1:9"  # nothing listens there
     with pytest.raises(ServerError, match=r"no answer .* for 0.5 seconds; start the server") as one:
         teacher.targets(LAYOUTS[0](rows()))
     assert "\n" not in str(one.value)
@@ -396,3 +427,37 @@ def test_a_url_opens_as_a_teacher(url: str, model: Any) -> None:
     assert teacher.vocabulary_rows == 272
     assert teacher.tokenizer is not None
     assert teacher.tokenizer.chat_template == toy_tokenizer().chat_template
+
+
+@pytest.mark.parametrize("method", ["logits", "cross"])
+def test_training_requests_each_batch_before_the_step_that_needs_it(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    from potstill import DistillationConfig, DistillationTrainer
+
+    happened: list[str] = []
+    teacher = open_teacher(url)
+    announce, take = teacher._ahead.announce, teacher._ahead.take  # type: ignore[attr-defined]
+    numbers: dict[bytes, int] = {}
+
+    def announcing(body: bytes) -> None:
+        happened.append(f"announced {numbers.setdefault(body, len(numbers))}")
+        announce(body)
+
+    def taking(body: bytes) -> bytes:
+        happened.append(f"taken {numbers.get(body, 'unannounced')}")
+        return take(body)
+
+    monkeypatch.setattr(teacher._ahead, "announce", announcing)  # type: ignore[attr-defined]
+    monkeypatch.setattr(teacher._ahead, "take", taking)  # type: ignore[attr-defined]
+    monkeypatch.setattr(DistillationTrainer, "_self_check", lambda *_: None)
+    settings: dict[str, Any] = {"output_dir": str(tmp_path / "run"), "use_cpu": True}
+    arguments = DistillationConfig(
+        method=method, max_steps=3, per_device_train_batch_size=4, report_to=[], **settings
+    )
+    student, data = tiny_model(seed=3, layers=2), conversations(12)
+    DistillationTrainer(student, teacher, arguments, data, processing_class=toy_tokenizer()).train()
+    steps = [f"{what} {i}" for i in range(3) for what in ("announced", "taken")]
+    assert sorted(happened) == sorted(steps)
+    assert happened.index("announced 1") < happened.index("taken 0")
+    assert happened.index("announced 2") < happened.index("taken 1")

@@ -12,7 +12,7 @@ from typing import Protocol
 from potstill.errors import ConfigError
 from potstill.models import ModelOpener, dtype_of
 from potstill.teachers.capture import template_hashes
-from potstill.teachers.served import TOKEN_VARIABLE
+from potstill.teachers.connection import TOKEN_VARIABLE
 from potstill.teachers.server import make_app
 from potstill.teachers.stored_head import store_head
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
-import ssl
 import tempfile
-import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
-import httpx
-import tenacity
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -27,24 +24,14 @@ from potstill.models import ModelOpener
 from potstill.models.gguf import cache_folder
 from potstill.models.heads import model_inputs
 from potstill.models.vocabulary import highest_id
-from potstill.processes import print_main
 from potstill.protocols import Batch, Tokenizer
+from potstill.teachers.ahead import RequestsAhead
 from potstill.teachers.captured import batch_rows
+from potstill.teachers.connection import NOT_OURS, PATIENCE_SECONDS, Connection
 from potstill.teachers.stored_head import HEAD, TOKENIZER, read_head
 from potstill.teachers.targets import LossSettings, StatesTarget
 
-TOKEN_VARIABLE = "POTSTILL_TOKEN"
-IDENTITY = "x-potstill-teacher"
-"""The header in which every reply names the teacher that made it."""
-PATIENCE_SECONDS = 300.0
-"""How long a server that does not answer is asked again."""
-RETRIED = (429, 502, 503, 504)
 FORMAT = 1
-NOT_OURS = "not a server of potstill serve; check the address"
-
-
-class _Unavailable(Exception):
-    """No answer; another attempt may have one."""
 
 
 class ServedTeacher:
@@ -56,19 +43,19 @@ class ServedTeacher:
     model: None = None
 
     def __init__(self, url: str, *, patience_seconds: float = PATIENCE_SECONDS) -> None:
-        self.url, self.patience_seconds = url.rstrip("/"), patience_seconds
+        self.url = url.rstrip("/")
         self.tokenizer: Tokenizer | None = None
-        self._client = _client(self.url)
-        weakref.finalize(self, self._client.close)
-        self._identity: str | None = None
+        self.connection = Connection(self.url, patience_seconds)
         self.facts = self._facts()
-        self._identity = identity(self.facts)
+        self.connection.identity = identity(self.facts)
         self.dtype: torch.dtype = getattr(torch, self.facts["dtype"])
         self.folder = self._downloaded()
         self.head, _ = read_head(
             self.folder, self.facts["head"], again=f"delete {self.folder} and run again"
         )
         self._heads: dict[torch.device, Head] = {}
+        post = functools.partial(self.connection.patiently, "POST", "/states")
+        self._ahead = RequestsAhead(post)
 
     @property
     def vocabulary_rows(self) -> int:
@@ -78,7 +65,7 @@ class ServedTeacher:
     def targets(self, batch: Batch) -> StatesTarget:
         """Return hidden states ``[N, H]`` at the supervised positions, and the head."""
         device = batch["labels"].device
-        hidden = self._states(self._request_body(batch))
+        hidden = self._states(self._ahead.take(self._request_body(batch)))
         count = int((batch["labels"][:, 1:] != IGNORED).sum())
         if hidden.shape != (count, self.head.weight.shape[1]):
             raise ServerError(
@@ -86,6 +73,10 @@ class ServedTeacher:
                 f"{count} tokens; is a proxy between?"
             )
         return StatesTarget(hidden.to(device), self._head_on(device))
+
+    def prefetch(self, batch: Batch) -> None:
+        """Request the states of a batch for which `targets` will be called soon."""
+        self._ahead.announce(self._request_body(batch))
 
     def require(self, rows: Iterable[dict[str, Any]], loss: LossSettings | None = None) -> None:
         """Check that the teacher has all token ids. Raises: ModelError."""
@@ -112,8 +103,7 @@ class ServedTeacher:
         )
         return save({name: column.cpu().contiguous() for name, column in columns.items()})
 
-    def _states(self, body: bytes) -> Tensor:
-        content = self._retried("POST", "/states", body)
+    def _states(self, content: bytes) -> Tensor:
         try:
             return load(content)["hidden"]
         except (SafetensorError, KeyError, ValueError) as error:
@@ -121,13 +111,7 @@ class ServedTeacher:
 
     def _facts(self) -> dict[str, Any]:
         try:
-            reply = self._request("GET", "/teacher")
-        except _Unavailable as error:
-            raise ServerError(
-                f"{self.url}: {error}; start it with potstill serve, or check the address"
-            ) from None
-        try:
-            facts: dict[str, Any] = reply.json()
+            facts: dict[str, Any] = json.loads(self.connection.once("GET", "/teacher"))
             if facts["kind"] != "teacher":
                 raise KeyError
             served = facts["format"]
@@ -153,65 +137,13 @@ class ServedTeacher:
                 if file != HEAD and (parts[0] != TOKENIZER or len(parts) != 2 or ".." in parts):
                     raise ServerError(f"{self.url}: offers a file {file!r}; nothing was written")
                 (unfinished / file).parent.mkdir(parents=True, exist_ok=True)
-                (unfinished / file).write_bytes(self._retried("GET", f"/files/{file}"))
+                (unfinished / file).write_bytes(self.connection.patiently("GET", f"/files/{file}"))
             try:
                 os.replace(unfinished, folder)
             except OSError:
                 if not folder.is_dir():  # another process may have been first
                     raise
         return folder
-
-    def _retried(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        """Return the content of a reply, asking again while the server does not answer."""
-
-        def start_clock(state: tenacity.RetryCallState) -> None:
-            if state.attempt_number == 1:  # patience begins at the failure, not at the request
-                state.start_time = state.outcome_timestamp or 0.0
-
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(_Unavailable),
-            wait=tenacity.wait_random_exponential(0.2, 10, min=0.1),
-            stop=tenacity.stop_after_delay(self.patience_seconds),
-            after=start_clock,
-            before_sleep=self._note,
-            reraise=True,
-        )
-        try:
-            reply: httpx.Response = retrying(self._request, method, path, body)
-        except _Unavailable as error:
-            raise ServerError(
-                f"{self.url}: {error} for {self.patience_seconds:g} seconds; start the server, and "
-                "run the same command again to continue"
-            ) from None
-        return reply.content
-
-    def _note(self, state: tenacity.RetryCallState) -> None:
-        if state.attempt_number == 1:
-            print_main(f"note: {self.url} does not answer; asking again")
-
-    def _request(self, method: str, path: str, body: bytes | None = None) -> httpx.Response:
-        try:
-            reply = self._client.request(method, self.url + path, content=body)
-        except (httpx.RequestError, httpx.InvalidURL) as error:
-            raise _Unavailable(f"no answer ({str(error) or repr(error)})") from error
-        if reply.status_code in (401, 403):
-            raise ServerError(
-                f"{self.url}: refuses the token (status {reply.status_code}); set {TOKEN_VARIABLE} "
-                "to that of the server"
-            )
-        if reply.status_code in RETRIED:
-            raise _Unavailable(f"status {reply.status_code}")
-        if self._identity not in (None, reply.headers.get(IDENTITY)):
-            raise ServerError(
-                f"{self.url}: now serves another teacher; serve {self.facts['teacher']} as before, "
-                "and run the same command again"
-            )
-        if not reply.is_success:
-            if IDENTITY not in reply.headers:
-                raise ServerError(f"{self.url}: {NOT_OURS} (status {reply.status_code})")
-            text = " ".join(reply.text.split())[:200]
-            raise ServerError(f"{self.url}{path}: status {reply.status_code}: {text}")
-        return reply
 
     def _head_on(self, device: torch.device) -> Head:
         if device not in self._heads:
@@ -254,15 +186,3 @@ def identity(facts: dict[str, Any]) -> str:
     names = ("weights", "dtype", "tokenizer", "chat_template", "files", "head")
     same = json.dumps({name: facts.get(name) for name in names}, sort_keys=True)
     return hashlib.sha256(same.encode()).hexdigest()[:16]
-
-
-def _client(url: str) -> httpx.Client:
-    token = os.environ.get(TOKEN_VARIABLE, "").strip()
-    if not (token.isascii() and token.isprintable()):  # httpx's own error would print it
-        raise ServerError(f"{TOKEN_VARIABLE}: holds a character that no token may have; set it")
-    return httpx.Client(
-        headers={"Authorization": f"Bearer {token}"} if token else {},
-        follow_redirects=False,  # a redirect must not carry the token to another server
-        timeout=httpx.Timeout(600, connect=10),
-        verify=ssl.create_default_context(),
-    )

@@ -34,7 +34,8 @@ from torch import Tensor
 from potstill.models.heads import carries_state, hidden_states, on_device
 from potstill.models.vocabulary import embedding_rows
 from potstill.protocols import Batch, CausalLM
-from potstill.teachers.served import FORMAT, IDENTITY, identity
+from potstill.teachers.connection import IDENTITY
+from potstill.teachers.served import FORMAT, identity
 from potstill.teachers.stored_head import HEAD, TOKENIZER
 
 MAX_TOKENS = 1 << 18
