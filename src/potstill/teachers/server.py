@@ -62,16 +62,7 @@ def make_app(model: CausalLM, folder: Path, facts: dict[str, Any], token: str | 
     queue: asyncio.Queue[_Waiting] = asyncio.Queue()
     files = {HEAD: folder / HEAD}
     files |= {f"{TOKENIZER}/{path.name}": path for path in (folder / TOKENIZER).iterdir()}
-    variable_length = "flash" in str(getattr(model.config, "_attn_implementation", ""))
-    facts = {
-        **facts,
-        "kind": "teacher",
-        "format": FORMAT,
-        "files": sorted(files),
-        "embedding_rows": rows,
-        # Variable-length kernels separate conversations only if all are in one row.
-        "reads_packed": not (carries_state(model) or variable_length),
-    }
+    facts = {**facts, **_facts_of(model), "files": sorted(files)}
 
     def check_token(request: Request) -> None:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -110,6 +101,17 @@ def make_app(model: CausalLM, folder: Path, facts: dict[str, Any], token: str | 
     ]
     named = Middleware(_NamedTeacher, identity=identity(facts))
     return Starlette(routes=routes, middleware=[named], lifespan=lifespan)
+
+
+def _facts_of(model: CausalLM) -> dict[str, Any]:
+    variable_length = "flash" in str(getattr(model.config, "_attn_implementation", ""))
+    return {
+        "kind": "teacher",
+        "format": FORMAT,
+        "embedding_rows": embedding_rows(model),
+        # Variable-length kernels separate conversations only if all are in one row.
+        "reads_packed": not (carries_state(model) or variable_length),
+    }
 
 
 class _NamedTeacher:
