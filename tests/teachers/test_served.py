@@ -25,11 +25,13 @@ from starlette.testclient import TestClient
 from conftest import conversations, sentencepiece_tokenizer, tiny_model, toy_tokenizer, write_rows
 from potstill import cli
 from potstill.data import BatchLayout, encode_conversation
-from potstill.errors import ServerError
+from potstill.errors import ModelError, ServerError
+from potstill.models.heads import hidden_states
 from potstill.teachers import LocalTeacher, open_teacher
+from potstill.teachers.ahead import RequestsAhead
 from potstill.teachers.capture import template_hashes
 from potstill.teachers.served import ServedTeacher
-from potstill.teachers.server import _compute, _joinable, _Waiting, make_app
+from potstill.teachers.server import _compute, _computed, _joinable, _Waiting, make_app
 from potstill.teachers.stored_head import store_head
 
 ON_CPU = ["--device", "cpu", "--precision", "fp32"]
@@ -201,9 +203,96 @@ def test_a_restart_of_the_server_is_survived_and_another_teacher_refused(
     assert "now serves another teacher" in found[1]
 
 
+def test_another_teacher_is_refused_even_if_no_request_failed(model: Any, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    batch = LAYOUTS[0](rows())
+    with serving(app_of(model, tmp_path / "a")) as url:
+        teacher = ServedTeacher(url)
+        teacher.targets(batch)
+    port = int(url.rsplit(":", 1)[1])
+    with (
+        serving(app_of(tiny_model(seed=5), tmp_path / "b"), port),
+        pytest.raises(ServerError, match="now serves another teacher; serve the former one"),
+    ):
+        teacher.targets(batch)
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "variable length"])
+def test_a_teacher_that_ignores_the_bounds_of_packed_rows_reads_conversations_alone(
+    kind: str, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "recurrent":
+        monkeypatch.setattr("potstill.teachers.server.carries_state", lambda _: True)
+    else:
+        model.config._attn_implementation_internal = "flash_attention_2"
+    app = app_of(model, tmp_path)
+    model.config._attn_implementation_internal = "sdpa"
+    shapes = []
+    monkeypatch.setattr(
+        "potstill.teachers.server.hidden_states",
+        lambda _, batch: shapes.append(batch["attention_mask"].shape) or hidden_states(_, batch),
+    )
+    packed = LAYOUTS[0](rows())
+    with serving(app) as url:
+        served = ServedTeacher(url).targets(packed).hidden
+    assert shapes == [(12, packed["input_ids"].shape[1])]
+    torch.testing.assert_close(served, LocalTeacher(model).targets(packed).hidden)
+
+
+def test_an_id_of_padding_that_the_teacher_does_not_have_is_not_sent(url: str, model: Any) -> None:
+    teacher = ServedTeacher(url)
+    for layout in (BatchLayout(272), BatchLayout(272, packed=False)):
+        batch = layout(rows())
+        assert int(batch["input_ids"].max()) == 272
+        found = teacher.targets(batch).hidden
+        batch["input_ids"].clamp_(max=271)
+        assert torch.equal(found, LocalTeacher(model).targets(batch).hidden)
+    teacher.require(rows())
+    with pytest.raises(ModelError, match="token id 272, and tiny at .* has only 272 rows"):
+        teacher.require([{"input_ids": [1, 272, 2], "labels": [-100, 272, 2]}])
+
+
+def test_a_request_that_fails_does_not_fail_those_computed_with_it(model: Any) -> None:
+    ids = torch.ones(1, 4, dtype=torch.long)
+    good, bad = ({"input_ids": ids * i, "chosen": ids} for i in (1, 999))
+    found = _computed(model, [good, bad, good])
+    assert [isinstance(one, Exception) for one in found] == [False, True, False]
+
+
+def test_the_next_batches_are_requested_before_they_are_needed_one_at_a_time() -> None:
+    posted, running, most = [], [0], [0]
+
+    def post(body: bytes) -> bytes:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        posted.append(body)
+        time.sleep(0.01)
+        running[0] -= 1
+        if body == b"bad":
+            raise ServerError("gone")
+        return body * 2
+
+    ahead = RequestsAhead(post)
+    for body in (b"a", b"b", b"c", b"d"):
+        ahead.announce(body)
+    time.sleep(0.1)
+    assert posted == [b"a", b"b"]  # two replies wait, no more are requested
+    assert ahead.take(b"a") == b"aa"
+    assert ahead.take(b"c") == b"cc"  # b is dropped
+    assert ahead.take(b"x") == b"xx"  # never announced
+    assert ahead.take(b"d") == b"dd"
+    ahead.announce(b"bad")
+    with pytest.raises(ServerError, match="gone"):
+        ahead.take(b"bad")
+    assert ahead.take(b"e") == b"ee"
+    assert most == [1]
+    assert sorted(posted) == sorted([b"a", b"b", b"c", b"x", b"d", b"bad", b"e"])
+
+
 def test_a_server_that_goes_away_for_good_is_one_line(url: str, model: Any) -> None:
     teacher = ServedTeacher(url, patience_seconds=0.5)
-    teacher.url = "http://127.0.0.1:9"  # nothing listens there
+    teacher.connection.url = "http://127.0.0.1:9"  # nothing listens there
     with pytest.raises(ServerError, match=r"no answer .* for 0.5 seconds; start the server") as one:
         teacher.targets(LAYOUTS[0](rows()))
     assert "\n" not in str(one.value)
@@ -226,9 +315,15 @@ class TestBadInput:
         from starlette.responses import JSONResponse
         from starlette.routing import Route
 
-        other = Starlette(routes=[Route("/teacher", lambda _: JSONResponse({"object": "list"}))])
-        with serving(other) as url:
-            assert "not a server of potstill serve" in self.refused(url, place, capsys)
+        listing = Route("/teacher", lambda _: JSONResponse({"object": "list"}))
+        newer = Route("/teacher", lambda _: JSONResponse({"kind": "teacher", "format": 9}))
+        for routes, named in (
+            ([listing], "not a server of potstill serve"),
+            ([], "not a server of potstill serve; check the address (status 404)"),
+            ([newer], "format 9, and this version reads format 1"),
+        ):
+            with serving(Starlette(routes=routes)) as url:
+                assert named in self.refused(url, place, capsys)
 
     def test_a_wrong_token(
         self, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -332,3 +427,37 @@ def test_a_url_opens_as_a_teacher(url: str, model: Any) -> None:
     assert teacher.vocabulary_rows == 272
     assert teacher.tokenizer is not None
     assert teacher.tokenizer.chat_template == toy_tokenizer().chat_template
+
+
+@pytest.mark.parametrize("method", ["logits", "cross"])
+def test_training_requests_each_batch_before_the_step_that_needs_it(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    from potstill import DistillationConfig, DistillationTrainer
+
+    happened: list[str] = []
+    teacher = open_teacher(url)
+    announce, take = teacher._ahead.announce, teacher._ahead.take  # type: ignore[attr-defined]
+    numbers: dict[bytes, int] = {}
+
+    def announcing(body: bytes) -> None:
+        happened.append(f"announced {numbers.setdefault(body, len(numbers))}")
+        announce(body)
+
+    def taking(body: bytes) -> bytes:
+        happened.append(f"taken {numbers.get(body, 'unannounced')}")
+        return take(body)
+
+    monkeypatch.setattr(teacher._ahead, "announce", announcing)  # type: ignore[attr-defined]
+    monkeypatch.setattr(teacher._ahead, "take", taking)  # type: ignore[attr-defined]
+    monkeypatch.setattr(DistillationTrainer, "_self_check", lambda *_: None)
+    settings: dict[str, Any] = {"output_dir": str(tmp_path / "run"), "use_cpu": True}
+    arguments = DistillationConfig(
+        method=method, max_steps=3, per_device_train_batch_size=4, report_to=[], **settings
+    )
+    student, data = tiny_model(seed=3, layers=2), conversations(12)
+    DistillationTrainer(student, teacher, arguments, data, processing_class=toy_tokenizer()).train()
+    steps = [f"{what} {i}" for i in range(3) for what in ("announced", "taken")]
+    assert sorted(happened) == sorted(steps)
+    assert happened.index("announced 1") < happened.index("taken 0")
+    assert happened.index("announced 2") < happened.index("taken 1")

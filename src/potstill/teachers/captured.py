@@ -130,20 +130,24 @@ def row_key(row: dict[str, Any]) -> tuple[bytes, int]:
 
 def batch_keys(batch: Batch) -> Iterator[tuple[bytes, int]]:
     """Yield key and number of supervised tokens of each conversation, in the batch's order."""
+    for row in batch_rows(batch):
+        supervised = np.asarray(row["labels"]) != IGNORED
+        yield conversation_key(row["input_ids"], supervised), int(supervised.sum())
+
+
+def batch_rows(batch: Batch) -> Iterator[dict[str, list[int]]]:
+    """Yield ``input_ids`` and ``labels`` of each conversation, in the batch's order."""
     ids, labels = (batch[name].cpu().numpy() for name in ("input_ids", "labels"))
-    chosen = labels != IGNORED
-    chosen[:, 0] = False
-    length = ids.shape[1]
     lengths = batch["attention_mask"].sum(1).tolist() if "attention_mask" in batch else None
     positions = batch["position_ids"].cpu().numpy() if "position_ids" in batch else None
     for row in range(len(ids)):
-        end = length if lengths is None else int(lengths[row])
+        end = ids.shape[1] if lengths is None else int(lengths[row])
         starts = [0] if positions is None else np.flatnonzero(positions[row, :end] == 0).tolist()
         for start, stop in zip(starts, [*starts[1:], end], strict=True):
-            supervised = chosen[row, start:stop].copy()
-            supervised[:1] = False
-            if supervised.any():  # padding at the end of a packed row has none
-                yield conversation_key(ids[row, start:stop], supervised), int(supervised.sum())
+            own = labels[row, start:stop].copy()
+            own[:1] = IGNORED
+            if (own != IGNORED).any():  # padding at the end of a packed row has none
+                yield {"input_ids": ids[row, start:stop].tolist(), "labels": own.tolist()}
 
 
 class CapturedTeacher:

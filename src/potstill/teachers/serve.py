@@ -12,9 +12,12 @@ from typing import Protocol
 from potstill.errors import ConfigError
 from potstill.models import ModelOpener, dtype_of
 from potstill.teachers.capture import template_hashes
-from potstill.teachers.served import TOKEN_VARIABLE
+from potstill.teachers.connection import TOKEN_VARIABLE
 from potstill.teachers.server import make_app
 from potstill.teachers.stored_head import store_head
+
+KEEP_ALIVE_SECONDS = 600
+"""A step may take long: a connection that is closed meanwhile is a needless failure."""
 
 
 class ServeSettings(Protocol):
@@ -65,7 +68,9 @@ def serve(settings: ServeSettings) -> None:
             app = make_app(model, Path(folder), facts, token)
             host, port = listening.getsockname()[:2]
             print(f"{settings.teacher} at http://{host}:{port} (Ctrl+C ends it)", flush=True)
-            config = uvicorn.Config(app, log_level="warning", access_log=False)
+            config = uvicorn.Config(
+                app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE_SECONDS
+            )
             uvicorn.Server(config).run(sockets=[listening])
 
 

@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import json
 import os
-import ssl
 import tempfile
-import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
-import httpx
-import tenacity
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from potstill.errors import ConfigError, ServerError
+from potstill.data import IGNORED, BatchLayout
+from potstill.errors import ConfigError, ModelError, ServerError
 from potstill.losses import Head
 from potstill.models import ModelOpener
 from potstill.models.gguf import cache_folder
 from potstill.models.heads import model_inputs
-from potstill.processes import print_main
+from potstill.models.vocabulary import highest_id
 from potstill.protocols import Batch, Tokenizer
+from potstill.teachers.ahead import RequestsAhead
+from potstill.teachers.captured import batch_rows
+from potstill.teachers.connection import NOT_OURS, PATIENCE_SECONDS, Connection
 from potstill.teachers.stored_head import HEAD, TOKENIZER, read_head
 from potstill.teachers.targets import LossSettings, StatesTarget
 
-TOKEN_VARIABLE = "POTSTILL_TOKEN"
-PATIENCE_SECONDS = 300.0
-"""How long a server that does not answer is asked again."""
-RETRIED = (429, 502, 503, 504)
-
-
-class _Unavailable(Exception):
-    """No answer; another attempt may have one."""
+FORMAT = 1
 
 
 class ServedTeacher:
@@ -48,17 +43,19 @@ class ServedTeacher:
     model: None = None
 
     def __init__(self, url: str, *, patience_seconds: float = PATIENCE_SECONDS) -> None:
-        self.url, self.patience_seconds = url.rstrip("/"), patience_seconds
+        self.url = url.rstrip("/")
         self.tokenizer: Tokenizer | None = None
-        self._client = _client(self.url)
-        weakref.finalize(self, self._client.close)
+        self.connection = Connection(self.url, patience_seconds)
         self.facts = self._facts()
+        self.connection.identity = identity(self.facts)
         self.dtype: torch.dtype = getattr(torch, self.facts["dtype"])
         self.folder = self._downloaded()
         self.head, _ = read_head(
             self.folder, self.facts["head"], again=f"delete {self.folder} and run again"
         )
         self._heads: dict[torch.device, Head] = {}
+        post = functools.partial(self.connection.patiently, "POST", "/states")
+        self._ahead = RequestsAhead(post)
 
     @property
     def vocabulary_rows(self) -> int:
@@ -68,23 +65,45 @@ class ServedTeacher:
     def targets(self, batch: Batch) -> StatesTarget:
         """Return hidden states ``[N, H]`` at the supervised positions, and the head."""
         device = batch["labels"].device
-        chosen = torch.zeros_like(batch["labels"], dtype=torch.bool)
-        chosen[:, :-1] = batch["labels"][:, 1:] != -100
-        columns = cast(dict[str, Tensor], {**model_inputs(batch), "chosen": chosen})
-        body = save({name: column.cpu().contiguous() for name, column in columns.items()})
-        hidden = self._states(body)
-        if hidden.shape != (int(chosen.sum()), self.head.weight.shape[1]):
+        hidden = self._states(self._ahead.take(self._request_body(batch)))
+        count = int((batch["labels"][:, 1:] != IGNORED).sum())
+        if hidden.shape != (count, self.head.weight.shape[1]):
             raise ServerError(
                 f"{self.url}: answered with states of shape {tuple(hidden.shape)} for "
-                f"{int(chosen.sum())} tokens; is a proxy between?"
+                f"{count} tokens; is a proxy between?"
             )
         return StatesTarget(hidden.to(device), self._head_on(device))
 
-    def require(self, rows: Iterable[dict[str, Any]], loss: LossSettings | None = None) -> None:
-        """Accept any conversations that fit into a request: the model reads all of them."""
+    def prefetch(self, batch: Batch) -> None:
+        """Request the states of a batch for which `targets` will be called soon."""
+        self._ahead.announce(self._request_body(batch))
 
-    def _states(self, body: bytes) -> Tensor:
-        content = self._retried("POST", "/states", body)
+    def require(self, rows: Iterable[dict[str, Any]], loss: LossSettings | None = None) -> None:
+        """Check that the teacher has all token ids. Raises: ModelError."""
+        prefix = "teacher_" if highest_id(rows, "teacher_input_ids") >= 0 else ""
+        highest = highest_id(rows, f"{prefix}input_ids")
+        if highest >= self.facts["embedding_rows"]:
+            raise ModelError(
+                f"the data has the token id {highest}, and {self.facts['teacher']} at {self.url} "
+                f"has only {self.facts['embedding_rows']} rows in its vocabulary; serve a teacher "
+                "that has all tokens of its tokenizer"
+            )
+
+    def _request_body(self, batch: Batch) -> bytes:
+        if not self.facts["reads_packed"] and "attention_mask" not in batch:
+            batch = BatchLayout(0, packed=False)(list(batch_rows(batch)))
+        chosen = torch.zeros_like(batch["labels"], dtype=torch.bool)
+        chosen[:, :-1] = batch["labels"][:, 1:] != IGNORED
+        ids = batch["input_ids"]
+        # The id of padding is the student's: the teacher may not have it. Nothing follows padding.
+        is_last = chosen.flip(1).cumsum(1).flip(1) == 0
+        ids = ids.masked_fill(is_last & (ids >= self.facts["embedding_rows"]), 0)
+        columns = cast(
+            dict[str, Tensor], {**model_inputs(batch), "input_ids": ids, "chosen": chosen}
+        )
+        return save({name: column.cpu().contiguous() for name, column in columns.items()})
+
+    def _states(self, content: bytes) -> Tensor:
         try:
             return load(content)["hidden"]
         except (SafetensorError, KeyError, ValueError) as error:
@@ -92,25 +111,22 @@ class ServedTeacher:
 
     def _facts(self) -> dict[str, Any]:
         try:
-            reply = self._request("GET", "/teacher")
-        except _Unavailable as error:
-            raise ServerError(
-                f"{self.url}: {error}; start it with potstill serve, or check the address"
-            ) from None
-        try:
-            facts: dict[str, Any] = reply.json()
+            facts: dict[str, Any] = json.loads(self.connection.once("GET", "/teacher"))
             if facts["kind"] != "teacher":
                 raise KeyError
+            served = facts["format"]
         except (ValueError, KeyError, TypeError) as error:
+            raise ServerError(f"{self.url}: {NOT_OURS}") from error
+        if served != FORMAT:
             raise ServerError(
-                f"{self.url}: not a server of potstill serve; check the address"
-            ) from error
+                f"{self.url}: serves in format {served}, and this version reads format {FORMAT}; "
+                "use the same version of potstill on both machines"
+            )
         return facts
 
     def _downloaded(self) -> Path:
         """Return the cached folder with head and tokenizer, downloaded once for each teacher."""
-        key = hashlib.sha256(repr(sorted(_identity(self.facts).items())).encode()).hexdigest()[:16]
-        folder = cache_folder() / "served" / key
+        folder = cache_folder() / "served" / identity(self.facts)
         if folder.is_dir():
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -121,67 +137,13 @@ class ServedTeacher:
                 if file != HEAD and (parts[0] != TOKENIZER or len(parts) != 2 or ".." in parts):
                     raise ServerError(f"{self.url}: offers a file {file!r}; nothing was written")
                 (unfinished / file).parent.mkdir(parents=True, exist_ok=True)
-                (unfinished / file).write_bytes(self._retried("GET", f"/files/{file}"))
+                (unfinished / file).write_bytes(self.connection.patiently("GET", f"/files/{file}"))
             try:
                 os.replace(unfinished, folder)
             except OSError:
                 if not folder.is_dir():  # another process may have been first
                     raise
         return folder
-
-    def _retried(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        """Return the content of a reply, asking again while the server does not answer."""
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(_Unavailable),
-            wait=tenacity.wait_random_exponential(0.2, 10, min=0.1),
-            stop=tenacity.stop_after_delay(self.patience_seconds),
-            before_sleep=self._note,
-            reraise=True,
-        )
-        try:
-            reply: httpx.Response = retrying(self._request_same, method, path, body)
-        except _Unavailable as error:
-            raise ServerError(
-                f"{self.url}: {error} for {self.patience_seconds:g} seconds; start the server, and "
-                "run the same command again to continue"
-            ) from None
-        return reply.content
-
-    def _note(self, state: tenacity.RetryCallState) -> None:
-        self._is_away = True
-        if state.attempt_number == 1:
-            print_main(f"note: {self.url} does not answer; asking again")
-
-    _is_away = False
-
-    def _request_same(self, method: str, path: str, body: bytes | None) -> httpx.Response:
-        """Send a request; after an interruption, first make sure that the teacher is the same."""
-        if self._is_away:
-            found = self._request("GET", "/teacher").json()
-            if _identity(found) != _identity(self.facts):
-                raise ServerError(
-                    f"{self.url}: now serves another teacher ({found.get('teacher')}); serve "
-                    f"{self.facts['teacher']} as before, and run the same command again"
-                )
-            self._is_away = False
-        return self._request(method, path, body)
-
-    def _request(self, method: str, path: str, body: bytes | None = None) -> httpx.Response:
-        try:
-            reply = self._client.request(method, self.url + path, content=body)
-        except (httpx.RequestError, httpx.InvalidURL) as error:
-            raise _Unavailable(f"no answer ({str(error) or repr(error)})") from error
-        if reply.status_code in (401, 403):
-            raise ServerError(
-                f"{self.url}: refuses the token (status {reply.status_code}); set {TOKEN_VARIABLE} "
-                "to that of the server"
-            )
-        if reply.status_code in RETRIED:
-            raise _Unavailable(f"status {reply.status_code}")
-        if not reply.is_success:
-            text = " ".join(reply.text.split())[:200]
-            raise ServerError(f"{self.url}{path}: status {reply.status_code}: {text}")
-        return reply
 
     def _head_on(self, device: torch.device) -> Head:
         if device not in self._heads:
@@ -219,19 +181,8 @@ def _tokenizer(teacher: ServedTeacher, opener: ModelOpener) -> Tokenizer:
     return opener.tokenizer(teacher.folder / TOKENIZER)
 
 
-def _identity(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return what must be the same for the targets to be the same."""
-    names = ("weights", "dtype", "tokenizer", "chat_template", "files")
-    return {name: facts.get(name) for name in names} | {"head": facts.get("head", {}).get("sha256")}
-
-
-def _client(url: str) -> httpx.Client:
-    token = os.environ.get(TOKEN_VARIABLE, "").strip()
-    if not (token.isascii() and token.isprintable()):  # httpx's own error would print it
-        raise ServerError(f"{TOKEN_VARIABLE}: holds a character that no token may have; set it")
-    return httpx.Client(
-        headers={"Authorization": f"Bearer {token}"} if token else {},
-        follow_redirects=False,  # a redirect must not carry the token to another server
-        timeout=httpx.Timeout(600, connect=10),
-        verify=ssl.create_default_context(),
-    )
+def identity(facts: dict[str, Any]) -> str:
+    """Return 16 digits that are the same if the targets are the same."""
+    names = ("weights", "dtype", "tokenizer", "chat_template", "files", "head")
+    same = json.dumps({name: facts.get(name) for name in names}, sort_keys=True)
+    return hashlib.sha256(same.encode()).hexdigest()[:16]

@@ -24,13 +24,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
-from potstill.models.heads import hidden_states, on_device
+from potstill.models.heads import carries_state, hidden_states, on_device
+from potstill.models.vocabulary import embedding_rows
 from potstill.protocols import Batch, CausalLM
+from potstill.teachers.connection import IDENTITY
+from potstill.teachers.served import FORMAT, identity
 from potstill.teachers.stored_head import HEAD, TOKENIZER
 
 MAX_TOKENS = 1 << 18
@@ -53,11 +58,11 @@ class _Waiting:
 
 def make_app(model: CausalLM, folder: Path, facts: dict[str, Any], token: str | None) -> Starlette:
     """Return the application for a model whose head and tokenizer are stored in ``folder``."""
-    highest = model.config.get_text_config().vocab_size
+    rows = embedding_rows(model)
     queue: asyncio.Queue[_Waiting] = asyncio.Queue()
     files = {HEAD: folder / HEAD}
     files |= {f"{TOKENIZER}/{path.name}": path for path in (folder / TOKENIZER).iterdir()}
-    facts = {**facts, "kind": "teacher", "files": sorted(files), "max_tokens": MAX_TOKENS}
+    facts = {**facts, **_facts_of(model), "files": sorted(files)}
 
     def check_token(request: Request) -> None:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -77,7 +82,7 @@ def make_app(model: CausalLM, folder: Path, facts: dict[str, Any], token: str | 
 
     async def states(request: Request) -> Response:
         check_token(request)
-        batch = _parsed(await _body(request), highest)
+        batch = _parsed(await _body(request), rows)
         waiting = _Waiting(batch, asyncio.get_running_loop().create_future())
         await queue.put(waiting)
         hidden = await waiting.done
@@ -94,7 +99,34 @@ def make_app(model: CausalLM, folder: Path, facts: dict[str, Any], token: str | 
         Route("/files/{name:path}", file),
         Route("/states", states, methods=["POST"]),
     ]
-    return Starlette(routes=routes, lifespan=lifespan)
+    named = Middleware(_NamedTeacher, identity=identity(facts))
+    return Starlette(routes=routes, middleware=[named], lifespan=lifespan)
+
+
+def _facts_of(model: CausalLM) -> dict[str, Any]:
+    variable_length = "flash" in str(getattr(model.config, "_attn_implementation", ""))
+    return {
+        "kind": "teacher",
+        "format": FORMAT,
+        "embedding_rows": embedding_rows(model),
+        # Variable-length kernels separate conversations only if all are in one row.
+        "reads_packed": not (carries_state(model) or variable_length),
+    }
+
+
+class _NamedTeacher:
+    """Name the teacher in every reply, so that a client notices another one after a restart."""
+
+    def __init__(self, app: ASGIApp, *, identity: str) -> None:
+        self.app, self.header = app, (IDENTITY.encode(), identity.encode())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], self.header]
+            await send(message)
+
+        await self.app(scope, receive, send_named)
 
 
 async def _body(request: Request) -> bytes:
@@ -136,11 +168,7 @@ async def _answer_all(model: CausalLM, queue: asyncio.Queue[_Waiting]) -> None:
             some = [one for one in some if not one.done.cancelled()]  # the client has gone
             if not some:
                 continue
-            found: list[Any]
-            try:
-                found = await asyncio.to_thread(_compute, model, [one.batch for one in some])
-            except Exception as error:  # the server goes on; the client is told
-                found = [error] * len(some)
+            found = await asyncio.to_thread(_computed, model, [one.batch for one in some])
             for one, result in zip(some, found, strict=True):
                 if one.done.cancelled():
                     continue
@@ -165,6 +193,17 @@ def _joinable(waiting: list[_Waiting]) -> list[list[_Waiting]]:
         else:
             groups.append([one])
     return groups
+
+
+def _computed(model: CausalLM, batches: list[dict[str, Tensor]]) -> list[Tensor | Exception]:
+    """Return the states of each batch, or why there are none: the server goes on."""
+    try:
+        return [*_compute(model, batches)]
+    except Exception as error:
+        if len(batches) == 1:
+            return [error]
+    # Together they may need too much memory, and one must not fail the others.
+    return [one for batch in batches for one in _computed(model, [batch])]
 
 
 @torch.inference_mode()

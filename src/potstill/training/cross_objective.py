@@ -151,12 +151,17 @@ class CrossObjective:
         """Return the loss of the alignment, summed over what it compares."""
         hidden, labels = supervised(hidden_states(student, model_inputs(batch)), batch["labels"])
         theirs = _of_teacher(batch)
-        states = self.teacher.targets({**model_inputs(theirs), "labels": theirs["labels"]})
+        states = self.teacher.targets(self.teacher_batch(batch))
         target = ALIGNMENTS[self.alignment].target(
             states, self.cells, SupervisedColumns(batch), SupervisedColumns(theirs)
         )
         nats: Tensor = target.summed_loss(hidden, trainable_head(student), labels, self.loss)
         return nats
+
+    def teacher_batch(self, batch: Batch) -> Batch:
+        """Return model inputs and labels of the teacher's tokenization."""
+        theirs = _of_teacher(batch)
+        return {**model_inputs(theirs), "labels": theirs["labels"]}
 
     def self_divergence(self, rows: list[dict[str, Any]]) -> Tensor | None:
         """Compare the teacher with itself over its own tokens, each token its own cell."""

@@ -59,6 +59,10 @@ class Objective(Protocol):
         """Return the loss with the teacher as its own student: 0, or None if undefined."""
         ...
 
+    def teacher_batch(self, batch: Batch) -> Batch | None:
+        """Return the part of ``batch`` that the teacher reads; None without a teacher."""
+        ...
+
 
 @dataclass
 class TextObjective:
@@ -81,6 +85,10 @@ class TextObjective:
         """Return None: there is no divergence."""
         return None
 
+    def teacher_batch(self, batch: Batch) -> Batch | None:
+        """Return None: there is no teacher."""
+        return None
+
 
 @dataclass
 class LogitsObjective:
@@ -99,7 +107,7 @@ class LogitsObjective:
     def summed_loss(self, student: nn.Module, batch: Batch) -> Tensor:
         """Return the divergence, summed over supervised tokens."""
         hidden, labels = supervised(hidden_states(student, model_inputs(batch)), batch["labels"])
-        target = self.teacher.targets({**model_inputs(batch), "labels": batch["labels"]})
+        target = self.teacher.targets(self.teacher_batch(batch))
         return target.summed_loss(
             hidden, trainable_head(student, rows=self.rows), labels, self.loss
         )
@@ -112,6 +120,10 @@ class LogitsObjective:
         batch = on_device(self.layout(rows), model.device)
         loss = dataclasses.replace(self.loss, hard_label_weight=0.0)
         return dataclasses.replace(self, loss=loss).summed_loss(model, batch)
+
+    def teacher_batch(self, batch: Batch) -> Batch:
+        """Return model inputs and labels, which are the student's."""
+        return {**model_inputs(batch), "labels": batch["labels"]}
 
 
 def make_objective(

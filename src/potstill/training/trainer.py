@@ -27,6 +27,7 @@ from potstill.processes import print_main
 from potstill.protocols import Batch
 from potstill.training.config import DistillationConfig
 from potstill.training.objectives import Objective, make_objective
+from potstill.training.prefetch import with_prefetching
 from potstill.training.self_check import CONVERSATIONS, check_objective
 
 
@@ -72,13 +73,15 @@ class DistillationTrainer(Trainer):
         )
         _refuse_unknown_ids(model, self.objective, train_dataset, eval_dataset)
         args._n_gpu = min(args.n_gpu, 1)  # disable nn.DataParallel; use DDP or FSDP
+        layout = kwargs.pop("data_collator", None) or self.objective.layout
+        workers = args.dataloader_num_workers
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=kwargs.pop("data_collator", None) or self.objective.layout,
+            data_collator=with_prefetching(layout, self.objective, workers=workers),
             **kwargs,
         )
         fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
