@@ -1,4 +1,4 @@
-"""Fourteen kinds of chat templates, and what each must write and learn, said in Python.
+"""Fifteen kinds of chat templates, and what each must write and learn, said in Python.
 
 The templates are written for these tests in the manner of well-known models. A reference writer
 returns pieces of text, each with True if the assistant wrote it (what is learned).
@@ -444,7 +444,24 @@ def _pending(messages: Messages, tools: Any) -> Pieces:
     return [*pieces, (f"[Q]{asked}[A]", False)] if asked else pieces
 
 
+# --- the generation prompt is written after every conversation (the first Llama 3) --------------
+
+ALWAYS = """{% for message in messages %}<|turn|>{{ message.role }}<|say|>
+{{ message.content | trim }}<|end|>{% endfor %}<|turn|>assistant<|say|>
+{{- '\n' }}"""
+
+
+def _always(messages: Messages, tools: Any) -> Pieces:
+    pieces: Pieces = []
+    for message in messages:
+        learned = message["role"] == "assistant"
+        text = message["content"].strip() + "<|end|>"
+        pieces += [(f"<|turn|>{message['role']}<|say|>\n", False), (text, learned)]
+    return [*pieces, ("<|turn|>assistant<|say|>\n", False)]
+
+
 KINDS = {
+    "a prompt after every conversation": Kind(ALWAYS, _always, ("<|turn|>", "<|say|>", "<|end|>")),
     "calls after the text": Kind(CALLS_AFTER, _calls_after, tool_calls=True),
     "calls instead of the text": Kind(
         CALLS_INSTEAD,

@@ -145,14 +145,15 @@ def _opening(template: str, special_tokens: tuple[tuple[str, Any], ...]) -> _Ope
     try:
         whole = render_marked(template, messages, add_generation_prompt=False, **variables)
         prompt = render_marked(template, messages[:1], add_generation_prompt=True, **variables)
-        bare = render_marked(template, messages[:1], add_generation_prompt=False, **variables)
     except Exception:  # it refuses so short a conversation
         return None
     start, end = whole.written.get(1, (0, 0))
     header, found, closing = whole.text[start:end].partition(said)
-    if not found or asked in header or not prompt.text.startswith(bare.text):
+    if not found or asked in header or 0 not in prompt.written:
         return None
-    return _Opening(prompt.text[len(bare.text) :], header, closing)
+    # Some templates write the generation prompt after every conversation, so what is after the
+    # question is compared, and not the text with and without the prompt.
+    return _Opening(prompt.text[prompt.written[0][1] :], header, closing)
 
 
 def _before_end(
