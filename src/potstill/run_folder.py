@@ -44,6 +44,7 @@ class RunFolder:
             for key, value in config.items():
                 # The run chooses these when it begins.
                 planned = key in ("max_steps", "template_date") and value is None
+                planned |= key == "template_date" and stored.get(key) is None
                 if stored.get(key) != value and not planned and key not in but:
                     raise RunFolderError(
                         f"{self.path}: holds a run with {key} {stored.get(key)}, not {value}; "

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from conftest import CHATML, conversations, toy_tokenizer, write_rows
 from potstill import cli
 from potstill.commands import generate_dataset
+from potstill.distillation import DistillSettings
 from potstill.distillation import run as pipeline
+from potstill.run_folder import RunFolder
 from potstill.teachers import capture
 
 DATED = "{{ '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
@@ -123,3 +125,12 @@ def test_rows_that_are_encoded_otherwise_stop_a_continued_run(
     )
     assert distill("run") == 2
     assert "(tokens) have changed since it began" in capsys.readouterr().err
+
+
+def test_a_folder_that_was_begun_without_a_date_gets_one(place: Path) -> None:
+    """As `potstill demo` begins its own."""
+    settings = {**vars(DistillSettings("teacher", "student", "data.jsonl", "run")), "max_steps": 4}
+    settings |= {"device": "cpu", "precision": "fp32"}
+    RunFolder("run").begin(settings)
+    assert distill("run") == 0
+    assert config("run")["template_date"] == datetime.date.today().isoformat()
