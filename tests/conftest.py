@@ -117,6 +117,20 @@ def sentencepiece_tokenizer(*, chat_template: str | None = None) -> Any:
     return fast
 
 
+def learned(conversation: dict[str, Any], tokenizer: Any, **options: Any) -> list[str]:
+    """The supervised text, one string per run of labels."""
+    from potstill.data import encode_conversation
+
+    row = encode_conversation(conversation, tokenizer, **options)
+    runs: list[list[int]] = [[]]
+    for label in row["labels"]:
+        if label != -100:
+            runs[-1].append(label)
+        elif runs[-1]:
+            runs.append([])
+    return [tokenizer.decode(run) for run in runs if run]
+
+
 def tiny_model(
     family: str = "llama",
     *,

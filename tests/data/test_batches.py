@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import CHATML, conversations, tiny_model, toy_tokenizer
+from conftest import CHATML, conversations, learned, tiny_model, toy_tokenizer
 from potstill.data import BatchLayout, encode_conversation, tokenize_conversations
 from potstill.data.chat_templates import set_chat_template
 from potstill.errors import ChatTemplateError, DataError
@@ -20,18 +20,6 @@ TWO_ANSWERS = {
         {"role": "assistant", "content": "in"},
     ]
 }
-
-
-def learned(conversation: dict[str, Any], tokenizer: Any, **options: Any) -> list[str]:
-    """The supervised text, one string per run of labels."""
-    row = encode_conversation(conversation, tokenizer, **options)
-    runs: list[list[int]] = [[]]
-    for label in row["labels"]:
-        if label != -100:
-            runs[-1].append(label)
-        elif runs[-1]:
-            runs.append([])
-    return [tokenizer.decode(run) for run in runs if run]
 
 
 def test_every_assistant_turn_and_its_end_token_is_learned_and_nothing_else(tokenizer: Any) -> None:

@@ -36,6 +36,12 @@ def _answer(content: str) -> str:
     return content.split("</think>")[-1].lstrip("\n")
 
 
+def _turn(role: str, text: str) -> Pieces:
+    """ChatML's turn, which most kinds write."""
+    opening = (f"<|im_start|>{role}\n", False)
+    return [opening, (text + "<|im_end|>", role == "assistant"), ("\n", False)]
+
+
 # --- calls after the text (Qwen2.5, Hermes) ---------------------------------------------------
 
 CALLS_AFTER = """{%- if tools %}<|im_start|>system
@@ -80,23 +86,14 @@ def _calls_after(messages: Messages, tools: Any) -> Pieces:
                 + "\n</tool_call>"
                 for call in _calls(message)
             )
-            pieces += [
-                ("<|im_start|>assistant\n", False),
-                (body + "<|im_end|>", True),
-                ("\n", False),
-            ]
+            pieces += _turn(role, body)
         elif role == "tool":
             opened = "<|im_start|>user" if roles[number - 1] != "tool" else ""
             closed = "<|im_end|>\n" if roles[number + 1 : number + 2] != ["tool"] else ""
             text = f"{opened}\n<tool_response>\n{content}\n</tool_response>{closed}"
             pieces.append((text, False))
         else:
-            learned = role == "assistant"
-            pieces += [
-                (f"<|im_start|>{role}\n", False),
-                (content + "<|im_end|>", learned),
-                ("\n", False),
-            ]
+            pieces += _turn(role, content)
     return pieces
 
 
@@ -195,12 +192,7 @@ def _empty_thought(messages: Messages, tools: Any) -> Pieces:
                 content = _answer(content)
             if number > last and (number == len(messages) - 1 or thought):
                 content = f"<think>\n{thought.strip(chr(10))}\n</think>\n\n" + content.lstrip("\n")
-        learned = role == "assistant"
-        pieces += [
-            (f"<|im_start|>{role}\n", False),
-            (content + "<|im_end|>", learned),
-            ("\n", False),
-        ]
+        pieces += _turn(role, content)
     return pieces
 
 
@@ -318,15 +310,7 @@ GENERATION = """{% for message in messages %}
 
 
 def _chatml(messages: Messages, tools: Any) -> Pieces:
-    pieces: Pieces = []
-    for message in messages:
-        learned = message["role"] == "assistant"
-        pieces += [
-            (f"<|im_start|>{message['role']}\n", False),
-            (message["content"] + "<|im_end|>", learned),
-            ("\n", False),
-        ]
-    return pieces
+    return [piece for one in messages for piece in _turn(one["role"], one["content"])]
 
 
 # --- the assistant's header belongs to the user's part (Phi-3) ---------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from template_kinds import CALLS_AFTER, EMPTY_THOUGHT, KINDS, NO_SYSTEM, OPENED_THOUGHT, Kind
 
-from conftest import CHATML, toy_tokenizer
+from conftest import CHATML, learned, toy_tokenizer
 from potstill.data import encode_conversation
 from potstill.data.answers import render_answers
 from potstill.data.chat_templates import render
@@ -44,18 +44,6 @@ def tokenizer_of(kind: Kind) -> Any:
     return toy_tokenizer(chat_template=kind.template, added=kind.specials)
 
 
-def learned(conversation: dict[str, Any], tokenizer: Any) -> list[str]:
-    """The supervised text, one string per run of labels."""
-    row = encode_conversation(conversation, tokenizer)
-    runs: list[list[int]] = [[]]
-    for label in row["labels"]:
-        if label != -100:
-            runs[-1].append(label)
-        elif runs[-1]:
-            runs.append([])
-    return [tokenizer.decode(run) for run in runs if run]
-
-
 def random_conversation(kind: Kind, dice: random.Random) -> dict[str, Any]:
     messages: list[dict[str, Any]] = []
     if kind.system and dice.random() < 0.3:
@@ -79,6 +67,11 @@ def random_conversation(kind: Kind, dice: random.Random) -> dict[str, Any]:
     return {"messages": messages, **({"tools": tools} if tools else {})}
 
 
+def random_conversations(name: str, count: int) -> list[dict[str, Any]]:
+    dice = random.Random(name)
+    return [random_conversation(KINDS[name], dice) for _ in range(count)]
+
+
 def expected(kind: Kind, conversation: dict[str, Any]) -> tuple[str, list[bool]]:
     """The whole text, and for each character whether it is learned."""
     messages = conversation["messages"]
@@ -90,10 +83,9 @@ def expected(kind: Kind, conversation: dict[str, Any]) -> tuple[str, list[bool]]
 
 @pytest.mark.parametrize("name", KINDS)
 def test_what_is_learned_is_the_assistants_turns_and_their_ends_and_nothing_else(name: str) -> None:
-    kind, dice = KINDS[name], random.Random(name)
+    kind = KINDS[name]
     tokenizer = tokenizer_of(kind)
-    for _ in range(60):
-        conversation = random_conversation(kind, dice)
+    for conversation in random_conversations(name, 60):
         everything = {
             **conversation,
             "messages": [
@@ -125,10 +117,8 @@ def _runs(labels: list[int]) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_text_is_what_the_tokenizer_itself_writes(name: str) -> None:
-    kind, dice = KINDS[name], random.Random(name)
-    tokenizer = tokenizer_of(kind)
-    for _ in range(20):
-        conversation = random_conversation(kind, dice)
+    tokenizer = tokenizer_of(KINDS[name])
+    for conversation in random_conversations(name, 20):
         messages, tools = conversation["messages"], conversation.get("tools")
         own = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
         assert render_answers(tokenizer, messages, tools=tools).text == own
