@@ -209,6 +209,7 @@ def _shard_name(number: int) -> str:
 
 
 def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

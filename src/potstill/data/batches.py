@@ -130,7 +130,10 @@ def arrow_dataset(rows: Iterator[Encoded], columns: dict[str, Any]) -> Any:
     except BaseException:
         shutil.rmtree(folder)
         raise
-    weakref.finalize(dataset or rows, shutil.rmtree, folder, ignore_errors=True)
+    if dataset is None:
+        shutil.rmtree(folder)
+    else:
+        weakref.finalize(dataset, shutil.rmtree, folder, ignore_errors=True)
     return dataset
 
 

@@ -28,10 +28,19 @@ def encode_conversation(
 
     See `encode_conversations`. Raises: ChatTemplateError, ModelError.
     """
-    _require_offsets(tokenizer)
-    reading = _rendered(conversation, tokenizer)
-    _tokenize([reading], tokenizer)
-    return reading.row(tokenizer, special_ids(tokenizer), max_length)
+    return _read(conversation, tokenizer).row(tokenizer, special_ids(tokenizer), max_length)
+
+
+def learned_parts(
+    conversation: Conversation, tokenizer: Tokenizer, *, max_length: int | None = None
+) -> list[tuple[str, bool]]:
+    """Return the text of a conversation in parts, each with True if it is learned.
+
+    What is beyond ``max_length`` tokens is left out. Raises: as `encode_conversation`.
+    """
+    reading = _read(conversation, tokenizer)
+    labels = reading.row(tokenizer, special_ids(tokenizer), max_length)["labels"]
+    return reading.parts([label != IGNORED for label in labels])
 
 
 def encode_conversations(
@@ -58,6 +67,13 @@ def encode_conversations(
         if before:
             before[1].result()
             yield from (one.row(tokenizer, special, max_length) for one in before[0])
+
+
+def _read(conversation: Conversation, tokenizer: Tokenizer) -> _Reading:
+    _require_offsets(tokenizer)
+    reading = _rendered(conversation, tokenizer)
+    _tokenize([reading], tokenizer)
+    return reading
 
 
 def _require_offsets(tokenizer: Tokenizer) -> None:
@@ -120,6 +136,19 @@ class _Reading:
             "shortened": whole > len(ids),
             "dropped_thoughts": self.dropped_thoughts,
         }
+
+    def parts(self, learned: list[bool]) -> list[tuple[str, bool]]:
+        """Return the text in parts, by whether the tokens are learned."""
+        parts, start = [], 0
+        for flag, group in itertools.groupby(enumerate(learned), key=lambda one: one[1]):
+            # An end token that the tokenizer did not write is behind the text.
+            ends = [
+                self._characters(i)[1] if i < len(self.ids) else len(self.text) for i, _ in group
+            ]
+            if max(ends) > start:
+                parts.append((self.text[start : max(ends)], flag))
+                start = max(ends)
+        return parts
 
     def _tokens_of(self, start: int, end: int) -> tuple[int, int]:
         """Return the first token that overlaps a span of the text, and the first after it."""

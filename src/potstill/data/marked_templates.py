@@ -51,7 +51,7 @@ def render_marked(
 ) -> MarkedText:
     """Render a template with its messages; ``today`` is the date that `strftime_now` formats.
 
-    Raises: whatever the template raises, and jinja2's exceptions.
+    Raises: the exceptions of the template and of jinja2.
     """
     numbers = {id(message): number for number, message in enumerate(messages)}
 

@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 
-from potstill.data.answers import render_answers
-from potstill.data.batches import IGNORED, encode_conversation
 from potstill.data.conversations import Conversation
+from potstill.data.encoding import learned_parts
 from potstill.protocols import Tokenizer
 
 _GREEN, _GREY, _RESET = "\x1b[1;32m", "\x1b[90m", "\x1b[0m"
-
-
-def learned_parts(
-    conversation: Conversation, tokenizer: Tokenizer, *, max_length: int | None = None
-) -> list[tuple[str, bool]]:
-    """Return the text of a conversation in parts, each with True if it is learned.
-
-    What is beyond ``max_length`` tokens is left out. Raises: as `encode_conversation`.
-    """
-    row = encode_conversation(conversation, tokenizer, max_length=max_length)
-    if "text" in conversation:
-        text, is_text = conversation["text"], True
-    else:
-        text = render_answers(
-            tokenizer, conversation["messages"], tools=conversation.get("tools")
-        ).text
-        is_text = False
-    encoded = tokenizer(text, add_special_tokens=is_text, return_offsets_mapping=True)
-    learned = [label != IGNORED for label in row["labels"]]
-    ends = [end for _, end in encoded["offset_mapping"]][: len(learned)]
-    ends += [len(text)] * (len(learned) - len(ends))
-    parts, start = [], 0
-    for flag, group in itertools.groupby(zip(learned, ends, strict=True), key=lambda one: one[0]):
-        end = max(end for _, end in group)
-        if end > start:
-            parts.append((text[start:end], flag))
-            start = end
-    return parts
 
 
 def preview(

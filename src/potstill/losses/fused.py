@@ -182,7 +182,7 @@ def fused_linear_loss(
             f"{len(hidden)} hidden states"
         )
     # Read the grad mode here. Inside forward it is always off, and ctx.needs_input_grad ignores
-    # torch.no_grad, so evaluation would compute gradients that nobody uses.
+    # torch.no_grad, so evaluation would compute gradients that are not used.
     differentiate = torch.is_grad_enabled()
     student = as_head(head)
     projection = Projection(

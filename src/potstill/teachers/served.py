@@ -50,12 +50,15 @@ class ServedTeacher:
         self.connection.identity = identity(self.facts)
         self.dtype: torch.dtype = getattr(torch, self.facts["dtype"])
         self.folder = self._downloaded()
-        self.head, _ = read_head(
-            self.folder, self.facts["head"], again=f"delete {self.folder} and run again"
-        )
         self._heads: dict[torch.device, Head] = {}
         post = functools.partial(self.connection.patiently, "POST", "/states")
         self._ahead = RequestsAhead(post)
+
+    @functools.cached_property
+    def head(self) -> Head:
+        """The LM head, read when it is needed: the tokenizer alone does not need it."""
+        again = f"delete {self.folder} and run again"
+        return read_head(self.folder, self.facts["head"], again=again)[0]
 
     @property
     def vocabulary_rows(self) -> int:

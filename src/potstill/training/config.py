@@ -84,7 +84,7 @@ class DistillationConfig(_DivergenceParameters, TrainingArguments):  # type: ign
     logging_nan_inf_filter: bool = False
 
     def __post_init__(self) -> None:
-        # Without an accelerator TrainingArguments would refuse bf16 until told to use the CPU.
+        # Without an accelerator TrainingArguments refuses bf16 unless use_cpu is set.
         if not torch.accelerator.is_available():
             self.use_cpu = True
         # The head is used outside of the model's forward, so DDP would call it unused.
