@@ -6,8 +6,9 @@ nor transformers.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from potstill.lazy import imported
 
 if TYPE_CHECKING:
     from potstill.distillation import Run as Run
@@ -61,10 +62,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'potstill' has no attribute {name!r}")
-    module = importlib.import_module(_HOME[name])
-    return module if _HOME[name] == f"potstill.{name}" else getattr(module, name)
+    return imported(name, "potstill", _HOME)
 
 
 def __dir__() -> list[str]:

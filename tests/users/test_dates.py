@@ -14,11 +14,9 @@ from safetensors.torch import load_file
 
 from conftest import CHATML, conversations, toy_tokenizer, write_rows
 from potstill import cli
-from potstill.commands import generate_dataset
 from potstill.distillation import DistillSettings
-from potstill.distillation import run as pipeline
+from potstill.models import chat_template
 from potstill.run_folder import RunFolder
-from potstill.teachers import capture
 
 DATED = "{{ '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
 ON_CPU = ["--device", "cpu", "--precision", "fp32"]
@@ -30,9 +28,7 @@ def today_is(monkeypatch: pytest.MonkeyPatch, day: str) -> None:
         def today(cls) -> datetime.date:  # type: ignore[override]
             return datetime.date.fromisoformat(day)
 
-    for module in (pipeline, capture, generate_dataset):
-        fake = type("datetime", (), {"date": Date})
-        monkeypatch.setattr(module, "datetime", fake)
+    monkeypatch.setattr(chat_template, "datetime", type("datetime", (), {"date": Date}))
 
 
 @pytest.fixture

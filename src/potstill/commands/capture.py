@@ -40,7 +40,7 @@ class CaptureRecipe(Reading):
 def run(recipe: CaptureRecipe) -> None:
     """Capture, and print what was captured."""
     from potstill.data import read_conversations
-    from potstill.models import ModelOpener, dtype_of
+    from potstill.models import ModelOpener
     from potstill.processes import print_main
     from potstill.teachers import capture_conversations
 
@@ -51,13 +51,7 @@ def run(recipe: CaptureRecipe) -> None:
         keep=recipe.keep,
         threshold=recipe.threshold,
         max_length=recipe.max_length,
-        opener=ModelOpener(
-            device=recipe.device,
-            dtype=dtype_of(recipe.precision),
-            chat_template=recipe.chat_template,
-            trust_remote_code=recipe.trust_remote_code,
-            template_date=recipe.template_date,
-        ),
+        opener=ModelOpener.of(recipe),
     )
     print_main(f"{recipe.output_dir}: {counts}")
     print(f"next: potstill distill {recipe.output_dir} STUDENT --data {recipe.data}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import os
 import re
 import shlex
@@ -31,6 +30,7 @@ from potstill.defaults import PASSES
 from potstill.distillation import check_pair, opener_of, run_distillation, split_data
 from potstill.errors import ConfigError, DataError, PotstillError, VocabularyMismatch
 from potstill.models import load_tokenizer
+from potstill.models.chat_template import kept_date
 from potstill.processes import print_main
 from potstill.reading import Reading
 from potstill.run_folder import RunFolder, write_json, write_whole
@@ -116,7 +116,7 @@ def _trained_runs(folder: RunFolder, recipe: CompareRecipe, recipes: Plan) -> Ru
         raise ConfigError(f"--answers {recipe.answers}: must be at least 0")
     _check_recipes_match(recipes)
     stored = folder.read_config() if folder.config.is_file() else {}
-    date = recipe.template_date or stored.get("template_date") or str(datetime.date.today())
+    date = kept_date(recipe.template_date, stored.get("template_date"))
     recipe = dataclasses.replace(recipe, template_date=date)
     recipes = {
         name: dataclasses.replace(one, template_date=one.template_date or date)

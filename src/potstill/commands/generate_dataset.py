@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from potstill.generation.filters import Filter
 from potstill.generation.make import make_dataset, standard_filters
 from potstill.models import ModelOpener, dtype_of, locate
 from potstill.models.adapters import adapter_at
+from potstill.models.chat_template import kept_date
 from potstill.reading import Reading
 from potstill.sampling import Sampling
 from potstill.shards import made_with_at
@@ -57,7 +57,7 @@ def generate(recipe: GenerateRecipe) -> Path:
 def _template_date(recipe: GenerateRecipe) -> str:
     """Return the date for chat templates: a data set that is continued later keeps its own."""
     stored = made_with_at(Path(recipe.output_dir).expanduser()).get("template_date")
-    return recipe.template_date or stored or datetime.date.today().isoformat()
+    return kept_date(recipe.template_date, stored)
 
 
 def _engine(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
@@ -83,18 +83,8 @@ def _engine(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
     return RayEngine(make, workers=recipe.workers, gpus=0 if recipe.device == "cpu" else None)
 
 
-def _opener(recipe: GenerateRecipe) -> ModelOpener:
-    return ModelOpener(
-        device=recipe.device,
-        dtype=dtype_of(recipe.precision),
-        chat_template=recipe.chat_template,
-        trust_remote_code=recipe.trust_remote_code,
-        template_date=recipe.template_date,
-    )
-
-
 def _local(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
-    model, tokenizer = _opener(recipe).model_and_tokenizer(recipe.teacher)
+    model, tokenizer = ModelOpener.of(recipe).model_and_tokenizer(recipe.teacher)
     return LocalEngine(
         model,
         tokenizer,
@@ -117,7 +107,7 @@ def _vllm(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
     return VllmEngine(
         recipe.teacher,
         location,
-        _opener(recipe).tokenizer(recipe.teacher),
+        ModelOpener.of(recipe).tokenizer(recipe.teacher),
         sampling,
         dtype=dtype_of(recipe.precision),
         trust_remote_code=recipe.trust_remote_code,

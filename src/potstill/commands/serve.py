@@ -34,6 +34,13 @@ def run(recipe: ServeRecipe) -> None:
     for package in ("starlette", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"serve needs the package {package}: pip install 'potstill[serve]'")
+    from potstill.models import ModelOpener, dtype_of
     from potstill.teachers.serve import serve
 
-    serve(recipe)
+    opener = ModelOpener(
+        device=recipe.device,
+        dtype=dtype_of(recipe.precision),
+        chat_template=recipe.chat_template,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    serve(recipe.teacher, opener, host=recipe.host, port=recipe.port)

@@ -5,8 +5,9 @@ Names are imported when they are first used: the settings need no torch.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from potstill.lazy import imported
 
 if TYPE_CHECKING:
     from potstill.distillation.held_out import split_data as split_data
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
     from potstill.distillation.training import check_pair as check_pair
 
 _HOME = {
-    "DistillSettings": "settings",
-    "Run": "run",
-    "check_pair": "training",
-    "distill": "run",
-    "opener_of": "targets",
-    "run_distillation": "run",
-    "split_data": "held_out",
+    "DistillSettings": "potstill.distillation.settings",
+    "Run": "potstill.distillation.run",
+    "check_pair": "potstill.distillation.training",
+    "distill": "potstill.distillation.run",
+    "opener_of": "potstill.distillation.targets",
+    "run_distillation": "potstill.distillation.run",
+    "split_data": "potstill.distillation.held_out",
 }
 
 __all__ = [
@@ -39,6 +40,4 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'potstill.distillation' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"potstill.distillation.{_HOME[name]}"), name)
+    return imported(name, "potstill.distillation", _HOME)

@@ -6,7 +6,6 @@ data → how many steps → training → student → evaluation → report
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import gc
 import json
@@ -37,6 +36,7 @@ from potstill.evaluation.held_out import last_question, prompts_of
 from potstill.evaluation.token_views import token_views
 from potstill.generation import answer_prompts
 from potstill.models import load_model
+from potstill.models.chat_template import kept_date
 from potstill.processes import broadcast_from_main, is_main_process, print_main
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.report import write_report
@@ -163,8 +163,8 @@ def run_distillation(settings: DistillSettings) -> Path:
 def _template_date(run: RunFolder, settings: DistillSettings) -> str:
     """Return the date for chat templates: a run that is continued on another day keeps its own."""
     stored = run.read_config().get("template_date") if run.config.is_file() else None
-    chosen = settings.template_date or stored or captured_date(settings.teacher)
-    return broadcast_from_main(chosen or datetime.date.today().isoformat())
+    date = kept_date(settings.template_date, stored, captured_date(settings.teacher))
+    return broadcast_from_main(date)
 
 
 def _free_memory() -> None:

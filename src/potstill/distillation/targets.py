@@ -7,7 +7,7 @@ from typing import Any
 from potstill.data import tokenize_conversations
 from potstill.distillation.settings import DistillSettings
 from potstill.errors import ConfigError
-from potstill.models import ModelOpener, dtype_of
+from potstill.models import ModelOpener
 from potstill.processes import broadcast_from_main, is_main_process, print_main
 from potstill.teachers import (
     LOCAL,
@@ -21,13 +21,7 @@ from potstill.teachers import (
 
 def opener_of(settings: DistillSettings) -> ModelOpener:
     """Return how this run opens its teacher and, for evaluation, its students."""
-    return ModelOpener(
-        device=settings.device,
-        dtype=dtype_of(settings.precision),
-        chat_template=settings.chat_template,
-        trust_remote_code=settings.trust_remote_code,
-        template_date=settings.template_date,
-    )
+    return ModelOpener.of(settings)
 
 
 def capture_missing(settings: DistillSettings, conversations: list[dict[str, Any]]) -> None:

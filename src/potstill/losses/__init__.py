@@ -9,6 +9,8 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING
 
+from potstill.lazy import imported
+
 if TYPE_CHECKING:
     from potstill.losses.cross_tokenizer import Places as Places
     from potstill.losses.cross_tokenizer import fused_linear_cells as fused_linear_cells
@@ -29,23 +31,23 @@ if TYPE_CHECKING:
     from potstill.losses.records import Divergence as Divergence
 
 _HOME = {
-    "CallableHead": "projection",
-    "DIVERGENCES": "records",
-    "Divergence": "records",
-    "Head": "projection",
-    "Places": "cross_tokenizer",
-    "Projection": "projection",
-    "forward_kl": "divergences",
-    "fused_linear_cells": "cross_tokenizer",
-    "fused_linear_cross_entropy": "fused",
-    "fused_linear_divergence": "fused",
-    "fused_linear_loss": "fused",
-    "fused_linear_topk": "partitions",
-    "jensen_shannon": "divergences",
-    "reverse_kl": "divergences",
-    "skew_forward_kl": "divergences",
-    "skew_reverse_kl": "divergences",
-    "total_variation": "divergences",
+    "CallableHead": "potstill.losses.projection",
+    "DIVERGENCES": "potstill.losses.records",
+    "Divergence": "potstill.losses.records",
+    "Head": "potstill.losses.projection",
+    "Places": "potstill.losses.cross_tokenizer",
+    "Projection": "potstill.losses.projection",
+    "forward_kl": "potstill.losses.divergences",
+    "fused_linear_cells": "potstill.losses.cross_tokenizer",
+    "fused_linear_cross_entropy": "potstill.losses.fused",
+    "fused_linear_divergence": "potstill.losses.fused",
+    "fused_linear_loss": "potstill.losses.fused",
+    "fused_linear_topk": "potstill.losses.partitions",
+    "jensen_shannon": "potstill.losses.divergences",
+    "reverse_kl": "potstill.losses.divergences",
+    "skew_forward_kl": "potstill.losses.divergences",
+    "skew_reverse_kl": "potstill.losses.divergences",
+    "total_variation": "potstill.losses.divergences",
 }
 
 __all__ = [
@@ -74,8 +76,6 @@ _MOVED = ("fused_linear_chunks", "fused_linear_last_token", "fused_linear_sorted
 
 
 def __getattr__(name: str) -> object:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"potstill.losses.{_HOME[name]}"), name)
     if name in _MOVED:
         warnings.warn(
             f"potstill.losses.{name} is now potstill.baselines.{name}",
@@ -83,7 +83,7 @@ def __getattr__(name: str) -> object:
             stacklevel=2,
         )
         return getattr(importlib.import_module("potstill.baselines"), name)
-    raise AttributeError(f"module 'potstill.losses' has no attribute {name!r}")
+    return imported(name, "potstill.losses", _HOME)
 
 
 def __dir__() -> list[str]:

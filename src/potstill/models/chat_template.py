@@ -41,6 +41,11 @@ def set_chat_template(tokenizer: Tokenizer, chat_template: str | None) -> None:
         ) from error
 
 
+def kept_date(*choices: str | None) -> str:
+    """Return the first date that is given, else today's: what is continued keeps its date."""
+    return next(filter(None, choices), None) or datetime.date.today().isoformat()
+
+
 def as_date(text: str | None) -> datetime.date | None:
     """Return a date from ``YYYY-MM-DD``; None for None. Raises: ConfigError."""
     try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from potstill.models.chat_template import as_date, set_chat_template, set_template_date
 from potstill.models.sources import (
     Source,
+    dtype_of,
     load_config,
     load_generation_config,
     load_model,
@@ -15,6 +16,21 @@ from potstill.models.sources import (
     pick_device,
 )
 from potstill.protocols import CausalLM, Tokenizer
+
+
+class OpeningSettings(Protocol):
+    """The settings of a command that opens models."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def chat_template(self) -> str | None: ...
+    @property
+    def trust_remote_code(self) -> bool: ...
+    @property
+    def template_date(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,17 @@ class ModelOpener:
     trust_remote_code: bool = False
     template_date: str | None = None
     """The date that chat templates write, as YYYY-MM-DD; None is the current date."""
+
+    @classmethod
+    def of(cls, settings: OpeningSettings) -> ModelOpener:
+        """Return the opener for a command's settings. Raises: ConfigError for the precision."""
+        return cls(
+            device=settings.device,
+            dtype=dtype_of(settings.precision),
+            chat_template=settings.chat_template,
+            trust_remote_code=settings.trust_remote_code,
+            template_date=settings.template_date,
+        )
 
     def model(self, source: Source, *, dtype: str | None = None) -> CausalLM:
         """Open a causal language model in evaluation mode; ``dtype`` overrides the opener's."""

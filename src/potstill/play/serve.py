@@ -5,16 +5,15 @@ Gradio's telemetry is off, and a content security policy allows the browser only
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from potstill.errors import ConfigError
 from potstill.play.players import Player, open_players
+from potstill.ports import bound_socket
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -37,7 +36,7 @@ def play(
     """
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("play needs the package gradio: pip install 'potstill[play]'")
-    _check_port(host, port)
+    bound_socket(host, port).close()
     players = open_players(run_dir, device=device)
     server = serve(players, title=Path(run_dir).resolve().name, host=host, port=port)
     print(f"playground: {server.local_url} (Ctrl+C ends it)", flush=True)
@@ -87,16 +86,3 @@ class _ContentSecurityPolicy:
             await send(message)
 
         await self.app(scope, receive, send_with_policy)
-
-
-def _check_port(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port), family=family).close()
-    except (OSError, OverflowError) as error:
-        reason = f"cannot be served ({getattr(error, 'strerror', None) or error})"
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
-            reason = "is taken"
-        raise ConfigError(
-            f"port {port} of {host} {reason}; give another --port, or another --host"
-        ) from error

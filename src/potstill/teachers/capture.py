@@ -8,7 +8,6 @@ conversations alone: after a kill, the same command continues and ends with the 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from potstill.data import TokenCounts, encode_conversation
 from potstill.data.pairs import with_sampled_ids
 from potstill.errors import ConfigError, RunFolderError
 from potstill.models import ModelOpener
+from potstill.models.chat_template import kept_date
 from potstill.protocols import Tokenizer
 from potstill.shards import lock_folder
 from potstill.teachers.capture_writer import CaptureWriter
@@ -100,8 +100,8 @@ def capture_conversations(
 
 def _with_date(opener: ModelOpener, folder: CaptureFolder) -> ModelOpener:
     """Return the opener with the date that the chat template writes into this capture."""
-    date = opener.template_date or captured_date(str(folder.path))
-    return dataclasses.replace(opener, template_date=date or datetime.date.today().isoformat())
+    date = kept_date(opener.template_date, captured_date(str(folder.path)))
+    return dataclasses.replace(opener, template_date=date)
 
 
 def _missing_in_shards(
