@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from conftest import conversations, sentencepiece_tokenizer, tiny_model, toy_tok
 from potstill import cli
 from potstill.data import BatchLayout, encode_conversation
 from potstill.errors import ModelError, ServerError
+from potstill.generation.keys import identify_tokenizer
 from potstill.models.heads import hidden_states
 from potstill.teachers import LocalTeacher, open_teacher
 from potstill.teachers.ahead import RequestsAhead
@@ -342,6 +343,48 @@ class TestBadInput:
         app = app_of(tiny_model(rows=400), place / "stored", tokenizer=sentencepiece_tokenizer())
         with serving(app) as url:
             assert "different tokenizers" in self.refused(url, place, capsys)
+
+    def test_another_teacher_at_the_same_address_when_a_run_continues(
+        self,
+        place: Path,
+        capsys: pytest.CaptureFixture[str],
+        interrupt_at: Callable[..., contextlib.AbstractContextManager[None]],
+    ) -> None:
+        for name in ("a", "b", "c"):
+            (place / name).mkdir()
+        model = opened(place / "teacher")
+        with serving(app_of(model, place / "a")) as url, interrupt_at(2):
+            assert distill(url, "run") == 130
+        port = int(url.rsplit(":", 1)[1])
+        capsys.readouterr()
+        with serving(app_of(tiny_model(seed=7), place / "b"), port):
+            assert distill(url, "run") == 2
+        line = capsys.readouterr().err
+        assert "run: the teacher has changed since it began, so it cannot continue; give" in line
+        with serving(app_of(model, place / "c"), port):
+            assert distill(url, "run") == 0
+
+    @pytest.mark.parametrize("differs", ["tokenizer", "chat_template", None])
+    def test_data_that_were_made_with_another_tokenizer_or_template(
+        self, place: Path, capsys: pytest.CaptureFixture[str], differs: str | None
+    ) -> None:
+        made_with = {"teacher": "big", **identify_tokenizer(toy_tokenizer())}
+        made_with |= {} if differs is None else {differs: "0" * 32}
+        (place / "manifest.json").write_text(json.dumps({"made_with": made_with}))
+        (place / "stored").mkdir()
+        with serving(app_of(opened(place / "teacher"), place / "stored")) as url:
+            if differs is None:
+                assert distill(url, "run") == 0
+                return
+            line = self.refused(url, place, capsys)
+        assert f"made by big, with another {differs.replace('_', ' ')} than that of http" in line
+
+    def test_a_model_that_captures_makes_no_sense_with_a_server(
+        self, place: Path, url: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert distill(url, "run", "--teacher-model", "teacher") == 2
+        assert "leave out --teacher-model" in capsys.readouterr().err
+        assert not (place / "http:").exists()
 
     def test_what_a_server_refuses(self, model: Any, tmp_path: Path) -> None:
         ids = torch.zeros(1, 4, dtype=torch.long)
