@@ -25,12 +25,14 @@ from starlette.testclient import TestClient
 from conftest import conversations, sentencepiece_tokenizer, tiny_model, toy_tokenizer, write_rows
 from potstill import cli
 from potstill.data import BatchLayout, encode_conversation
-from potstill.errors import ModelError, ServerError
+from potstill.errors import ModelError, SelfCheckFailed, ServerError
 from potstill.generation.keys import identify_tokenizer
+from potstill.models import ModelOpener
 from potstill.models.heads import hidden_states
-from potstill.teachers import LocalTeacher, open_teacher
+from potstill.teachers import LocalTeacher, capture_conversations, open_teacher
 from potstill.teachers.ahead import RequestsAhead
 from potstill.teachers.capture import template_hashes
+from potstill.teachers.cards import device_map
 from potstill.teachers.served import ServedTeacher
 from potstill.teachers.server import _compute, _computed, _joinable, _Waiting, make_app
 from potstill.teachers.stored_head import store_head
@@ -225,9 +227,11 @@ def test_a_teacher_that_ignores_the_bounds_of_packed_rows_reads_conversations_al
 ) -> None:
     if kind == "recurrent":
         monkeypatch.setattr("potstill.teachers.server.carries_state", lambda _: True)
-    else:
+    facts = store_head(tmp_path, model, toy_tokenizer(), "tiny")
+    facts |= {"teacher": "tiny", **template_hashes(toy_tokenizer())}
+    if kind == "variable length":
         model.config._attn_implementation_internal = "flash_attention_2"
-    app = app_of(model, tmp_path)
+    app = make_app(model, tmp_path, facts, None)
     model.config._attn_implementation_internal = "sdpa"
     shapes = []
     monkeypatch.setattr(
@@ -405,6 +409,31 @@ class TestBadInput:
             assert client.post("/states", content=big).status_code == 413
             assert client.get("/files/../secret").status_code == 404
             assert client.get("/files/head.safetensors").status_code == 200
+
+    @pytest.mark.parametrize("keep", ["states", "sparse"])
+    def test_a_model_that_changes_the_logits_of_its_head(
+        self, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: str
+    ) -> None:
+        def doubled(_: Any, __: Any, output: Any) -> Any:
+            output.logits = output.logits * 2
+            return output
+
+        model.register_forward_hook(doubled)
+        with pytest.raises(SelfCheckFailed, match="logits of the teacher, LlamaForCausalLM, are"):
+            app_of(model, tmp_path)
+        monkeypatch.setattr(ModelOpener, "model", lambda *_: model)
+        monkeypatch.setattr(ModelOpener, "tokenizer", lambda *_: toy_tokenizer())
+        with pytest.raises(SelfCheckFailed, match="off those of its head"):
+            capture_conversations(
+                "toy", conversations(4), tmp_path / keep, keep=keep, max_length=99
+            )
+        assert not list((tmp_path / keep).rglob("*.safetensors"))
+
+    def test_a_model_that_does_not_fit_the_cards(self, model: Any) -> None:
+        assert set(device_map(model, {0: 10**6, 1: 10**6}).values()) == {0}
+        assert set(device_map(model, {0: 120_000, 1: 10**6}).values()) == {0, 1}
+        with pytest.raises(ModelError, match="GiB of weights do not fit the cards'"):
+            device_map(model, {0: 1000, 1: 1000})
 
     def test_a_port_in_use_and_an_open_address_without_a_token(
         self, place: Path, capsys: pytest.CaptureFixture[str]

@@ -12,6 +12,7 @@ from typing import Protocol
 from potstill.errors import ConfigError
 from potstill.models import ModelOpener, dtype_of
 from potstill.teachers.capture import template_hashes
+from potstill.teachers.cards import open_over_cards
 from potstill.teachers.connection import TOKEN_VARIABLE
 from potstill.teachers.server import make_app
 from potstill.teachers.stored_head import store_head
@@ -60,7 +61,7 @@ def serve(settings: ServeSettings) -> None:
             chat_template=settings.chat_template,
             trust_remote_code=settings.trust_remote_code,
         )
-        model, tokenizer = opener.model_and_tokenizer(settings.teacher)
+        model, tokenizer = open_over_cards(settings.teacher, opener)
         model.eval().requires_grad_(False)
         with tempfile.TemporaryDirectory(prefix="potstill-serve-") as folder:
             facts = store_head(Path(folder), model, tokenizer, settings.teacher)
