@@ -171,6 +171,8 @@ def test_a_bad_file_is_named(
         (["--rows", "0"], "--rows 0: must be at least 1"),
         (["--chat-template", "none.jinja"], "none.jinja: no such chat template"),
         (["--split"], "--split"),
+        (["--split", "test"], "a file has no split 'test'"),
+        (["--data-name", "en"], "a file has no configuration 'en'"),
     ],
 )
 def test_bad_settings_for_reading_are_named(

@@ -68,3 +68,12 @@ def test_prompts_of_the_evaluation_that_are_trained_on_are_counted(
     assert "of 3 held-out prompts, 1 are also in the training data, and 2 are there in nearly" in (
         capsys.readouterr().out
     )
+
+
+def test_a_split_that_a_file_does_not_have_is_not_read_as_its_training_data(
+    pair_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(pair_folder / "data.jsonl", conversations(20))
+    arguments = ["distill", "teacher", "student", "--data", "data.jsonl", "--output-dir", "run"]
+    assert cli.main([*arguments, "--eval-split", "test", "--max-steps", "2"]) == 2
+    assert "data.jsonl: a file has no split 'test'" in capsys.readouterr().err

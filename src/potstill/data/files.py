@@ -37,6 +37,9 @@ def rows_of(
         if path.is_file() and os.access(path, os.R_OK) and is_lfs_pointer(path):
             raise DataError(f"{path}: {POINTER_FOUND}")
         kind = _kind(path)
+        if path.is_file() and (split != "train" or name is not None):
+            part = f"split {split!r}" if split != "train" else f"configuration {name!r}"
+            raise DataError(f"{path}: a file has no {part}; leave it out, or name another file")
         if kind in LINES:
             yield from json_lines(path)
         elif kind == ".json" and path.is_file():
