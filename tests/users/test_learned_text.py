@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import random
 from typing import Any
 
@@ -14,6 +15,7 @@ from potstill.data.answers import render_answers
 from potstill.data.chat_templates import render
 from potstill.data.messages import checked_messages
 from potstill.errors import ChatTemplateError
+from potstill.models.chat_template import set_template_date
 
 TEXTS = [
     "the rain",
@@ -272,3 +274,13 @@ def test_the_cost_of_a_conversation_is_linear_in_its_turns() -> None:
     tokenizer = toy_tokenizer()
     cost(1)
     assert cost(160) < 1.2 * 16 * cost(10)
+
+
+@pytest.mark.parametrize("date", [None, datetime.date(2026, 1, 31)])
+def test_a_tokenizer_that_writes_something_else_than_its_template_is_refused(date: Any) -> None:
+    tokenizer = toy_tokenizer()
+    set_template_date(tokenizer, date)
+    original = tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda *args, **more: "[system]" + original(*args, **more)
+    with pytest.raises(ChatTemplateError, match="otherwise than its chat template says"):
+        encode_conversation({"messages": DIALOGUE[3:]}, tokenizer)
