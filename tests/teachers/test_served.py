@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -451,46 +450,57 @@ class TestBadInput:
 
 
 @pytest.mark.slow
-def test_random_kills_of_the_server_and_the_run_lose_nothing(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.timeout(1800)
+def test_random_kills_of_the_server_and_the_run_lose_nothing(place: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "potstill"]
-    serve = [*command, "serve", "teacher", "--port", str(port), *ON_CPU]
-    run = [*command, "distill", f"http://127.0.0.1:{port}", "student", "--data", "data.jsonl"]
-    run += ["--output-dir", "killed", "--max-steps", "300", *ON_CPU]
-    assert distill("teacher", "whole", "--max-steps", "300") == 0
-    dice = random.Random(0)
+    frequent = ["--max-steps", "500", "--trainer", '{"save_steps": 5}']
+    assert distill("teacher", "whole", *frequent) == 0
+    command, metrics = [sys.executable, "-m", "potstill"], place / "killed" / "metrics.jsonl"
+    run = ["distill", f"http://127.0.0.1:{port}", "student", "--data", "data.jsonl"]
+    commands = {
+        "server": [*command, "serve", "teacher", "--port", str(port), *ON_CPU],
+        "run": [*command, *run, "--output-dir", "killed", *frequent, *ON_CPU],
+    }
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    dice = random.Random(0)
 
-    def start(what: list[str]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(what, env=environment, stdout=subprocess.DEVNULL)
+    def start(name: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(commands[name], env=environment, stdout=subprocess.DEVNULL)
 
-    server, client = start(serve), start(run)
-    kills, deadline = 0, time.monotonic() + 500
-    while client.poll() != 0 and time.monotonic() < deadline:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            client.wait(timeout=dice.uniform(4, 16))
-        if client.poll() is not None and client.returncode != 0:
-            client = start(run)
-        elif client.poll() is None and kills < KILLS:
-            kills += 1
-            if dice.random() < 0.5:
-                server.send_signal(signal.SIGKILL)
-                server.wait()
-                server = start(serve)
-            else:
-                client.send_signal(signal.SIGKILL)
-                client.wait()
-                client = start(run)
-    server.kill()
-    server.wait()
-    assert client.returncode == 0
-    assert kills >= 5
-    whole, killed = weights("whole"), weights("killed")
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    def start_run_when_served() -> subprocess.Popen[bytes]:
+        while True:
+            with contextlib.suppress(ServerError):
+                ServedTeacher(f"http://127.0.0.1:{port}")
+                return start("run")
+            time.sleep(0.2)
+
+    def wait_for_steps(count: int) -> None:
+        lowest = steps = 10**9
+        while steps < lowest + count:
+            assert processes["run"].poll() is None
+            steps = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+            lowest = min(lowest, steps)
+            time.sleep(0.005)
+
+    processes = {"server": start("server")}
+    processes["run"] = start_run_when_served()
+    try:
+        for _ in range(KILLS):
+            wait_for_steps(dice.randint(1, 15))
+            killed = dice.choice(["server", "run"])
+            processes[killed].kill()
+            processes[killed].wait()
+            time.sleep(dice.random())
+            processes[killed] = start(killed)
+        assert processes["run"].wait() == 0
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+    whole, found = weights("whole"), weights("killed")
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
 
 
 def test_a_url_opens_as_a_teacher(url: str, model: Any) -> None:
