@@ -69,7 +69,7 @@ class RunFolder:
             self.path.rmdir()
 
     def note_data(self, fingerprints: dict[str, str]) -> None:
-        """Store the fingerprints of the data next to the checkpoints."""
+        """Store the fingerprints of data and served teacher next to the checkpoints."""
         self.checkpoints.mkdir(exist_ok=True)
         write_json(self.checkpoints / "data.json", fingerprints)
 
@@ -79,9 +79,11 @@ class RunFolder:
         stored = json.loads(file.read_bytes()) if file.is_file() else {}
         for name, current in fingerprints.items():
             if stored.get(name, current) != current:
+                is_data = name != "teacher"
+                what = f"conversations of this run ({name}) have" if is_data else "teacher has"
                 raise RunFolderError(
-                    f"{self.path}: the conversations of this run ({name}) have changed since it "
-                    "began, so it cannot continue; give the same data, or another --output-dir"
+                    f"{self.path}: the {what} changed since it began, so it cannot continue; give "
+                    f"the same {'data' if is_data else 'teacher'}, or another --output-dir"
                 )
 
     def planned_steps(self) -> int | None:

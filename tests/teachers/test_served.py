@@ -6,13 +6,12 @@ import contextlib
 import json
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,14 @@ from starlette.testclient import TestClient
 from conftest import conversations, sentencepiece_tokenizer, tiny_model, toy_tokenizer, write_rows
 from potstill import cli
 from potstill.data import BatchLayout, encode_conversation
-from potstill.errors import ModelError, ServerError
+from potstill.errors import ModelError, SelfCheckFailed, ServerError
+from potstill.generation.keys import identify_tokenizer
+from potstill.models import ModelOpener
 from potstill.models.heads import hidden_states
-from potstill.teachers import LocalTeacher, open_teacher
+from potstill.teachers import LocalTeacher, capture_conversations, open_teacher
 from potstill.teachers.ahead import RequestsAhead
 from potstill.teachers.capture import template_hashes
+from potstill.teachers.cards import device_map
 from potstill.teachers.served import ServedTeacher
 from potstill.teachers.server import _compute, _computed, _joinable, _Waiting, make_app
 from potstill.teachers.stored_head import store_head
@@ -224,9 +226,11 @@ def test_a_teacher_that_ignores_the_bounds_of_packed_rows_reads_conversations_al
 ) -> None:
     if kind == "recurrent":
         monkeypatch.setattr("potstill.teachers.server.carries_state", lambda _: True)
-    else:
+    facts = store_head(tmp_path, model, toy_tokenizer(), "tiny")
+    facts |= {"teacher": "tiny", **template_hashes(toy_tokenizer())}
+    if kind == "variable length":
         model.config._attn_implementation_internal = "flash_attention_2"
-    app = app_of(model, tmp_path)
+    app = make_app(model, tmp_path, facts, None)
     model.config._attn_implementation_internal = "sdpa"
     shapes = []
     monkeypatch.setattr(
@@ -343,6 +347,48 @@ class TestBadInput:
         with serving(app) as url:
             assert "different tokenizers" in self.refused(url, place, capsys)
 
+    def test_another_teacher_at_the_same_address_when_a_run_continues(
+        self,
+        place: Path,
+        capsys: pytest.CaptureFixture[str],
+        interrupt_at: Callable[..., contextlib.AbstractContextManager[None]],
+    ) -> None:
+        for name in ("a", "b", "c"):
+            (place / name).mkdir()
+        model = opened(place / "teacher")
+        with serving(app_of(model, place / "a")) as url, interrupt_at(2):
+            assert distill(url, "run") == 130
+        port = int(url.rsplit(":", 1)[1])
+        capsys.readouterr()
+        with serving(app_of(tiny_model(seed=7), place / "b"), port):
+            assert distill(url, "run") == 2
+        line = capsys.readouterr().err
+        assert "run: the teacher has changed since it began, so it cannot continue; give" in line
+        with serving(app_of(model, place / "c"), port):
+            assert distill(url, "run") == 0
+
+    @pytest.mark.parametrize("differs", ["tokenizer", "chat_template", None])
+    def test_data_that_were_made_with_another_tokenizer_or_template(
+        self, place: Path, capsys: pytest.CaptureFixture[str], differs: str | None
+    ) -> None:
+        made_with = {"teacher": "big", **identify_tokenizer(toy_tokenizer())}
+        made_with |= {} if differs is None else {differs: "0" * 32}
+        (place / "manifest.json").write_text(json.dumps({"made_with": made_with}))
+        (place / "stored").mkdir()
+        with serving(app_of(opened(place / "teacher"), place / "stored")) as url:
+            if differs is None:
+                assert distill(url, "run") == 0
+                return
+            line = self.refused(url, place, capsys)
+        assert f"made by big, with another {differs.replace('_', ' ')} than that of http" in line
+
+    def test_a_model_that_captures_makes_no_sense_with_a_server(
+        self, place: Path, url: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert distill(url, "run", "--teacher-model", "teacher") == 2
+        assert "leave out --teacher-model" in capsys.readouterr().err
+        assert not (place / "http:").exists()
+
     def test_what_a_server_refuses(self, model: Any, tmp_path: Path) -> None:
         ids = torch.zeros(1, 4, dtype=torch.long)
         bodies = [
@@ -363,6 +409,31 @@ class TestBadInput:
             assert client.get("/files/../secret").status_code == 404
             assert client.get("/files/head.safetensors").status_code == 200
 
+    @pytest.mark.parametrize("keep", ["states", "sparse"])
+    def test_a_model_that_changes_the_logits_of_its_head(
+        self, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: str
+    ) -> None:
+        def doubled(_: Any, __: Any, output: Any) -> Any:
+            output.logits = output.logits * 2
+            return output
+
+        model.register_forward_hook(doubled)
+        with pytest.raises(SelfCheckFailed, match="logits of the teacher, LlamaForCausalLM, are"):
+            app_of(model, tmp_path)
+        monkeypatch.setattr(ModelOpener, "model", lambda *_: model)
+        monkeypatch.setattr(ModelOpener, "tokenizer", lambda *_: toy_tokenizer())
+        with pytest.raises(SelfCheckFailed, match="off those of its head"):
+            capture_conversations(
+                "toy", conversations(4), tmp_path / keep, keep=keep, max_length=99
+            )
+        assert not list((tmp_path / keep).rglob("*.safetensors"))
+
+    def test_a_model_that_does_not_fit_the_cards(self, model: Any) -> None:
+        assert set(device_map(model, {0: 10**6, 1: 10**6}).values()) == {0}
+        assert set(device_map(model, {0: 120_000, 1: 10**6}).values()) == {0, 1}
+        with pytest.raises(ModelError, match="GiB of weights do not fit the cards'"):
+            device_map(model, {0: 1000, 1: 1000})
+
     def test_a_port_in_use_and_an_open_address_without_a_token(
         self, place: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -379,46 +450,57 @@ class TestBadInput:
 
 
 @pytest.mark.slow
-def test_random_kills_of_the_server_and_the_run_lose_nothing(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.timeout(1800)
+def test_random_kills_of_the_server_and_the_run_lose_nothing(place: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "potstill"]
-    serve = [*command, "serve", "teacher", "--port", str(port), *ON_CPU]
-    run = [*command, "distill", f"http://127.0.0.1:{port}", "student", "--data", "data.jsonl"]
-    run += ["--output-dir", "killed", "--max-steps", "300", *ON_CPU]
-    assert distill("teacher", "whole", "--max-steps", "300") == 0
-    dice = random.Random(0)
+    frequent = ["--max-steps", "500", "--trainer", '{"save_steps": 5}']
+    assert distill("teacher", "whole", *frequent) == 0
+    command, metrics = [sys.executable, "-m", "potstill"], place / "killed" / "metrics.jsonl"
+    run = ["distill", f"http://127.0.0.1:{port}", "student", "--data", "data.jsonl"]
+    commands = {
+        "server": [*command, "serve", "teacher", "--port", str(port), *ON_CPU],
+        "run": [*command, *run, "--output-dir", "killed", *frequent, *ON_CPU],
+    }
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    dice = random.Random(0)
 
-    def start(what: list[str]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(what, env=environment, stdout=subprocess.DEVNULL)
+    def start(name: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(commands[name], env=environment, stdout=subprocess.DEVNULL)
 
-    server, client = start(serve), start(run)
-    kills, deadline = 0, time.monotonic() + 500
-    while client.poll() != 0 and time.monotonic() < deadline:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            client.wait(timeout=dice.uniform(4, 16))
-        if client.poll() is not None and client.returncode != 0:
-            client = start(run)
-        elif client.poll() is None and kills < KILLS:
-            kills += 1
-            if dice.random() < 0.5:
-                server.send_signal(signal.SIGKILL)
-                server.wait()
-                server = start(serve)
-            else:
-                client.send_signal(signal.SIGKILL)
-                client.wait()
-                client = start(run)
-    server.kill()
-    server.wait()
-    assert client.returncode == 0
-    assert kills >= 5
-    whole, killed = weights("whole"), weights("killed")
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    def start_run_when_served() -> subprocess.Popen[bytes]:
+        while True:
+            with contextlib.suppress(ServerError):
+                ServedTeacher(f"http://127.0.0.1:{port}")
+                return start("run")
+            time.sleep(0.2)
+
+    def wait_for_steps(count: int) -> None:
+        lowest = steps = 10**9
+        while steps < lowest + count:
+            assert processes["run"].poll() is None
+            steps = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+            lowest = min(lowest, steps)
+            time.sleep(0.005)
+
+    processes = {"server": start("server")}
+    processes["run"] = start_run_when_served()
+    try:
+        for _ in range(KILLS):
+            wait_for_steps(dice.randint(1, 15))
+            killed = dice.choice(["server", "run"])
+            processes[killed].kill()
+            processes[killed].wait()
+            time.sleep(dice.random())
+            processes[killed] = start(killed)
+        assert processes["run"].wait() == 0
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+    whole, found = weights("whole"), weights("killed")
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
 
 
 def test_a_url_opens_as_a_teacher(url: str, model: Any) -> None:

@@ -20,7 +20,8 @@ class ServeRecipe:
     precision: str = "bf16"
     """bf16, fp16 or fp32."""
     device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    """auto, cpu, cuda or mps. With auto or cuda, a model that is too large for one card is spread
+    over the cards of the machine."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Read it first."""
 

@@ -20,7 +20,7 @@ import torch
 from potstill.data.forms import as_conversation
 from potstill.distillation.held_out import split_data
 from potstill.distillation.settings import DistillSettings, check_names
-from potstill.distillation.targets import opener_of
+from potstill.distillation.targets import opener_of, teacher_identity
 from potstill.distillation.training import train
 from potstill.errors import RunFolderError
 from potstill.evaluation import (
@@ -177,7 +177,7 @@ def _free_memory() -> None:
 def _evaluate_run(run: RunFolder, settings: DistillSettings, tasks: Tasks) -> dict[str, Any]:
     opener = opener_of(settings)
     training, held_out = split_data(settings)
-    run.refuse_other_data({"held out": fingerprint(held_out)})
+    run.refuse_other_data({"held out": fingerprint(held_out), **teacher_identity(settings)})
     tokenizers = (
         open_teacher_tokenizer(settings.teacher, opener),
         opener.tokenizer(settings.student),

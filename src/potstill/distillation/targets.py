@@ -7,11 +7,15 @@ from typing import Any
 from potstill.data import tokenize_conversations
 from potstill.distillation.settings import DistillSettings
 from potstill.errors import ConfigError
+from potstill.generation.keys import identify_tokenizer
+from potstill.generation.store import data_made_with
 from potstill.models import ModelOpener
 from potstill.processes import broadcast_from_main, is_main_process, print_main
 from potstill.teachers import (
     LOCAL,
+    SERVED,
     LossSettings,
+    ServedTeacher,
     capture_conversations,
     captured_keep,
     open_teacher,
@@ -25,7 +29,15 @@ def opener_of(settings: DistillSettings) -> ModelOpener:
 
 
 def capture_missing(settings: DistillSettings, conversations: list[dict[str, Any]]) -> None:
-    """Capture from ``teacher_model`` what the capture folder ``teacher`` lacks."""
+    """Capture from ``teacher_model`` what the capture folder ``teacher`` lacks.
+
+    Raises: ConfigError if ``teacher`` is a server.
+    """
+    if teacher_kind(settings.teacher) is SERVED:
+        raise ConfigError(
+            f"{settings.teacher}: a server computes what it is asked; leave out --teacher-model, "
+            "which fills the folder of a capture"
+        )
     if is_main_process():
         counts = capture_conversations(
             str(settings.teacher_model),
@@ -37,6 +49,28 @@ def capture_missing(settings: DistillSettings, conversations: list[dict[str, Any
         )
         print_main(f"{settings.teacher}: {counts}")
     broadcast_from_main(True)  # the other processes wait for the files
+
+
+def teacher_identity(settings: DistillSettings) -> dict[str, str]:
+    """Return what tells a server's teacher from another one at the same address.
+
+    Empty for other teachers. Raises: ConfigError if `potstill generate` made the data with another
+    tokenizer or chat template.
+    """
+    if teacher_kind(settings.teacher) is not SERVED:
+        return {}
+    teacher = open_teacher(settings.teacher, **vars(opener_of(settings)))
+    assert isinstance(teacher, ServedTeacher)
+    made_with = data_made_with(settings.data)
+    found = {} if teacher.tokenizer is None else identify_tokenizer(teacher.tokenizer)
+    for name, value in found.items():
+        if made_with.get(name) not in (None, value) and settings.method != "text":
+            maker = made_with.get("teacher")
+            raise ConfigError(
+                f"{settings.data}: made by {maker}, with another {name.replace('_', ' ')} than "
+                f"that of {settings.teacher}; serve {maker}, or generate the answers again"
+            )
+    return {"teacher": teacher.identity}
 
 
 def require_targets(

@@ -13,7 +13,12 @@ from potstill.data import rows_fingerprint
 from potstill.defaults import PASSES
 from potstill.distillation.held_out import note_leaks, split_data
 from potstill.distillation.settings import DistillSettings
-from potstill.distillation.targets import capture_missing, opener_of, require_targets
+from potstill.distillation.targets import (
+    capture_missing,
+    opener_of,
+    require_targets,
+    teacher_identity,
+)
 from potstill.distillation.trainer_settings import (
     checked_trainer_settings,
     loggers,
@@ -61,7 +66,7 @@ def train(run: RunFolder, settings: DistillSettings) -> None:
     if is_main_process():
         note_leaks(training, held_out)
     _read_held_out(settings, held_out)
-    data = {"train": fingerprint(training), "held out": fingerprint(held_out)}
+    data = {**_fingerprints(training, held_out), **teacher_identity(settings)}
     run.refuse_other_data(data)
     _note_precision_and_temperature(training, settings)
     base = _arguments(run, settings)
@@ -99,6 +104,10 @@ def train(run: RunFolder, settings: DistillSettings) -> None:
         run.note_data(data)
     _train_from_checkpoint(one, run, settings, max_steps)
     _save(one, run, settings, max_steps)
+
+
+def _fingerprints(training: Any, held_out: Any) -> dict[str, str]:
+    return {"train": fingerprint(training), "held out": fingerprint(held_out)}
 
 
 def _read_held_out(settings: DistillSettings, held_out: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,16 @@ class AnswerStore(ShardStore):
     def add(self, unit: Sequence[Answer]) -> None:
         """Write the answers of one unit. After a kill, all of them are there or none."""
         self.append([answer.as_row() for answer in unit])
+
+
+def data_made_with(file: str | Path) -> dict[str, Any]:
+    """Return what made the data set of ``file``; empty if `potstill generate` did not make it."""
+    manifest = Path(file).expanduser().parent / "manifest.json"
+    try:
+        made_with = json.loads(manifest.read_bytes())["made_with"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return made_with if isinstance(made_with, dict) else {}
 
 
 def parse_answer(row: dict[str, Any]) -> Answer:

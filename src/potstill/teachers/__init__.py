@@ -19,6 +19,7 @@ from potstill.teachers.captured import captured_keep as captured_keep
 from potstill.teachers.captured import is_capture, open_captured, open_captured_tokenizer
 from potstill.teachers.local import LocalTeacher as LocalTeacher
 from potstill.teachers.local import open_local
+from potstill.teachers.served import ServedTeacher as ServedTeacher
 from potstill.teachers.served import is_url, open_served, open_served_tokenizer
 from potstill.teachers.targets import BlockScores as BlockScores
 from potstill.teachers.targets import CellTarget as CellTarget
@@ -79,6 +80,7 @@ def as_teacher(teacher: Any, tokenizer: Tokenizer | None = None) -> Teacher:
 __all__ = [
     "KINDS",
     "LOCAL",
+    "SERVED",
     "BlockScores",
     "CaptureCounts",
     "CapturedTeacher",
@@ -86,6 +88,7 @@ __all__ = [
     "LocalTeacher",
     "LogitsTarget",
     "LossSettings",
+    "ServedTeacher",
     "StatesTarget",
     "Target",
     "Teacher",

@@ -11,6 +11,7 @@ from potstill.errors import ConfigError
 from potstill.models import ModelOpener
 from potstill.ports import bound_socket
 from potstill.teachers.capture import template_hashes
+from potstill.teachers.cards import open_over_cards
 from potstill.teachers.connection import TOKEN_VARIABLE
 from potstill.teachers.server import make_app
 from potstill.teachers.stored_head import store_head
@@ -34,7 +35,7 @@ def serve(teacher: str, opener: ModelOpener, *, host: str, port: int) -> None:
             "(the same for potstill distill), or serve at 127.0.0.1"
         )
     with bound_socket(host, port) as listening:
-        model, tokenizer = opener.model_and_tokenizer(teacher)
+        model, tokenizer = open_over_cards(teacher, opener)
         model.eval().requires_grad_(False)
         with tempfile.TemporaryDirectory(prefix="potstill-serve-") as folder:
             facts = store_head(Path(folder), model, tokenizer, teacher)

@@ -47,7 +47,7 @@ class ServedTeacher:
         self.tokenizer: Tokenizer | None = None
         self.connection = Connection(self.url, patience_seconds)
         self.facts = self._facts()
-        self.connection.identity = identity(self.facts)
+        self.connection.identity = self.identity
         self.dtype: torch.dtype = getattr(torch, self.facts["dtype"])
         self.folder = self._downloaded()
         self._heads: dict[torch.device, Head] = {}
@@ -59,6 +59,11 @@ class ServedTeacher:
         """The LM head, read when it is needed: the tokenizer alone does not need it."""
         again = f"delete {self.folder} and run again"
         return read_head(self.folder, self.facts["head"], again=again)[0]
+
+    @property
+    def identity(self) -> str:
+        """Digits that are the same for the same weights, dtype, tokenizer and template."""
+        return identity(self.facts)
 
     @property
     def vocabulary_rows(self) -> int:
@@ -129,7 +134,7 @@ class ServedTeacher:
 
     def _downloaded(self) -> Path:
         """Return the cached folder with head and tokenizer, downloaded once for each teacher."""
-        folder = cache_folder() / "served" / identity(self.facts)
+        folder = cache_folder() / "served" / self.identity
         if folder.is_dir():
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -12,10 +12,12 @@ from torch import Tensor
 from potstill.errors import ModelError
 from potstill.losses import CallableHead, Head
 from potstill.models.heads import output_head
+from potstill.models.logits_check import check_logits
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.run_folder import whole_folder
 from potstill.shards import checksum
 
+SAMPLE = "The rain in Spain stays mainly in the plain."
 HEAD, TOKENIZER = "head.safetensors", "tokenizer"
 
 
@@ -24,7 +26,8 @@ def store_head(
 ) -> dict[str, Any]:
     """Write the head and the tokenizer of ``model``; return what a manifest says about them.
 
-    ``more`` are further tensors of the head's file. Raises: ModelError for a quantized head.
+    ``more`` are further tensors of the head's file. Raises: ModelError for a quantized head;
+    SelfCheckFailed for a model whose logits are not its head's.
     """
     head = output_head(model)
     if isinstance(head, CallableHead):
@@ -32,6 +35,8 @@ def store_head(
             f"{name}: its LM head is quantized and cannot be stored; use a model whose head has "
             "floating-point weights"
         )
+    checked: Any = model
+    check_logits("teacher", checked, tokenizer.encode(SAMPLE), model.device)
     with whole_folder(folder / TOKENIZER) as unfinished:
         tokenizer.save_pretrained(unfinished)
     tensors = {"weight": head.weight.detach().cpu().contiguous(), **more}

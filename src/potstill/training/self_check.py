@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from potstill.errors import NonFiniteLoss, SelfCheckFailed
-from potstill.models.heads import head_logits, on_device, unwrapped
+from potstill.errors import SelfCheckFailed
+from potstill.models.heads import on_device
+from potstill.models.logits_check import check_logits, precision_of, working_dtype
 from potstill.protocols import Batch
 from potstill.training.objectives import Objective
 
@@ -28,9 +29,6 @@ Encoded = dict[str, Any]
 Layout = Callable[[list[Encoded]], Batch]
 Device = torch.device | str
 CONVERSATIONS = 4
-TOKENS = 64
-LOGITS_TOLERANCE = {"full": 1e-3, "half": 2e-2}
-"""Relative to the largest logit."""
 SELF_TOLERANCE = {"full": 1e-4, "half": 1e-3}
 """Nats per token. Both sides use the same products, so only their order can differ."""
 HALVES_TOLERANCE = {"full": (1e-3, 1e-5), "half": (3e-2, 1e-2)}
@@ -55,38 +53,17 @@ def check_objective(
     was_training = student.training
     student.eval()
     try:
-        _check_logits("student", student, rows[0]["input_ids"], device)
+        check_logits("student", student, rows[0]["input_ids"], device)
         with torch.autocast(torch.device(device).type, enabled=False):
             teacher: Any = None if objective.teacher is None else objective.teacher.model
             if teacher is not None:
                 ids: Any = rows[0].get("teacher_input_ids", rows[0]["input_ids"])
-                _check_logits("teacher", teacher, ids, teacher.device)
+                check_logits("teacher", teacher, ids, teacher.device)
             _check_self_divergence(objective.self_divergence(rows), objective, rows)
         if len(rows) > 1:
             _check_halves(objective, student, rows, layout or objective.layout, device)
     finally:
         student.train(was_training)
-
-
-def _check_logits(name: str, model: nn.Module, ids: list[int], device: Device) -> None:
-    """Compare the model's own logits with those that the losses compute."""
-    inputs: Batch = {"input_ids": torch.tensor([ids[:TOKENS]], device=device)}
-    expected = model(**inputs, use_cache=False).logits[0].float()
-    dtype = _working_dtype(model, device)
-    if not expected.amax(-1).isfinite().all():
-        found = f"the logits of the {name} {unwrapped(model).config.name_or_path} are NaN or"
-        raise NonFiniteLoss(
-            f"{found} infinite in {str(dtype).removeprefix('torch.')}; use --precision bf16 or "
-            "fp32, or check its weights"
-        )
-    computed = head_logits(model, inputs)[0, :, : expected.shape[-1]].float().to(expected.device)
-    error = float((expected - computed).abs().max() / expected.abs().max().clamp_min(1e-6))
-    if error > LOGITS_TOLERANCE[_precision(dtype)]:
-        raise SelfCheckFailed(
-            f"self-check: the logits of the {name}, {type(unwrapped(model)).__name__}, are "
-            f"{error:.1%} off those of its head: its architecture has an operation on logits that "
-            "potstill does not know (a scale, a cap); open an issue with its config.json"
-        )
 
 
 def _check_self_divergence(nats: Tensor | None, objective: Objective, rows: list[Encoded]) -> None:
@@ -95,7 +72,7 @@ def _check_self_divergence(nats: Tensor | None, objective: Objective, rows: list
     tokens = max(_tokens(rows, "labels"), _tokens(rows, "teacher_labels"))
     error = float(nats) / max(1, tokens)
     # The trainer has a better message for NaN.
-    if abs(error) > SELF_TOLERANCE[_precision(_teacher_dtype(objective))]:
+    if abs(error) > SELF_TOLERANCE[precision_of(_teacher_dtype(objective))]:
         raise SelfCheckFailed(
             f"self-check: the teacher is {error:.3g} nats per token away from itself, and must be "
             "0: the loss compares different positions or different heads; this is a mistake in the "
@@ -112,7 +89,7 @@ def _check_halves(
     half = len(rows) // 2
     whole, halves = loss(rows), loss(rows[:half]) + loss(rows[half:])
     tokens = max(1, _tokens(rows, "labels"))
-    relative, absolute = HALVES_TOLERANCE[_precision(_working_dtype(student, device))]
+    relative, absolute = HALVES_TOLERANCE[precision_of(working_dtype(student, device))]
     allowed = relative * abs(whole) + absolute * tokens
     if abs(whole - halves) > allowed:
         raise SelfCheckFailed(
@@ -122,21 +99,9 @@ def _check_halves(
         )
 
 
-def _precision(dtype: torch.dtype) -> str:
-    return "half" if dtype in (torch.bfloat16, torch.float16) else "full"
-
-
 def _teacher_dtype(objective: Objective) -> torch.dtype:
     model = None if objective.teacher is None else objective.teacher.model
     return torch.float32 if model is None else model.dtype
-
-
-def _working_dtype(student: nn.Module, device: Device) -> torch.dtype:
-    """Return the dtype that the student computes in: autocast's if it is on."""
-    kind = torch.device(device).type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return next(student.parameters()).dtype
 
 
 def _tokens(rows: list[Encoded], column: str) -> int:
