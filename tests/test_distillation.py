@@ -319,7 +319,7 @@ def test_a_run_does_not_continue_with_other_data_or_other_tasks(
     before = (place / "data.jsonl").read_text()
     write_rows(place / "data.jsonl", conversations(19))
     assert distill("--max-steps", "2") == 2
-    assert "have changed since it began" in capsys.readouterr().err
+    assert "has changed since it began" in capsys.readouterr().err
     (place / "data.jsonl").write_text(before)
     assert distill("--max-steps", "2", "--device", "auto") == 0  # the device may change
     assert distill("--max-steps", "2", "--tasks", "questions.jsonl") == 2

@@ -79,11 +79,10 @@ class RunFolder:
         stored = json.loads(file.read_bytes()) if file.is_file() else {}
         for name, current in fingerprints.items():
             if stored.get(name, current) != current:
-                is_data = name != "teacher"
-                what = f"conversations of this run ({name}) have" if is_data else "teacher has"
+                what = "teacher" if name == "teacher" else "data"
                 raise RunFolderError(
-                    f"{self.path}: the {what} changed since it began, so it cannot continue; give "
-                    f"the same {'data' if is_data else 'teacher'}, or another --output-dir"
+                    f"{self.path}: the {what} of this run ({name}) has changed since it began, so it "
+                    f"cannot continue; give the same {what}, or another --output-dir"
                 )
 
     def planned_steps(self) -> int | None:

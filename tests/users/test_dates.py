@@ -120,7 +120,7 @@ def test_rows_that_are_encoded_otherwise_stop_a_continued_run(
         place / "student"
     )
     assert distill("run") == 2
-    assert "(tokens) have changed since it began" in capsys.readouterr().err
+    assert "(tokens) has changed since it began" in capsys.readouterr().err
 
 
 def test_a_folder_that_was_begun_without_a_date_gets_one(place: Path) -> None:
