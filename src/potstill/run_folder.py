@@ -81,8 +81,8 @@ class RunFolder:
             if stored.get(name, current) != current:
                 what = "teacher" if name == "teacher" else "data"
                 raise RunFolderError(
-                    f"{self.path}: the {what} of this run ({name}) has changed since it began, so it "
-                    f"cannot continue; give the same {what}, or another --output-dir"
+                    f"{self.path}: the {what} of this run ({name}) has changed since it began, so "
+                    f"it cannot continue; give the same {what}, or another --output-dir"
                 )
 
     def planned_steps(self) -> int | None:
