@@ -16,10 +16,10 @@ from torch import Tensor
 
 from potstill.data.answers import render_answers
 from potstill.data.chat_templates import render
-from potstill.generation.local import end_tokens
 from potstill.models.vocabulary import padding_id
 from potstill.play.players import Player
 from potstill.protocols import CausalLM
+from potstill.sampling import end_tokens
 from potstill.sampling.batch import AnswerBatch, Row
 from potstill.sampling.sampler import Sampling, sample_tokens, uniforms
 
