@@ -158,7 +158,7 @@ def test_answers_ids_and_likelihoods_are_equal_to_those_of_the_local_engine(
 ) -> None:
     engine = VllmEngine("teacher", str(tmp_path), tokenizer, sampling, nats=True)
     local = LocalEngine(tiny_model().double(), tokenizer, sampling, nats=True)
-    local.ends = set(ENDS)
+    local.sampler.ends = set(ENDS)
     asked = unit(sampling)
     (answers,) = engine.answer([asked])
     expected = local.answer_unit(asked)
