@@ -53,5 +53,9 @@ class NonFiniteLoss(PotstillError):
     """Training met a NaN or an infinity."""
 
 
+class CollapsedRollouts(PotstillError):
+    """The student's own answers are empty or repeat themselves."""
+
+
 class SelfCheckFailed(PotstillError):
     """The self-check before the first step found a wrong loss."""

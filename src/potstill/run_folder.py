@@ -7,6 +7,7 @@ RUN_DIR/
   evaluation.json    measures of the teacher, the student before and after; sample answers
   report.html        the report
   checkpoints/       the state from which an interrupted run continues
+  rollouts/          what the student wrote (on-policy), with the teacher's states
   data/              text that the run made itself (demo)
 """
 
@@ -16,7 +17,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,22 @@ class RunFolder:
         self.config, self.student = self.path / "config.yaml", self.path / "student"
         self.metrics, self.evaluation = self.path / "metrics.jsonl", self.path / "evaluation.json"
         self.checkpoints, self.data = self.path / "checkpoints", self.path / "data"
+        self.rollouts = self.path / "rollouts"
 
-    def refuse_other(self, config: dict[str, Any], *, but: Collection[str] = ()) -> None:
+    def refuse_other(
+        self,
+        config: dict[str, Any],
+        *,
+        but: Collection[str] = (),
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
         """Accept a missing or empty folder, or a run with this config; keys in ``but`` may differ.
 
+        A run of an earlier version has the ``defaults`` of settings that it did not know.
         Raises: RunFolderError that names the setting that differs, or the folder that is no run.
         """
         if self.config.is_file():
-            stored = self.read_config()
+            stored = {**(defaults or {}), **self.read_config()}
             for key, value in config.items():
                 # The run chooses these when it begins.
                 planned = key in ("max_steps", "template_date") and value is None
@@ -62,7 +71,8 @@ class RunFolder:
 
     def forget(self) -> None:
         """Delete settings, metrics and checkpoints, and the folder if nothing else is in it."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for folder in (self.checkpoints, self.rollouts):
+            shutil.rmtree(folder, ignore_errors=True)
         for file in (self.config, self.metrics):
             file.unlink(missing_ok=True)
         if not any(self.path.iterdir()):

@@ -7,6 +7,7 @@ from potstill.alignment.positions import Positions as Positions
 from potstill.alignment.positions import align as align
 from potstill.alignment.spans import groups as groups
 from potstill.alignment.stop_tokens import stop_tokens as stop_tokens
+from potstill.alignment.student_text import StudentTextCells as StudentTextCells
 from potstill.alignment.token_bytes import special_ids as special_ids
 from potstill.alignment.token_bytes import token_bytes as token_bytes
 from potstill.alignment.vocabulary import VocabularyComparison as VocabularyComparison
@@ -16,6 +17,7 @@ from potstill.alignment.vocabulary import shared_rows as shared_rows
 __all__ = [
     "PieceCells",
     "Positions",
+    "StudentTextCells",
     "VocabularyCells",
     "VocabularyComparison",
     "align",

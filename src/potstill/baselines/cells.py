@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from potstill.alignment.cells import VocabularyCells, own_cells
+from potstill.alignment.student_text import StudentTextCells
 
 STRICT_MOST = 64
 
 
-class PushForwardCells(VocabularyCells):
+class PushForwardCells(StudentTextCells):
     """Give every student token its own cell; push each teacher token's mass to its first piece.
 
     At a root t(u) = Σ q(v) over the v with seg(v)[0] = u. After some pieces: the same over the next
@@ -32,37 +33,8 @@ class PushForwardCells(VocabularyCells):
     the next root.
     """
 
-    keeps_endings = True
-
-    def __init__(self, base: VocabularyCells) -> None:
-        self._build(base.segmentation, own_cells(base.student_cells))
-        self._lengths = torch.tensor([len(pieces) for pieces in self._sorted])
-
-    def seen(self, teacher_token: int, emitted: tuple[int, ...], token: int) -> int | None:
-        """Return the cell of ``token`` itself."""
-        return self.student_cell(token)
-
-    def prefix_range(self, emitted: tuple[int, ...] = ()) -> tuple[int, int]:
-        """Return the range of ``order`` that starts with ``emitted``; tokens that end are first."""
-        start, stop = super().prefix_range(emitted)
-        return (bisect_left(self._sorted, emitted), stop) if emitted else (start, stop)
-
-    def next_cells(self, places: Tensor, depth: int | Tensor) -> Tensor:
-        """Return the next cell of each token ``[k]``; ``count`` for tokens that end."""
-        ended = self._lengths[places] <= depth
-        piece = (self.first_piece[places] + depth).masked_fill(ended, 0)
-        return self.piece_cells[piece].masked_fill(ended, self.count)
-
-    def target(self, teacher_probs: Tensor, emitted: tuple[int, ...] = ()) -> Tensor:
-        """Return the target ``[count + 1]``; the last entry is for tokens that end."""
-        mass = teacher_probs.new_zeros(self.count + 1)
-        ids = (self.teacher_cells >= 0).nonzero().flatten()
-        cells = self.teacher_cells[ids]
-        if emitted:
-            places = torch.arange(*self.prefix_range(emitted))
-            ids, cells = self.order[places], self.next_cells(places, self.depth(emitted))
-        mass.index_add_(0, cells, teacher_probs[ids])
-        return mass / mass.sum()
+    def _cells(self, student_cells: Tensor) -> Tensor:
+        return own_cells(student_cells)
 
 
 class BytePrefixCells(PushForwardCells):

@@ -135,7 +135,8 @@ def run_distillation(settings: DistillSettings) -> Path:
     run = RunFolder(settings.output_dir)
     settings = dataclasses.replace(settings, template_date=_template_date(run, settings))
     measured = run.evaluation.is_file()
-    run.refuse_other(dataclasses.asdict(settings), but=("device", "tasks"))
+    defaults = {item.name: item.default for item in dataclasses.fields(settings)}
+    run.refuse_other(dataclasses.asdict(settings), but=("device", "tasks"), defaults=defaults)
     if measured and run.read_config().get("tasks") != settings.tasks:
         raise RunFolderError(
             f"{run.evaluation}: measured with other tasks; delete it to measure again"

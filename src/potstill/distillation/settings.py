@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from potstill.defaults import EVAL_FRACTION, MAX_LENGTH
+from potstill.defaults import EVAL_FRACTION, MAX_LENGTH, ROLLOUT_TOKENS
 from potstill.errors import ConfigError
 from potstill.reading import Reading
 
@@ -72,6 +72,21 @@ class DistillSettings(Reading):
     """cross: weight of the cross-entropy inside a cell, between 0 and 1; 1 is unbiased."""
     hard_label_weight: float = 0.0
     """Share of cross-entropy on the text mixed into the divergence, between 0 and 1."""
+    on_policy: float = 0.0
+    """Share of the micro-batches in which the student answers the prompts itself and the teacher
+    corrects it, between 0 (the data's answers alone) and 1."""
+    on_policy_divergence: str = "reverse_kl"
+    """The divergence to minimize on the student's own answers; names as for divergence."""
+    on_policy_from: float = 0.0
+    """Share of the run after which the student begins to write."""
+    rollout_size: int | None = None
+    """Answers in a round on each device, a multiple of the batch size; 8 batches by default."""
+    rollout_reuse: int = 4
+    """Passes over each round of the student's answers."""
+    rollout_tokens: int = ROLLOUT_TOKENS
+    """Maximum number of tokens in an answer of the student."""
+    rollout_temperature: float = 1.0
+    """Sampling temperature of the student's answers."""
     freeze_embeddings: bool = False
     """Do not train the student's embedding and LM head. In a student cut from its teacher they are
     the teacher's own."""

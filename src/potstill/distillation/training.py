@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from typing import Any
 
@@ -43,6 +44,14 @@ from potstill.training import (
 
 TIMED_STEPS = 3
 MOST_BETWEEN_CHECKPOINTS = 500
+ROLLOUT_SETTINGS = (
+    "on_policy",
+    "on_policy_from",
+    "rollout_size",
+    "rollout_reuse",
+    "rollout_tokens",
+    "rollout_temperature",
+)
 
 
 def check_pair(settings: DistillSettings) -> None:
@@ -187,7 +196,7 @@ def _planned_steps(settings: DistillSettings, conversations: int, trainer: Any) 
     if settings.seconds is None:
         per_step = settings.batch_size * settings.gradient_accumulation_steps * process_count()
         return PASSES * -(-conversations // per_step)
-    fitting = max(1, int(settings.seconds / _seconds_per_step(trainer)))
+    fitting = max(1, int(settings.seconds / _seconds_per_step(settings, trainer)))
     steps: int = broadcast_from_main(fitting)
     print_main(f"{settings.seconds:g} seconds are about {steps} steps")
     return steps
@@ -222,28 +231,58 @@ def _note_precision_and_temperature(rows: list[dict[str, Any]], settings: Distil
         )
 
 
-def _seconds_per_step(trainer: Any) -> float:
+def _seconds_per_step(settings: DistillSettings, trainer: Any) -> float:
     """Time a few whole steps at learning rate 0, which changes no weight."""
     print_main("timing a few steps")
+    begins = settings.on_policy_from
+    share = (1 - begins) * settings.on_policy
+    off_policy = _timed(trainer, on_policy=0.0)[0] if share < 1 else 0.0
+    if not share:
+        return off_policy
+    with tempfile.TemporaryDirectory(prefix="potstill-rollouts-") as folder:
+        on_policy, seconds, batches = _timed(
+            trainer, on_policy=1.0, on_policy_from=0.0, rollouts_dir=folder
+        )
+    # A round is made once for all passes over it.
+    on_policy += settings.gradient_accumulation_steps * seconds / batches
+    return (1 - share) * off_policy + share * on_policy
+
+
+def _timed(trainer: Any, **settings: Any) -> tuple[float, float, int]:
+    """Return seconds a step without rounds, seconds a round, and micro-batches trained on one."""
     clock = _StepClock()
     timed = trainer(
         max_steps=TIMED_STEPS + 1,
         learning_rate=0.0,
         weight_decay=0.0,
         save_strategy="no",
+        **settings,
     )
+    clock.on_policy = timed.on_policy
     timed.add_callback(clock)
     timed.train()
     # The first step warms up and is not counted.
-    return (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1)
+    step = (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1)
+    if timed.on_policy is None:
+        return step, 0.0, 1
+    return step, timed.on_policy.seconds_per_round, timed.on_policy.per_round
 
 
 class _StepClock(transformers.TrainerCallback):
+    """Note the time after each step, without the time of rounds of rollouts."""
+
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.on_policy: Any = None
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.times.append(time.perf_counter())
+        rounds = 0.0 if self.on_policy is None else self.on_policy.seconds
+        self.times.append(time.perf_counter() - rounds)
+
+
+def _divergence(name: str) -> Any:
+    """Return the user's function for FILE.py:FUNCTION, and other names as they are."""
+    return users_function(name) if ".py:" in name else name
 
 
 def _arguments(run: RunFolder, settings: DistillSettings, **overrides: Any) -> DistillationConfig:
@@ -259,14 +298,14 @@ def _arguments(run: RunFolder, settings: DistillSettings, **overrides: Any) -> D
         "learning_rate",
         "gradient_accumulation_steps",
         "seed",
+        *ROLLOUT_SETTINGS,
     )
-    own_divergence = ".py:" in settings.divergence
     chosen: dict[str, Any] = {
         **{name: getattr(settings, name) for name in same_names},
         "output_dir": str(run.checkpoints),
-        "divergence": users_function(settings.divergence)
-        if own_divergence
-        else settings.divergence,
+        "divergence": _divergence(settings.divergence),
+        "on_policy_divergence": _divergence(settings.on_policy_divergence),
+        "rollouts_dir": str(run.rollouts),
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
         "per_device_train_batch_size": settings.batch_size,

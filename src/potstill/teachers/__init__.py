@@ -10,6 +10,7 @@ from typing import Any
 from potstill.models import ModelOpener
 from potstill.protocols import Tokenizer
 from potstill.teachers.base import Teacher as Teacher
+from potstill.teachers.base import reads_new_text as reads_new_text
 from potstill.teachers.base import single_device_model as single_device_model
 from potstill.teachers.capture import CaptureCounts as CaptureCounts
 from potstill.teachers.capture import capture_conversations as capture_conversations
@@ -17,6 +18,7 @@ from potstill.teachers.captured import CapturedTeacher as CapturedTeacher
 from potstill.teachers.captured import captured_date as captured_date
 from potstill.teachers.captured import captured_keep as captured_keep
 from potstill.teachers.captured import is_capture, open_captured, open_captured_tokenizer
+from potstill.teachers.kept import KeptTeacher as KeptTeacher
 from potstill.teachers.local import LocalTeacher as LocalTeacher
 from potstill.teachers.local import open_local
 from potstill.teachers.served import ServedTeacher as ServedTeacher
@@ -85,6 +87,7 @@ __all__ = [
     "CaptureCounts",
     "CapturedTeacher",
     "CellTarget",
+    "KeptTeacher",
     "LocalTeacher",
     "LogitsTarget",
     "LossSettings",
@@ -99,6 +102,7 @@ __all__ = [
     "captured_keep",
     "open_teacher",
     "open_teacher_tokenizer",
+    "reads_new_text",
     "single_device_model",
     "teacher_kind",
 ]

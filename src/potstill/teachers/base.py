@@ -49,6 +49,14 @@ class Teacher(Protocol):
         ...
 
 
+def reads_new_text(teacher: Teacher) -> bool:
+    """Return whether the teacher has targets for text that it has not seen before.
+
+    A teacher without the attribute ``reads_new_text`` has.
+    """
+    return bool(getattr(teacher, "reads_new_text", True))
+
+
 def single_device_model(teacher: Teacher) -> CausalLM | None:
     """Return the teacher's model if it can take the student's place, else None.
 

@@ -157,6 +157,7 @@ class CapturedTeacher:
     """
 
     model: None = None
+    reads_new_text = False
 
     def __init__(self, path: Path, *, tokenizer: Tokenizer | None = None) -> None:
         self.folder, self.tokenizer = CaptureFolder(path), tokenizer

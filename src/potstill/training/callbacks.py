@@ -16,6 +16,8 @@ from potstill.run_folder import read_rows, write_whole
 if TYPE_CHECKING:
     from potstill.training.trainer import DistillationTrainer
 
+ROUND = "rollout_tokens"
+"""In the rows that describe a round of rollouts."""
 Logs = dict[str, Any] | None
 
 
@@ -34,7 +36,8 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Delete the rows after the step at which training begins."""
         step, rows = state.global_step, read_rows(self.file)[0]
-        rows = [row for row in rows if row.get("step", math.inf) <= step]
+        # A round of rollouts at the checkpoint's step was made after the checkpoint.
+        rows = [row for row in rows if row.get("step", math.inf) + (ROUND in row) <= step]
         if state.is_world_process_zero:
             write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
         self.earlier = rows[-1] if rows else self.earlier
@@ -42,7 +45,7 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Logs = None, **_: Any) -> None:
         """Add one row."""
-        if logs is None or not {"loss", "eval_loss"} & logs.keys():
+        if logs is None or not {"loss", "eval_loss", ROUND} & logs.keys():
             return
         seconds = time.perf_counter() - self.begun - self.trainer.seconds_evaluating
         seen = self.trainer.tokens_seen_by_all()

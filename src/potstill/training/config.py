@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from potstill.defaults import MAX_LENGTH, ROLLOUT_TOKENS
 from potstill.errors import ConfigError
 from potstill.losses import DIVERGENCES
 from potstill.losses.fused import DivergenceFunction, resolve_divergence
@@ -17,8 +19,6 @@ from potstill.teachers import LossSettings
 from potstill.training.cross_objective import ALIGNMENTS
 
 METHODS = ("text", "logits", "cross")
-MAX_LENGTH = 1024
-"""Tokens at which a conversation is cut, unless the user says otherwise."""
 
 # One field for each parameter of a divergence: jensen_shannon's teacher_weight, skew_*'s skew.
 _DivergenceParameters = dataclasses.make_dataclass(
@@ -78,6 +78,33 @@ class DistillationConfig(_DivergenceParameters, TrainingArguments):  # type: ign
         default=True, metadata={"help": "Pack several conversations into one row of a batch."}
     )
 
+    on_policy: float = field(
+        default=0.0,
+        metadata={"help": "Share of micro-batches that are the student's own answers, 0 to 1."},
+    )
+    on_policy_divergence: str | DivergenceFunction = field(
+        default="reverse_kl", metadata={"help": "The divergence on the student's own answers."}
+    )
+    on_policy_from: float = field(
+        default=0.0, metadata={"help": "Share of the run after which the student writes."}
+    )
+    rollout_size: int | None = field(
+        default=None,
+        metadata={"help": "Answers in a round on each device; 8 batches if not given."},
+    )
+    rollout_reuse: int = field(
+        default=4, metadata={"help": "Passes over each round of the student's answers."}
+    )
+    rollout_tokens: int = field(
+        default=ROLLOUT_TOKENS, metadata={"help": "Maximum number of tokens in such an answer."}
+    )
+    rollout_temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature of the student's answers."}
+    )
+    rollouts_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the answers; output_dir/rollouts by default."}
+    )
+
     # The loss needs columns that the model's forward does not name.
     remove_unused_columns: bool = False
     # A loss that is not finite raises NonFiniteLoss.
@@ -96,10 +123,13 @@ class DistillationConfig(_DivergenceParameters, TrainingArguments):  # type: ign
                 raise ConfigError(
                     f"{name} {getattr(self, name)!r} is not known; use one of {', '.join(known)}"
                 )
-        if isinstance(self.divergence, str) and self.divergence not in DIVERGENCES:
-            raise ConfigError(
-                f"divergence {self.divergence!r} is not known; use one of {', '.join(DIVERGENCES)}"
-            )
+        for name in ("divergence", "on_policy_divergence"):
+            chosen = getattr(self, name)
+            if isinstance(chosen, str) and chosen not in DIVERGENCES:
+                raise ConfigError(
+                    f"{name} {chosen!r} is not known; use one of {', '.join(DIVERGENCES)}"
+                )
+        self._check_on_policy()
         for name in ("temperature", "teacher_temperature"):
             if not getattr(self, name) > 0:
                 raise ConfigError(
@@ -115,6 +145,46 @@ class DistillationConfig(_DivergenceParameters, TrainingArguments):  # type: ign
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} {getattr(self, name)}: a share, so between 0 and 1")
         resolve_divergence(self.divergence, self._parameters())
+
+    def _check_on_policy(self) -> None:
+        """Raises: ConfigError."""
+        if not 0 <= self.on_policy <= 1:
+            raise ConfigError(
+                f"on_policy {self.on_policy}: a share, so between 0 (the data's answers alone) and "
+                "1 (the student's alone)"
+            )
+        if not 0 <= self.on_policy_from < 1:
+            raise ConfigError(
+                f"on_policy_from {self.on_policy_from}: a share of the run, from 0 to below 1"
+            )
+        for name in ("rollout_size", "rollout_reuse", "rollout_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} {value}: must be at least 1")
+        if self.rollout_size and self.rollout_size % self.per_device_train_batch_size:
+            raise ConfigError(
+                f"rollout_size {self.rollout_size}: must be a multiple of the batch size, "
+                f"{self.per_device_train_batch_size}"
+            )
+        if not self.rollout_temperature >= 0:
+            raise ConfigError(
+                f"rollout_temperature {self.rollout_temperature}: must be 0 or above; "
+                "0 takes the most likely token"
+            )
+        if self.on_policy and self.method == "text":
+            raise ConfigError(
+                f"on_policy {self.on_policy} with method text: no teacher corrects what the "
+                "student writes; use --method logits or cross, or leave out --on-policy"
+            )
+
+    @property
+    def on_policy_loss_settings(self) -> LossSettings:
+        """The same on the student's own answers: no part of it takes the text as the teacher's."""
+        own = copy.copy(self)
+        own.divergence, own.hard_label_weight = self.on_policy_divergence, 0.0
+        if self.on_policy_divergence != self.divergence and not isinstance(self.divergence, str):
+            own.divergence_parameters = None  # those of a divergence of your own
+        return dataclasses.replace(own.loss_settings, within_weight=0.0)
 
     @property
     def loss_settings(self) -> LossSettings:
@@ -133,16 +203,18 @@ class DistillationConfig(_DivergenceParameters, TrainingArguments):  # type: ign
     def to_dict(self) -> dict[str, Any]:
         """Return the settings for logs; a divergence of your own by its name."""
         settings: dict[str, Any] = super().to_dict()
-        return {**settings, "divergence": self._divergence_name()}
+        return settings | self._divergence_names()
 
     def __getstate__(self) -> dict[str, Any]:
         # The Trainer pickles its settings into each checkpoint, and a lambda cannot be pickled.
-        return {**self.__dict__, "divergence": self._divergence_name()}
+        return self.__dict__ | self._divergence_names()
 
-    def _divergence_name(self) -> str:
-        if isinstance(self.divergence, str):
-            return self.divergence
-        return getattr(self.divergence, "__name__", None) or str(self.divergence)
+    def _divergence_names(self) -> dict[str, str]:
+        chosen = {name: getattr(self, name) for name in ("divergence", "on_policy_divergence")}
+        return {
+            name: one if isinstance(one, str) else getattr(one, "__name__", None) or str(one)
+            for name, one in chosen.items()
+        }
 
     def _parameters(self) -> dict[str, float]:
         given = dict(self.divergence_parameters or {})

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Trainer
+from transformers import AutoTokenizer, Trainer, TrainerCallback
 
 from potstill.data.forms import as_conversation
 from potstill.errors import ConfigError, NonFiniteLoss
@@ -27,6 +27,7 @@ from potstill.processes import print_main
 from potstill.protocols import Batch
 from potstill.training.config import DistillationConfig
 from potstill.training.objectives import Objective, make_objective
+from potstill.training.on_policy import OBJECTIVE, OnPolicy
 from potstill.training.prefetch import with_prefetching
 from potstill.training.self_check import CONVERSATIONS, check_objective
 
@@ -73,17 +74,22 @@ class DistillationTrainer(Trainer):
         )
         _refuse_unknown_ids(model, self.objective, train_dataset, eval_dataset)
         args._n_gpu = min(args.n_gpu, 1)  # disable nn.DataParallel; use DDP or FSDP
+        self.args = args
+        self.on_policy = OnPolicy(self, model, train_dataset) if args.on_policy else None
         layout = kwargs.pop("data_collator", None) or self.objective.layout
-        workers = args.dataloader_num_workers
+        if not args.on_policy:  # else many announced batches would not be taken
+            layout = with_prefetching(layout, self.objective, workers=args.dataloader_num_workers)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=with_prefetching(layout, self.objective, workers=workers),
+            data_collator=layout,
             **kwargs,
         )
+        if self.on_policy is not None:
+            self.add_callback(_BeginOnPolicy(self.on_policy))
         fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if fsdp is not None and getattr(fsdp, "fsdp_version", 2) == 1:
             found = "FSDP version 1 shards a head's weight outside of the model's forward"
@@ -94,6 +100,14 @@ class DistillationTrainer(Trainer):
         self.tokens_seen, self.seconds_evaluating = 0, 0.0
         self._checked = False
         self._evaluated = torch.zeros(2, dtype=torch.float64)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], Any]:
+        """Return the micro-batches of a step, and the number of their supervised tokens."""
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        if self.on_policy is None or not batches:
+            return batches, count
+        batches = self.on_policy.replaced(batches, self.state.global_step)
+        return batches, self._get_num_items_in_batch(batches, self.args.device)
 
     def compute_loss(
         self,
@@ -122,7 +136,9 @@ class DistillationTrainer(Trainer):
 
     def summed_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Return Σ over the supervised tokens of ``inputs``, in nats."""
-        return self.objective.summed_loss(model, inputs)
+        columns: dict[str, Any] = dict(inputs)
+        objective: Objective = columns.get(OBJECTIVE, self.objective)
+        return objective.summed_loss(model, inputs)
 
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None
@@ -185,6 +201,14 @@ class DistillationTrainer(Trainer):
                 "student was not updated, earlier checkpoints are good: lower --learning-rate, use "
                 "bf16 instead of fp16, or check the data of that step"
             )
+
+
+class _BeginOnPolicy(TrainerCallback):
+    def __init__(self, on_policy: OnPolicy) -> None:
+        self.on_policy = on_policy
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.on_policy.begin(state.global_step, state.max_steps)
 
 
 def _refuse_unknown_ids(model: Any, objective: Objective, *datasets: Any) -> None:
