@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from conftest import conversations, tiny_model, toy_tokenizer
+from potstill.data.prompt_rows import prompt_length
 from potstill.errors import CollapsedRollouts, ConfigError, DataError, RunFolderError
 from potstill.sampling import RefilledSampler
 from potstill.teachers import KeptTeacher, LocalTeacher, LossSettings
 from potstill.training import DistillationConfig, DistillationTrainer
 from potstill.training.on_policy import OBJECTIVE
-from potstill.training.rollout_rows import prompt_length
 from training.test_objectives import across
 from training.test_trainer import trainer, weights
 

@@ -40,6 +40,7 @@ def demo(output_dir: str = "runs/demo", *, seconds: float = 180) -> Path:
     """Distill SmolLM2-135M-Instruct into half its layers; return the report's path."""
     from potstill.data import read_prompts
     from potstill.distillation import run_distillation
+    from potstill.distillation.settings import default_settings
     from potstill.generation.dataset import CONVERSATIONS
     from potstill.models import locate
     from potstill.processes import print_main
@@ -61,7 +62,7 @@ def demo(output_dir: str = "runs/demo", *, seconds: float = 180) -> Path:
         freeze_embeddings=True,  # better after 30 steps: 2.14 nats, trained 2.22
         trainer={"adam_beta1": 0.8, "adam_beta2": 0.95},  # shorter averages for 200 steps
     )
-    folder.refuse_other(dataclasses.asdict(recipe))
+    folder.refuse_other(dataclasses.asdict(recipe), defaults=default_settings())
     locate("demo")
     folder.begin(dataclasses.asdict(recipe))
     with resources.as_file(resources.files("potstill.data") / "demo_prompts.jsonl") as path:

@@ -12,7 +12,7 @@ from potstill.comparison.finished_runs import FinishedRun, refuse_unlike, same_t
 from potstill.comparison.text_measures import length_words, loops, measures_against, stops
 from potstill.data.words import words
 from potstill.errors import RunFolderError
-from potstill.evaluation.measures import MEASURES, TOKEN_MEASURES
+from potstill.evaluation.measures import MEASURES, OWN_MEASURES, TOKEN_MEASURES
 from potstill.evaluation.paired import Ratios, interval, paired_difference, regressions, verdict
 from potstill.evaluation.scores import measure_ratios
 
@@ -91,9 +91,9 @@ def _token_ratios(runs: RunsByMethod) -> RatiosByMeasure:
         measured[UNTOUCHED] = [measure_ratios(run.conversations["before"]) for run in first]
     usable = [
         name
-        for name in TOKEN_MEASURES
+        for name in TOKEN_MEASURES | OWN_MEASURES
         if (name == "bits_per_byte" or same_tokens(flat))
-        and all(one[name] for seeds in measured.values() for one in seeds)
+        and all(one.get(name) for seeds in measured.values() for one in seeds)
     ]
     return {
         measure: {

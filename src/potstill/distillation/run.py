@@ -19,7 +19,7 @@ import torch
 
 from potstill.data.forms import as_conversation
 from potstill.distillation.held_out import split_data
-from potstill.distillation.settings import DistillSettings, check_names
+from potstill.distillation.settings import DistillSettings, check_names, default_settings
 from potstill.distillation.targets import opener_of, teacher_identity
 from potstill.distillation.training import train
 from potstill.errors import RunFolderError
@@ -135,8 +135,9 @@ def run_distillation(settings: DistillSettings) -> Path:
     run = RunFolder(settings.output_dir)
     settings = dataclasses.replace(settings, template_date=_template_date(run, settings))
     measured = run.evaluation.is_file()
-    defaults = {item.name: item.default for item in dataclasses.fields(settings)}
-    run.refuse_other(dataclasses.asdict(settings), but=("device", "tasks"), defaults=defaults)
+    run.refuse_other(
+        dataclasses.asdict(settings), but=("device", "tasks"), defaults=default_settings()
+    )
     if measured and run.read_config().get("tasks") != settings.tasks:
         raise RunFolderError(
             f"{run.evaluation}: measured with other tasks; delete it to measure again"
@@ -194,7 +195,7 @@ def _evaluate_run(run: RunFolder, settings: DistillSettings, tasks: Tasks) -> di
         answers["teacher"] = _sample(teacher.model, pair.teacher_tokenizer, asked, settings.seed)
     for name, source in (("before", settings.student), ("after", str(run.student))):
         student = opener.model(source)
-        scores[name] = pair.score_student(student, teacher, likeliest=LIKELIEST)
+        scores[name] = pair.score_student(student, teacher, likeliest=LIKELIEST, own_answers=True)
         abilities[name] = tasks.measure(student, pair.tokenizer)
         answers[name] = _sample(student, pair.tokenizer, asked, settings.seed)
     measures = {name: summarize(one) for name, one in scores.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from potstill.defaults import EVAL_FRACTION, MAX_LENGTH, ROLLOUT_TOKENS
@@ -131,6 +131,12 @@ POSITIVE = (
     "eval_steps",
     "learning_rate",
 )
+
+
+def default_settings() -> dict[str, Any]:
+    """Return the settings that have a simple default."""
+    own = fields(DistillSettings)
+    return {item.name: item.default for item in own if item.default is not MISSING}
 
 
 def check_names(given: dict[str, Any]) -> None:

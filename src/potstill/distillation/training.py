@@ -26,7 +26,7 @@ from potstill.distillation.trainer_settings import (
     make_arguments,
 )
 from potstill.doctor import quick_check
-from potstill.errors import NonFiniteLoss, SelfCheckFailed
+from potstill.errors import CollapsedRollouts, NonFiniteLoss, SelfCheckFailed
 from potstill.evaluation import HeldOut, fingerprint
 from potstill.generation.filters import users_function
 from potstill.processes import broadcast_from_main, is_main_process, print_main, process_count
@@ -161,7 +161,7 @@ def _train_from_checkpoint(
     try:
         with progress:
             one.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (NonFiniteLoss, SelfCheckFailed):
+    except (CollapsedRollouts, NonFiniteLoss, SelfCheckFailed):
         if is_main_process() and checkpoint is None and not run.read_metrics()[0]:
             run.forget()  # no step was done: other settings can use the folder
         raise
@@ -258,6 +258,8 @@ def _timed(trainer: Any, **settings: Any) -> tuple[float, float, int]:
         save_strategy="no",
         **settings,
     )
+    if timed.on_policy is not None:
+        timed.on_policy.stops_at_collapse = False
     clock.on_policy = timed.on_policy
     timed.add_callback(clock)
     timed.train()

@@ -2,7 +2,7 @@
 
 from potstill.evaluation.evaluate import Comparison, Evaluation, evaluate
 from potstill.evaluation.held_out import HeldOut, fingerprint, last_question
-from potstill.evaluation.measures import MEASURES, TOKEN_MEASURES, Measure
+from potstill.evaluation.measures import MEASURES, OWN_MEASURES, TOKEN_MEASURES, Measure
 from potstill.evaluation.scores import (
     TokenScores,
     conversation_sums,
@@ -16,6 +16,7 @@ from potstill.evaluation.tasks import Tasks
 
 __all__ = [
     "MEASURES",
+    "OWN_MEASURES",
     "TOKEN_MEASURES",
     "Comparison",
     "Evaluation",

@@ -133,7 +133,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        student_scores = pair.score_student(model, source)
+        student_scores = pair.score_student(model, source, own_answers=True)
         abilities = {"student": chosen_tasks.measure(model, tokenizer)} if tasks else {}
         if tasks and source.model is not None:
             abilities = {"teacher": chosen_tasks.measure(source.model, reader), **abilities}

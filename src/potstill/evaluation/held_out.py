@@ -12,6 +12,7 @@ import torch
 from potstill.alignment import shared_rows
 from potstill.data import IGNORED, encode_conversation, tokenize_conversations, without_answer
 from potstill.errors import DataError, VocabularyMismatch
+from potstill.evaluation.own_answers import measure_own_answers
 from potstill.evaluation.scores import TokenScores, conversation_sums, score_teacher, score_tokens
 from potstill.models.vocabulary import padding_id
 from potstill.protocols import CausalLM, Tokenizer
@@ -56,25 +57,35 @@ class HeldOut:
         )
 
     def score_student(
-        self, student: CausalLM, teacher: CausalLM | Teacher, *, likeliest: int = 0
+        self,
+        student: CausalLM,
+        teacher: CausalLM | Teacher,
+        *,
+        likeliest: int = 0,
+        own_answers: bool = False,
     ) -> TokenScores:
         """Score the student, against the teacher where both have the same vocabulary.
 
-        ``likeliest`` as in `score_tokens`.
+        ``likeliest`` as in `score_tokens`; ``own_answers`` also measures what the student writes.
         """
         pad = padding_id(self.tokenizer, student)
         if self.rows is None:
             return score_tokens(student, self.dataset, pad_token_id=pad, likeliest=likeliest)
         source = as_teacher(teacher)
         student_rows = len(student.get_output_embeddings().weight)
-        return score_tokens(
+        rows = min(self.rows, source.vocabulary_rows, student_rows)
+        scores = score_tokens(
             student,
             self.dataset,
             pad_token_id=pad,
             teacher=source,
-            rows=min(self.rows, source.vocabulary_rows, student_rows),
+            rows=rows,
             likeliest=likeliest,
         )
+        if not own_answers:
+            return scores
+        own = measure_own_answers(student, self.tokenizer, self.dataset, source, rows=rows)
+        return dataclasses.replace(scores, own=own)
 
     def score_teacher(self, teacher: CausalLM | Teacher) -> TokenScores:
         """Score the teacher; its KL from itself is 0 and its agreement 1, by definition."""

@@ -39,6 +39,17 @@ TOKEN_MEASURES = {
 }
 """Measured on given text."""
 
+OWN_MEASURES = {
+    "own_kl_nats_per_token": Measure(
+        "own KL", "Divergence on its own answers", "nats per token", "lower", of_teacher=0.0
+    ),
+    "own_ended": Measure("own ends", "Own answers that end", "of all answers", "higher", "share"),
+    "own_repeated": Measure(
+        "own repeats", "Repetition in its own answers", "of all 4-grams", "lower", "share"
+    ),
+}
+"""Measured on the answers that a student writes to held-out prompts (own_answers.py)."""
+
 _LIKENESS = "Likeness to the teacher's answer"
 TEXT_MEASURES = {
     "chrf": Measure("chrF", _LIKENESS, "chrF, of 100", "higher", "score"),
@@ -51,4 +62,4 @@ TEXT_MEASURES = {
 }
 """Measured on the answers that a model writes."""
 
-MEASURES = TOKEN_MEASURES | TEXT_MEASURES
+MEASURES = TOKEN_MEASURES | OWN_MEASURES | TEXT_MEASURES

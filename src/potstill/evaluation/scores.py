@@ -9,7 +9,7 @@ one conversation are not independent: intervals are bootstrapped over conversati
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,11 @@ from potstill.progress import Progress
 from potstill.teachers import Target, Teacher
 from potstill.teachers.targets import most_likely
 
+OWN_RATIOS = {
+    "own_kl_nats_per_token": ("own_kl_nats", "own_tokens"),
+    "own_ended": ("own_ended", "own_answers"),
+    "own_repeated": ("own_repeated", "own_grams"),
+}
 INFINITE = 1e10
 """Nats. The losses use a large number for a logit of −∞."""
 
@@ -62,6 +67,8 @@ class TokenScores:
     """The model's most likely tokens at each position; None if not requested."""
     teacher_likeliest: Likeliest | None = None
     """The teacher's most likely tokens at each position; None likewise."""
+    own: dict[str, list[float]] = field(default_factory=dict)
+    """What `measure_own_answers` returned; empty if it was not measured."""
 
 
 @torch.no_grad()
@@ -188,22 +195,32 @@ def conversation_sums(scores: TokenScores) -> dict[str, Any]:
         "nll_nats": sums(scores.nll),
         "kl_nats": sums(scores.kl),
         "agreeing_tokens": sums(scores.agrees),
+        **scores.own,
     }
 
 
 def measure_ratios(sums: dict[str, Any]) -> dict[str, tuple[Any, Any] | None]:
-    """Return (numerator, denominator) per conversation of each of `TOKEN_MEASURES`."""
+    """Return (numerator, denominator) per conversation of each of `TOKEN_MEASURES`.
+
+    Those of `OWN_MEASURES` are there if they were measured.
+    """
     arrays = {
         name: None if column is None else np.asarray(column, dtype=np.float64)
         for name, column in sums.items()
     }
     tokens, kl, agreeing = arrays["tokens"], arrays["kl_nats"], arrays["agreeing_tokens"]
     nll: Any = arrays["nll_nats"]
+    own = {
+        name: (arrays[numerator], arrays[denominator])
+        for name, (numerator, denominator) in OWN_RATIOS.items()
+        if numerator in arrays
+    }
     return {
         "kl_nats_per_token": None if kl is None else (kl, tokens),
         "nll_nats_per_token": (nll, tokens),
         "bits_per_byte": (nll / math.log(2), arrays["bytes"]),
         "top1_agreement": None if agreeing is None else (agreeing, tokens),
+        **own,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from potstill.evaluation.measures import TOKEN_MEASURES
+from potstill.evaluation.measures import OWN_MEASURES, TOKEN_MEASURES
 
 
 def as_table(measured: Mapping[str, Any]) -> str:
@@ -37,10 +37,10 @@ def _lines(names: list[str], uncertainty: str, rows: Iterator[Row]) -> Iterator[
 
 
 def _measures(models: list[Any]) -> Iterator[Row]:
-    for name in TOKEN_MEASURES:
+    for name in [*TOKEN_MEASURES, *(name for name in OWN_MEASURES if name in models[-1])]:
         ends = models[-1]["ci95"][name]
         interval = "" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
-        yield name, [model[name] for model in models], interval
+        yield name, [model.get(name) for model in models], interval
 
 
 def _metrics(models: list[Any]) -> Iterator[Row]:

@@ -4,7 +4,9 @@ Runs share a plot only if their losses are the same quantity on the same text: a
 cross-entropy cannot be compared. The plots use the page's own colors, light or dark.
 """
 
+import dataclasses
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -44,6 +46,18 @@ class Curve:
     color: int
     config: Mapping[str, Any]
     rows: list[dict[str, Any]]
+    quantity: str = ""
+    """What the rows' loss is, if it does not follow from the settings."""
+    unit: str = "nats per token"
+
+
+ROLLOUTS = {
+    "rollout_ended": ("The student's own answers: those that end", "share of a round"),
+    "rollout_tokens": ("The student's own answers: length", "tokens an answer"),
+    "rollout_repeated": ("The student's own answers: repetition", "share of 4-grams"),
+    "rollout_entropy": ("The student's own answers: entropy", "nats per token"),
+}
+"""What an on-policy run logs for every round, and its unit."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +72,39 @@ class Panel:
 def panels(curves: Sequence[Curve]) -> list[Panel]:
     """Return one panel per quantity; runs without a logged loss are left out."""
     groups: dict[tuple[str, str], list[Curve]] = {}
-    for curve in curves:
+    for curve in itertools.chain.from_iterable(map(_by_text, curves)):
         if _points(curve.rows, "step", "loss"):
-            key = quantity(curve.config), str(curve.config.get("data"))
+            key = curve.quantity or quantity(curve.config), str(curve.config.get("data"))
             groups.setdefault(key, []).append(curve)
     return [_panel(name, group) for (name, _), group in groups.items()]
+
+
+def _by_text(curve: Curve) -> list[Curve]:
+    """Return the curves of a run: on-policy, one for each kind of text and of measure.
+
+    The two losses of an on-policy run are different quantities on different text.
+    """
+    if not number(curve.config.get("on_policy")):
+        return [curve]
+
+    def rows_of(name: str, *dropped: str) -> list[dict[str, Any]]:
+        kept = [row for row in curve.rows if name in row or "eval_loss" in row]
+        return [
+            {key: value for key, value in row.items() if key not in ("loss", *dropped)}
+            | ({"loss": row[name]} if name in row else {})
+            for row in kept
+        ]
+
+    own = {**curve.config, "divergence": curve.config.get("on_policy_divergence")}
+    on_text = f"{quantity({**own, 'hard_label_weight': 0.0})}, on the student's own answers"
+    found = [
+        dataclasses.replace(curve, rows=rows_of("off_policy_loss")),
+        dataclasses.replace(curve, rows=rows_of("on_policy_loss", "eval_loss"), quantity=on_text),
+    ]
+    for name, (title, unit) in ROLLOUTS.items():
+        rows = rows_of(name, "eval_loss", "seconds")
+        found.append(dataclasses.replace(curve, rows=rows, quantity=title, unit=unit))
+    return found
 
 
 def quantity(config: Mapping[str, Any]) -> str:
@@ -137,7 +179,7 @@ def _draw(x_key: str, curves: list[Curve]) -> markupsafe.Markup:
         axes = page.subplots()
         ends = [(curve, _plot(axes, curve, x_key, scale)) for curve in curves]
         _label_ends(axes, [(curve, end) for curve, end in ends if end and curve.name])
-        axes.set(xlabel=unit, ylabel="nats per token")
+        axes.set(xlabel=unit, ylabel=curves[0].unit)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_linewidth(0.6)
         axes.tick_params(width=0.6)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from potstill.evaluation import MEASURES, TOKEN_MEASURES, measure_ratios
+from potstill.evaluation import MEASURES, OWN_MEASURES, TOKEN_MEASURES, measure_ratios
 from potstill.evaluation.paired import FEWEST_CONVERSATIONS, Difference, Ratios, paired_difference
 from potstill.evaluation.tasks import better
 from potstill.evaluation.tasks import interval as task_interval
@@ -170,7 +170,8 @@ def measure_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     A cell is (value, interval, remark), empty where nothing was measured.
     """
     rows = []
-    for key, measure in TOKEN_MEASURES.items():
+    own = {key: one for key, one in OWN_MEASURES.items() if key in _of(evaluation, "after")}
+    for key, measure in (TOKEN_MEASURES | own).items():
         cells: list[Cell] = []
         for model in ("before", "after", "teacher"):
             if model == "teacher" and measure.of_teacher is not None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from potstill.alignment import special_ids
 from potstill.data.batches import Encoded
+from potstill.data.prompt_rows import answer_end, prompt_length
 from potstill.errors import ConfigError, DataError, RunFolderError, SelfCheckFailed
 from potstill.models.heads import on_device
 from potstill.processes import print_main
@@ -32,7 +33,7 @@ from potstill.teachers import KeptTeacher, reads_new_text
 from potstill.teachers.captured import row_key
 from potstill.training.rollout_files import RolloutFiles
 from potstill.training.rollout_health import NUMBERS, RolloutHealth
-from potstill.training.rollout_rows import answer_end, on_students_text, prompt_length
+from potstill.training.rollout_rows import on_students_text
 from potstill.training.sampling_copy import SamplingCopy
 from potstill.training.schedule import OnPolicySchedule
 
@@ -77,6 +78,8 @@ class OnPolicy:
         self.schedule = OnPolicySchedule(1, 0, 1)  # type: ignore[arg-type]
         self.seconds, self.rounds = 0.0, 0
         """Time spent on rounds: sampling, and the teacher's states."""
+        self.stops_at_collapse = True
+        self._losses: dict[str, list[Tensor]] = {"on_policy_loss": [], "off_policy_loss": []}
         self._checked = False
         self._resumed: int | None = None
         self._number: int | None = None
@@ -113,6 +116,21 @@ class OnPolicy:
                 found[i] = self._batch(number, index)
         return found
 
+    def note_loss(self, batch: Batch, nats: Tensor, tokens: Tensor) -> None:
+        """Add the loss of a micro-batch, Σ in nats over ``tokens``, to what `noted_losses` says."""
+        kind = "on_policy_loss" if OBJECTIVE in batch else "off_policy_loss"
+        self._losses[kind].append(torch.stack([nats.detach().double(), tokens.double()]))
+
+    def noted_losses(self) -> dict[str, float]:
+        """Return nats per token since the last call, of this process, for each kind of text."""
+        means = {}
+        for kind, noted in self._losses.items():
+            if noted:
+                nats, tokens = torch.stack(noted).sum(0).tolist()
+                means[kind] = nats / max(1, tokens)
+                noted.clear()
+        return means
+
     def _open_round(self, number: int, global_step: int) -> None:
         begun = time.perf_counter()
         if number == self._resumed:
@@ -136,7 +154,8 @@ class OnPolicy:
         sampled, ended = self._sampled(number, sources)
         health = self._of_all(RolloutHealth.of(sampled, ended))
         trainer.log(health.as_logs())
-        health.refuse_collapse(number=number, step=global_step)
+        if self.stops_at_collapse:
+            health.refuse_collapse(number=number, step=global_step)
         triples = zip(sources, sampled, ended, strict=True)
         answers = [self.rows.row(source, row.tokens, ended=end) for source, row, end in triples]
         self._answers = [answer for answer in answers if answer is not None]

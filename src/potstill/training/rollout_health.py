@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from potstill.errors import CollapsedRollouts
 from potstill.sampling import SampledRow
+from potstill.sampling.repetition import GRAM, repeated_grams
 
-GRAM = 4
 MOST_REPEATED = 0.7
 """Share of repeated 4-grams that counts as a collapse; good sampled text has 0 to 0.1."""
 MOST_EMPTY = 0.9
@@ -33,10 +33,8 @@ class RolloutHealth:
     @classmethod
     def of(cls, rows: Sequence[SampledRow], ended: Sequence[bool]) -> RolloutHealth:
         """Measure sampled answers; ``ended`` says which have an end token."""
-        grams = repeated = 0
-        for row in rows:
-            own = [tuple(row.tokens[i : i + GRAM]) for i in range(len(row.tokens) - GRAM + 1)]
-            grams, repeated = grams + len(own), repeated + len(own) - len(set(own))
+        counts = [repeated_grams(row.tokens) for row in rows]
+        repeated, grams = (sum(column) for column in zip(*counts, strict=True))
         lengths = [len(row.tokens) for row in rows]
         empty = sum(end and length == 1 for end, length in zip(ended, lengths, strict=True))
         nats = sum(row.nats for row in rows)
@@ -57,7 +55,7 @@ class RolloutHealth:
         if repeated < MOST_REPEATED and empty < MOST_EMPTY:
             return
         found = (
-            f"{repeated:.0%} of the 4-grams in the student's answers repeat earlier ones "
+            f"{repeated:.0%} of the {GRAM}-grams in the student's answers repeat earlier ones "
             f"(at most {MOST_REPEATED:.0%})"
             if repeated >= MOST_REPEATED
             else f"{empty:.0%} of the student's answers are empty (at most {MOST_EMPTY:.0%})"

@@ -16,29 +16,10 @@ from potstill.alignment.positions import NO_TARGET, align
 from potstill.data import IGNORED
 from potstill.data.batches import Encoded
 from potstill.data.pairs import PLACES
+from potstill.data.prompt_rows import answer_end, prompt_length, with_answer
 from potstill.models import cache_folder
 from potstill.training.cross_objective import CrossObjective
 from potstill.training.objectives import LogitsObjective, Objective
-
-
-def prompt_length(labels: Sequence[int]) -> int:
-    """Return the number of tokens before the last answer; 0 if there is no prompt.
-
-    >>> prompt_length([-100, -100, 5, 6, -100, -100, 7, 8, -100])
-    6
-    >>> prompt_length([-100, 5, 6])
-    0
-    """
-    stop = next((i + 1 for i in reversed(range(len(labels))) if labels[i] != IGNORED), 0)
-    start = next((i + 1 for i in reversed(range(stop)) if labels[i] == IGNORED), 0)
-    return start if start > 1 else 0  # of plain text all but the first token is supervised
-
-
-def answer_end(row: Encoded, special: frozenset[int], *, prefix: str = "") -> int | None:
-    """Return the special token that ends the last answer of a row, None if none does."""
-    labels = row[f"{prefix}labels"]
-    last = next((label for label in reversed(labels) if label != IGNORED), None)
-    return last if last in special else None
 
 
 class AnswerRows(Protocol):
@@ -66,10 +47,7 @@ class SameTokens:
             sampled = sampled[: next(unknown, len(sampled))]
         if not sampled:
             return None
-        return {
-            "input_ids": [*prompt, *sampled],
-            "labels": [*[IGNORED] * len(prompt), *sampled],
-        }
+        return with_answer(prompt, sampled)
 
 
 class OtherTokens:

@@ -119,6 +119,8 @@ class DistillationTrainer(Trainer):
         """Return the micro-batch's summed loss ÷ supervised tokens of the step, nats per token."""
         nats = self.summed_loss(model, inputs)
         tokens = (inputs["labels"][:, 1:] != -100).sum()
+        if model.training and self.on_policy is not None:
+            self.on_policy.note_loss(inputs, nats, tokens)
         if not model.training:
             self._evaluated += torch.stack([nats.detach().float(), tokens.float()]).cpu()
         loss = nats / (tokens if num_items_in_batch is None else num_items_in_batch)
@@ -127,6 +129,12 @@ class DistillationTrainer(Trainer):
             # Processes that share a batch (tensor parallel) count as one.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, {}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log like the Trainer; on-policy runs also log the loss of each kind of text."""
+        if self.on_policy is not None and "loss" in logs:
+            logs = {**logs, **self.on_policy.noted_losses()}
+        super().log(logs, *args, **kwargs)
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Extend mixed precision to the loss: accelerate wraps only the model's forward."""
