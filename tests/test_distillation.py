@@ -311,6 +311,75 @@ def test_two_processes_train_the_same_student_as_one_with_twice_the_batch(
     assert "generate runs in one process" in refused.stderr
 
 
+ON_POLICY = shlex.split("--on-policy 0.5 --rollout-tokens 8 --batch-size 2 --rollout-reuse 2")
+
+
+@pytest.mark.parametrize("method", ["logits", "cross"])
+def test_an_on_policy_run_ends_where_an_uninterrupted_one_ends_and_is_shown(
+    place: Path, interrupt_at: Any, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POTSTILL_CACHE", str(place / "cache"))
+    more = (*ON_POLICY, "--method", method, "--max-steps", "12", "--rollout-size", "4")
+    assert distill(*more, output="whole") == 0
+    with interrupt_at(7):
+        assert distill(*more) == 130
+    assert distill(*more) == 0
+    assert same_weights("run", "whole")
+    for name in ("rollout_entropy", "on_policy_loss", "off_policy_loss"):
+        logged = [[row[name] for row in metrics(run) if name in row] for run in ("run", "whole")]
+        assert logged[0] == logged[1] != []
+    page = Path("run/report.html").read_text()
+    for quantity in ("on the student’s own answers", "those that end", "repetition"):
+        assert quantity in page or quantity.replace("’", "&#39;") in page
+    after = evaluation_of_run()["after"]
+    assert after["own_kl_nats_per_token"] > 0
+    assert 0 <= after["own_ended"] <= 1
+    assert after["ci95"]["own_kl_nats_per_token"]
+
+
+def test_a_budget_in_seconds_counts_rounds_of_rollouts(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distill(*ON_POLICY, "--on-policy-from", "0.5", "--seconds", "1.5") == 0
+    assert "1.5 seconds are about" in capsys.readouterr().out
+    assert any("rollout_tokens" in row for row in metrics())
+
+
+def test_on_policy_with_a_capture_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capture = ["capture", "teacher", "--data", "data.jsonl", "--output-dir", "captured"]
+    assert cli.main([*capture, "--device", "cpu", "--precision", "fp32"]) == 0
+    command = ["distill", "captured", "student", "--data", "data.jsonl", "--output-dir", "run"]
+    assert cli.main([*command, *FAST, *ON_POLICY]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "cannot" not in line or "capture" in line
+    assert "give the teacher itself" in line
+    assert not Path("run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_write_and_learn_the_same_as_one(place: Path) -> None:
+    """Each answers half of the prompts, with the random numbers that one process would use."""
+    write_rows(place / "train.jsonl", conversations(24))
+    data = shlex.split("--data train.jsonl --eval-data data.jsonl --max-steps 4")
+    own = shlex.split("--on-policy 1 --rollout-reuse 1 --rollout-tokens 8")
+    command = ["distill", "teacher", "student", *data, *FAST, *own]
+    in_two = [*command, "--batch-size", "2", "--rollout-size", "2", "--output-dir", "two"]
+    done = in_two_processes(*in_two)
+    assert done.returncode == 0, done.stderr
+    one = [*command, "--batch-size", "4", "--rollout-size", "4", "--output-dir", "one"]
+    assert cli.main(one) == 0
+    for name, tensor in weights("one").items():
+        torch.testing.assert_close(weights("two")[name], tensor, rtol=1e-3, atol=1e-5)
+    entropies = [
+        [row["rollout_entropy"] for row in metrics(run) if "rollout_entropy" in row]
+        for run in ("one", "two")
+    ]
+    assert entropies[0] == pytest.approx(entropies[1], rel=1e-4)
+    assert len(list(Path("two/rollouts").glob("*rank-1*"))) >= 1
+
+
 def test_a_run_does_not_continue_with_other_data_or_other_tasks(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,9 +35,10 @@ class CompareRecipe(DistillRecipe):
     method: str = "logits"
     """Not used; accepted because a file for distill may contain it. See --methods."""
     methods: str | None = None
-    """Separated by commas: text, logits, cross, reference (cross-entropy on reference answers).
-    Default: reference if every row has one, text, and logits (cross if the tokenizers differ).
-    The untrained student is always compared, too."""
+    """Separated by commas: text, logits, cross, on-policy (logits or cross, with half of the
+    micro-batches written by the student, or the share given as --on-policy), reference
+    (cross-entropy on reference answers). Default: reference if every row has one, text, and
+    logits (cross if the tokenizers differ). The untrained student is always compared, too."""
     recipes: str | None = None
     """Instead of methods: YAML files for distill with the same data and budget, separated by
     commas."""

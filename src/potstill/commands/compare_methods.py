@@ -36,7 +36,9 @@ from potstill.reading import Reading
 from potstill.run_folder import RunFolder, write_json, write_whole
 from potstill.training import METHODS
 
-REFERENCE = "reference"
+REFERENCE, ON_POLICY = "reference", "on-policy"
+SHARE = 0.5
+"""Of on-policy micro-batches, if --on-policy is not given."""
 ADDABLE = ("methods", "recipes", "seeds", "text_measures")
 """Settings that a later call may change while the finished runs stay usable."""
 
@@ -176,7 +178,7 @@ def _distill_recipe(recipe: CompareRecipe) -> DistillRecipe:
 
 def _by_method(recipe: CompareRecipe, base: DistillRecipe, train: list[Any]) -> Plan:
     """Return a recipe per method: the named methods, or those that data and tokenizers allow."""
-    known = (*METHODS, REFERENCE)
+    known = (*METHODS, ON_POLICY, REFERENCE)
     without = sum("reference" not in row or "messages" not in row for row in train)
     names = listed(recipe.methods)
     if not names:
@@ -189,7 +191,11 @@ def _by_method(recipe: CompareRecipe, base: DistillRecipe, train: list[Any]) -> 
             f"{base.data}: {without} of {len(train)} training conversations have no reference; "
             'give every row a "reference", or leave this method out'
         )
-    return {name: dataclasses.replace(base, method=name) for name in names}
+    plan = {name: dataclasses.replace(base, method=name, on_policy=0.0) for name in names}
+    if ON_POLICY in plan:
+        method, share = _logit_method(base), base.on_policy or SHARE
+        plan[ON_POLICY] = dataclasses.replace(base, method=method, on_policy=share)
+    return plan
 
 
 def _logit_method(base: DistillRecipe) -> str:

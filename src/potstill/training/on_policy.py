@@ -12,6 +12,7 @@ Source: Agarwal et al. 2024, On-Policy Distillation of Language Models (GKD), ar
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -176,12 +177,15 @@ class OnPolicy:
             max_new_tokens=args.rollout_tokens, temperature=args.rollout_temperature, top_p=1.0
         )
         sampler = RefilledSampler(
-            model, self.tokenizer, sampling, batch_size=min(self.size, MOST_AT_ONCE), nats=True
+            model,
+            self.tokenizer,
+            sampling,
+            batch_size=min(self.size, MOST_AT_ONCE),
+            nats=True,
         )
         sampler.ends = self.ends
         prompts = [row["input_ids"][: prompt_length(row["labels"])] for row in sources]
-        names = (f"{args.seed} {number} {args.process_index} {i}" for i in range(len(prompts)))
-        seeds = [_seed(name) for name in names]
+        seeds = [_seed(f"{args.seed} answer {position}") for position in self._positions(number)]
         with torch.autocast(args.device.type, enabled=False):
             rows = sampler.sample(prompts, seeds, longest=args.max_length)
         return rows, [sampler.has_ended(row) for row in rows]
@@ -243,14 +247,18 @@ class OnPolicy:
         assert batch is not None
         return batch
 
-    def _chosen(self, number: int) -> Iterator[int]:
-        """Yield the rows whose prompts are answered in a round by this process."""
+    def _positions(self, number: int) -> range:
+        """Return the numbers of this process's answers in a round, among all of the run."""
         args = self.trainer.args
         first = (number * args.world_size + args.process_index) * self.size
-        for position in range(first, first + self.size):
+        return range(first, first + self.size)
+
+    def _chosen(self, number: int) -> Iterator[int]:
+        """Yield the rows whose prompts are answered in a round by this process."""
+        for position in self._positions(number):
             turn, place = divmod(position, len(self.prompts))
-            order = _permutation(len(self.prompts), f"{args.seed} prompts {turn}")
-            yield self.prompts[order[place]]
+            name = f"{self.trainer.args.seed} prompts {turn}"
+            yield self.prompts[_permutation(len(self.prompts), name)[place]]
 
     def _of_all(self, health: RolloutHealth) -> RolloutHealth:
         """Return the sums over all processes, which then stop together."""
@@ -349,6 +357,7 @@ def _ends(student: Any, tokenizer: Any, dataset: Iterable[Encoded]) -> set[int]:
     return written | configured
 
 
+@functools.lru_cache(4)
 def _permutation(count: int, name: str) -> list[int]:
     random = torch.Generator().manual_seed(_seed(name))
     order: list[int] = torch.randperm(count, generator=random).tolist()
