@@ -1,4 +1,4 @@
-"""The notebooks: one for each of the four scripts, readable, and run with the demo's models."""
+"""The notebooks: one for each script, readable, and run with the demo's models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def cells(notebook: Path, kind: str) -> list[str]:
 
 
 def test_each_script_has_a_notebook() -> None:
-    assert len(SCRIPTS) == 4
+    assert len(SCRIPTS) == 5
     assert [path.stem for path in NOTEBOOKS] == [path.stem for path in SCRIPTS]
 
 

@@ -25,7 +25,7 @@ from potstill.sampling import RefilledSampler, Sampling
 from potstill.sampling.repetition import repeated_grams
 from potstill.teachers import LossSettings, StatesTarget, Teacher, reads_new_text
 
-MOST_ANSWERS = 64
+MOST_ANSWERS = MOST_AT_ONCE = 64
 ANSWER_TOKENS = 128
 COLUMNS = (
     "own_answers",
@@ -45,36 +45,39 @@ def measure_own_answers(
     teacher: Teacher,
     *,
     rows: int,
+    most: int = MOST_ANSWERS,
+    tokens: int = ANSWER_TOKENS,
     seed: int = 0,
     batch_size: int = 8,
 ) -> dict[str, list[float]]:
     """Return sums per conversation of ``dataset``, by name of `COLUMNS`; 0 where none was written.
 
-    The student answers the first `MOST_ANSWERS` prompts by sampling at temperature 1. KL is over
-    the first ``rows`` of both vocabularies. Empty if the teacher cannot read new text, or no
-    conversation has a prompt.
+    The student answers the first ``most`` prompts, each with at most ``tokens`` tokens, by sampling
+    at temperature 1. KL is over the first ``rows`` of both vocabularies. Empty if the teacher
+    cannot read new text, or no conversation has a prompt.
     """
     sums = {name: [0.0] * len(dataset) for name in COLUMNS}
     prompts: dict[int, list[int]] = {}
     for i, labels in enumerate(dataset["labels"]):
         length = prompt_length(labels)
-        if length and len(prompts) < MOST_ANSWERS:
+        if length and len(prompts) < most:
             prompts[i] = dataset[i]["input_ids"][:length]
     if not prompts or not reads_new_text(teacher):
         return {}
-    sampling = Sampling(max_new_tokens=ANSWER_TOKENS, temperature=1.0, top_p=1.0)
-    sampler = RefilledSampler(model, tokenizer, sampling, batch_size=MOST_ANSWERS)
-    sampled = sampler.sample(list(prompts.values()), [seed * MOST_ANSWERS + i for i in prompts])
+    sampling = Sampling(max_new_tokens=tokens, temperature=1.0, top_p=1.0)
+    sampler = RefilledSampler(model, tokenizer, sampling, batch_size=MOST_AT_ONCE)
+    seeds = [seed * len(dataset) + i for i in prompts]
+    sampled = sampler.sample(list(prompts.values()), seeds)
     encoded = []
     for i, row in zip(prompts, sampled, strict=True):
         unknown = (place for place, token in enumerate(row.tokens) if token >= rows)
-        tokens = row.tokens[: next(unknown, len(row.tokens))]
+        known = row.tokens[: next(unknown, len(row.tokens))]
         sums["own_answers"][i] = 1.0
         sums["own_ended"][i] = float(sampler.has_ended(row))
-        sums["own_tokens"][i] = float(len(tokens))
+        sums["own_tokens"][i] = float(len(known))
         sums["own_repeated"][i], sums["own_grams"][i] = map(float, repeated_grams(row.tokens))
-        if tokens:
-            encoded.append((i, with_answer(row.prompt, tokens)))
+        if known:
+            encoded.append((i, with_answer(row.prompt, known)))
     layout = BatchLayout(padding_id(tokenizer, model), packed=False)
     for start in range(0, len(encoded), batch_size):
         some = encoded[start : start + batch_size]

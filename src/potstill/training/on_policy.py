@@ -15,23 +15,22 @@ import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from potstill.alignment import special_ids
 from potstill.data.batches import Encoded
-from potstill.data.prompt_rows import answer_end, prompt_length
+from potstill.data.prompt_rows import prompt_length
 from potstill.errors import ConfigError, DataError, RunFolderError, SelfCheckFailed
 from potstill.models.heads import on_device
-from potstill.processes import print_main
 from potstill.protocols import Batch
-from potstill.sampling import RefilledSampler, SampledRow, Sampling, end_tokens
-from potstill.teachers import KeptTeacher, reads_new_text
+from potstill.sampling import RefilledSampler, SampledRow, Sampling
+from potstill.teachers import KeptTeacher
 from potstill.teachers.captured import row_key
+from potstill.training.on_policy_checks import answer_ends, answerable, refuse_impossible
 from potstill.training.rollout_files import RolloutFiles
 from potstill.training.rollout_health import NUMBERS, RolloutHealth
 from potstill.training.rollout_rows import on_students_text
@@ -58,13 +57,13 @@ class OnPolicy:
     def __init__(self, trainer: DistillationTrainer, student: Any, dataset: Any) -> None:
         self.trainer, args = trainer, trainer.args
         objective: Any = trainer.objective
-        _refuse(args, objective, dataset)
+        refuse_impossible(args, objective, dataset)
         self.base, self.rows = on_students_text(objective, dataset)
         self.base = dataclasses.replace(self.base, loss=args.on_policy_loss_settings)
         self.teacher, self.dataset = objective.teacher, dataset
         self.tokenizer, self.layout = objective.tokenizer, objective.layout
-        self.prompts = _usable(dataset, args.max_length)
-        self.ends = _ends(student, self.tokenizer, dataset)
+        self.prompts = answerable(dataset, args.max_length)
+        self.ends = answer_ends(student, self.tokenizer, dataset)
         half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         self.copy = SamplingCopy(student, half)
         folder = args.rollouts_dir or Path(args.output_dir) / "rollouts"
@@ -277,84 +276,6 @@ class OnPolicy:
         accumulation = self.trainer.args.gradient_accumulation_steps
         done = [self.schedule.before(step * accumulation) for step in steps]
         return min((one // self.per_round for one in done), default=1 << 60)
-
-
-def _refuse(args: Any, objective: Any, dataset: Any) -> None:
-    """Raises: ConfigError."""
-    teacher = objective.teacher
-    if teacher is None:
-        raise ConfigError(
-            "on_policy with method text: there is no teacher that corrects the student; "
-            "use --method logits or cross"
-        )
-    if not reads_new_text(teacher):
-        raise ConfigError(
-            "on_policy: the teacher is a capture, which knows only the captured text and not what "
-            "the student writes; give the teacher itself or the address of potstill serve, or "
-            "leave out --on-policy"
-        )
-    alignment = getattr(objective, "alignment", None)
-    if alignment not in (None, "pieces", "cells", "push_forward"):
-        raise ConfigError(
-            f"on_policy with alignment {alignment}: not possible; use pieces, or leave out "
-            "--on-policy"
-        )
-    if not hasattr(dataset, "__len__"):
-        raise ConfigError(
-            "on_policy with a streamed data set: prompts are chosen by number; give a data set "
-            "that has a length"
-        )
-
-
-def _usable(dataset: Any, max_length: int) -> list[int]:
-    """Return the rows whose prompt leaves room for an answer. Raises: DataError if none does."""
-    lengths = [prompt_length(row["labels"]) for row in dataset]
-    prompts = [i for i, length in enumerate(lengths) if length]
-    if not prompts:
-        raise DataError(
-            f"on_policy: none of the {len(lengths)} rows of the data has a prompt that the student "
-            "could answer (plain text has none); give conversations, or leave out --on-policy"
-        )
-    usable = [i for i in prompts if lengths[i] < max_length]
-    if not usable:
-        raise DataError(
-            f"on_policy: all {len(prompts)} prompts have {max_length} tokens or more and leave no "
-            "room for an answer; raise --max-length"
-        )
-    if len(usable) < len(lengths):
-        print_main(
-            f"note: the student answers {len(usable)} of {len(lengths)} prompts; the others are "
-            f"missing, or leave no room within {max_length} tokens"
-        )
-    return usable
-
-
-def _ends(student: Any, tokenizer: Any, dataset: Iterable[Encoded]) -> set[int]:
-    """Return the tokens that end an answer. Raises: ConfigError if there are none."""
-    special = special_ids(tokenizer)
-    counts: dict[int | None, int] = {}
-    for row in dataset:
-        end = answer_end(row, special)
-        counts[end] = counts.get(end, 0) + 1
-    configured = end_tokens(student, tokenizer)
-    # A rare one may be a token in the middle, of an answer that was cut.
-    written = {
-        end for end, n in counts.items() if end is not None and n > 0.01 * sum(counts.values())
-    }
-    missing = written - configured
-    if missing:
-        names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(missing)))
-        print_main(
-            f"note: the data's answers end with {names}, which is not an end token of the student; "
-            "rollouts end there too"
-        )
-    if not written | configured:
-        raise ConfigError(
-            "on_policy: the student cannot end an answer: neither its tokenizer nor its generation "
-            "config has an end token, and the data's answers have none; add eos_token to its "
-            "tokenizer"
-        )
-    return written | configured
 
 
 @functools.lru_cache(4)

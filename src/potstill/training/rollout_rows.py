@@ -17,6 +17,7 @@ from potstill.data import IGNORED
 from potstill.data.batches import Encoded
 from potstill.data.pairs import PLACES
 from potstill.data.prompt_rows import answer_end, prompt_length, with_answer
+from potstill.errors import ConfigError
 from potstill.models import cache_folder
 from potstill.training.cross_objective import CrossObjective
 from potstill.training.objectives import LogitsObjective, Objective
@@ -154,5 +155,7 @@ def on_students_text(objective: Objective, dataset: Iterable[Encoded]) -> tuple[
         base = cached_cells(*tokenizers, cache_folder() / "cells")
         objective = dataclasses.replace(objective, cells=StudentTextCells(base))
         return objective, OtherTokens(objective, dataset)
-    assert isinstance(objective, LogitsObjective)
+    if not isinstance(objective, LogitsObjective):
+        found = f"on_policy with the objective {type(objective).__name__}"
+        raise ConfigError(f"{found}: not possible; use those of method logits or cross")
     return objective, SameTokens(objective.rows)

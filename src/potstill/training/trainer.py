@@ -90,16 +90,19 @@ class DistillationTrainer(Trainer):
         )
         if self.on_policy is not None:
             self.add_callback(_BeginOnPolicy(self.on_policy))
-        fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if fsdp is not None and getattr(fsdp, "fsdp_version", 2) == 1:
-            found = "FSDP version 1 shards a head's weight outside of the model's forward"
-            raise ConfigError(f"{found}; use fsdp_version 2")
+        self._refuse_fsdp1()
         self.model_accepts_loss_kwargs = (
             True  # makes the Trainer count the step's supervised tokens
         )
         self.tokens_seen, self.seconds_evaluating = 0, 0.0
         self._checked = False
         self._evaluated = torch.zeros(2, dtype=torch.float64)
+
+    def _refuse_fsdp1(self) -> None:
+        fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if fsdp is not None and getattr(fsdp, "fsdp_version", 2) == 1:
+            found = "FSDP version 1 shards a head's weight outside of the model's forward"
+            raise ConfigError(f"{found}; use fsdp_version 2")
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], Any]:
         """Return the micro-batches of a step, and the number of their supervised tokens."""
