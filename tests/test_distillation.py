@@ -25,6 +25,7 @@ from conftest import conversations, sentencepiece_tokenizer, tiny_model, write_r
 from potstill import cli
 from potstill.commands import COMMANDS
 from potstill.distillation import run as pipeline
+from potstill.run_folder import RunFolder
 
 FAST = shlex.split("--device cpu --precision fp32 --learning-rate 0.01")
 
@@ -265,12 +266,22 @@ def test_help_lists_flags_with_dashes_and_explains_them(capsys: pytest.CaptureFi
     assert "--output_dir" not in printed
 
 
-def in_two_processes(*arguments: str) -> subprocess.CompletedProcess[str]:
+FSDP = Path(__file__).parent / "fsdp_on_cpu.py"
+SHARDED = """
+trainer:
+  fsdp: full_shard
+  fsdp_config: {version: 2, transformer_layer_cls_to_wrap: [LlamaDecoderLayer]}
+"""
+
+
+def in_two_processes(
+    *arguments: str, program: str = "-m potstill"
+) -> subprocess.CompletedProcess[str]:
     """Run `potstill` in two processes on this machine with torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torchrun = f"-m torch.distributed.run --nproc-per-node=2 --master-port={port} -m potstill"
+    torchrun = f"-m torch.distributed.run --nproc-per-node=2 --master-port={port} {program}"
     return subprocess.run(
         [sys.executable, *shlex.split(torchrun), *arguments],
         capture_output=True,
@@ -359,14 +370,68 @@ def test_on_policy_with_a_capture_is_one_line(
 
 
 @pytest.mark.slow
-def test_two_processes_write_and_learn_the_same_as_one(place: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_student_that_fsdp_shards_is_the_same(
+    place: Path, model_folder: Callable[..., Path], tied: bool
+) -> None:
+    """With a nested setting, continued, and with steps timed before."""
+    (place / "fsdp.yaml").write_text(SHARDED)
+    student = str(model_folder(layers=2, tied=tied))
+    write_rows(place / "train.jsonl", conversations(24))
+    data = shlex.split("--data train.jsonl --eval-data data.jsonl")
+    command = ["distill", "teacher", student, *data, *FAST]
+    sharded = [*command, "--batch-size", "2", "--config", "fsdp.yaml", "--output-dir", "two"]
+    for more in (("--max-steps", "4"), ("--max-steps", "4")):  # again: it is finished
+        done = in_two_processes(*sharded, *more, program=str(FSDP))
+        assert done.returncode == 0, done.stderr
+    one = [*command, "--batch-size", "4", "--max-steps", "4", "--output-dir", "one"]
+    assert cli.main(one) == 0
+    assert weights("two").keys() == weights("one").keys()
+    for name, tensor in weights("one").items():
+        torch.testing.assert_close(weights("two")[name], tensor, rtol=1e-3, atol=1e-6)
+    budget = [*sharded[:-1], "timed", "--seconds", "1"]
+    done = in_two_processes(*budget, program=str(FSDP))
+    assert done.returncode == 0, done.stderr
+    assert metrics("timed")[-1]["loss"] < metrics("timed")[0]["loss"]
+
+
+@pytest.mark.slow
+def test_a_run_does_not_continue_with_another_number_of_processes(
+    place: Path, capsys: pytest.CaptureFixture[str], interrupt_at: Any
+) -> None:
+    more = shlex.split("--max-steps 8 --batch-size 2")
+    with interrupt_at(5):
+        assert distill(*more) == 130
+    command = ["distill", "teacher", "student", "--data", "data.jsonl", "--output-dir", "run"]
+    refused = in_two_processes(*command, *FAST, *more)
+    assert refused.returncode != 0
+    assert "began with 1 processes" in refused.stderr
+    assert distill(*more) == 0
+
+
+def test_a_checkpoint_needs_the_files_of_all_processes(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for step in (2, 4):
+        folder = run.checkpoints / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        names = ["trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"]
+        for name in names[: 3 if step == 2 else 2]:
+            (folder / name).touch()
+    assert run.last_checkpoint(processes=2) == run.checkpoints / "checkpoint-2"
+    assert not (run.checkpoints / "checkpoint-4").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["-m potstill", str(FSDP)], ids=["DDP", "FSDP 2"])
+def test_two_processes_write_and_learn_the_same_as_one(place: Path, program: str) -> None:
     """Each answers half of the prompts, with the random numbers that one process would use."""
+    (place / "none.yaml").write_text(SHARDED if program == str(FSDP) else "{}")
     write_rows(place / "train.jsonl", conversations(24))
     data = shlex.split("--data train.jsonl --eval-data data.jsonl --max-steps 4")
     own = shlex.split("--on-policy 1 --rollout-reuse 1 --rollout-tokens 8")
     command = ["distill", "teacher", "student", *data, *FAST, *own]
     in_two = [*command, "--batch-size", "2", "--rollout-size", "2", "--output-dir", "two"]
-    done = in_two_processes(*in_two)
+    done = in_two_processes(*in_two, "--config", "none.yaml", program=program)
     assert done.returncode == 0, done.stderr
     one = [*command, "--batch-size", "4", "--rollout-size", "4", "--output-dir", "one"]
     assert cli.main(one) == 0

@@ -25,6 +25,9 @@ import yaml
 
 from potstill.errors import RunFolderError
 
+PROCESSES = "processes"
+"""The fingerprint that is the number of processes."""
+
 
 class RunFolder:
     """The folder at ``path``, which need not exist yet."""
@@ -88,6 +91,12 @@ class RunFolder:
         file = self.checkpoints / "data.json"
         stored = json.loads(file.read_bytes()) if file.is_file() else {}
         for name, current in fingerprints.items():
+            if stored.get(name, current) != current and name == PROCESSES:
+                raise RunFolderError(
+                    f"{self.path}: this run began with {stored[name]} processes and each read its "
+                    f"own conversations, so it cannot continue with {current}; start "
+                    f"{stored[name]}, or give another --output-dir"
+                )
             if stored.get(name, current) != current:
                 what = "teacher" if name == "teacher" else "data"
                 raise RunFolderError(
@@ -136,13 +145,19 @@ class RunFolder:
         """Return the logged rows, and how many lines could not be read."""
         return read_rows(self.metrics)
 
-    def last_checkpoint(self) -> Path | None:
-        """Return the newest complete checkpoint, and delete incomplete ones that are newer."""
+    def last_checkpoint(self, *, processes: int = 1) -> Path | None:
+        """Return the newest complete checkpoint, and delete incomplete ones that are newer.
+
+        Of several ``processes`` each writes its random state.
+        """
         found = sorted(
             self.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1])
         )
         for folder in reversed(found):
-            if (folder / "trainer_state.json").is_file():  # the Trainer writes it last
+            needed = ["trainer_state.json"]  # the main process writes it last
+            if processes > 1:
+                needed += [f"rng_state_{rank}.pth" for rank in range(processes)]
+            if all((folder / name).is_file() for name in needed):
                 return folder
             shutil.rmtree(folder)
         return None

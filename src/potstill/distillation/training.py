@@ -31,7 +31,7 @@ from potstill.evaluation import HeldOut, fingerprint
 from potstill.generation.filters import users_function
 from potstill.processes import broadcast_from_main, is_main_process, print_main, process_count
 from potstill.progress import Progress
-from potstill.run_folder import RunFolder, whole_folder
+from potstill.run_folder import PROCESSES, RunFolder, whole_folder
 from potstill.students import save_student
 from potstill.teachers import open_teacher, open_teacher_tokenizer
 from potstill.training import (
@@ -76,6 +76,7 @@ def train(run: RunFolder, settings: DistillSettings) -> None:
         note_leaks(training, held_out)
     _read_held_out(settings, held_out)
     data = {**_fingerprints(training, held_out), **teacher_identity(settings)}
+    data[PROCESSES] = str(process_count())
     run.refuse_other_data(data)
     _note_precision_and_temperature(training, settings)
     base = _arguments(run, settings)
@@ -143,7 +144,8 @@ def _open_pair(base: DistillationConfig, settings: DistillSettings) -> tuple[Any
 def _train_from_checkpoint(
     one: DistillationTrainer, run: RunFolder, settings: DistillSettings, max_steps: int
 ) -> None:
-    checkpoint = broadcast_from_main(run.last_checkpoint() if is_main_process() else None)
+    found = run.last_checkpoint(processes=process_count()) if is_main_process() else None
+    checkpoint = broadcast_from_main(found)
     start = f", from {checkpoint.name}" if checkpoint else ""
     print_main(f"training for {max_steps} steps{start}")
     progress = Progress(

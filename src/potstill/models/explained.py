@@ -56,7 +56,7 @@ def explained(source: Source, error: BaseException) -> ModelError:
         found += "of these weights"
     elif "backend tokenizer" in lowered or "can't load tokenizer" in lowered:
         found = "no tokenizer there (tokenizer.json or tokenizer.model); copy its files there"
-    elif any(words in lowered for words in UNREACHABLE):
+    elif not Path(source).exists() and any(words in lowered for words in UNREACHABLE):
         found = "not on this disk, and not available from the hub (no network, or no such model); "
         found += "check the name, or give a folder or a .gguf file"
     else:

@@ -11,6 +11,7 @@ DDP, FSDP, the Hub) is unchanged; only `compute_loss` differs:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterator, Mapping
@@ -90,7 +91,7 @@ class DistillationTrainer(Trainer):
         )
         if self.on_policy is not None:
             self.add_callback(_BeginOnPolicy(self.on_policy))
-        self._refuse_fsdp1()
+        self._check_parallelism()
         self.model_accepts_loss_kwargs = (
             True  # makes the Trainer count the step's supervised tokens
         )
@@ -98,11 +99,25 @@ class DistillationTrainer(Trainer):
         self._checked = False
         self._evaluated = torch.zeros(2, dtype=torch.float64)
 
-    def _refuse_fsdp1(self) -> None:
+    def _check_parallelism(self) -> None:
+        """Raises: ConfigError for FSDP 1 and for a teacher that processes share."""
         fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if fsdp is not None and getattr(fsdp, "fsdp_version", 2) == 1:
             found = "FSDP version 1 shards a head's weight outside of the model's forward"
             raise ConfigError(f"{found}; use fsdp_version 2")
+        policy = getattr(fsdp, "mixed_precision_policy", None)
+        if policy is not None and policy.reduce_dtype in (torch.bfloat16, torch.float16):
+            # accelerate's default: a sum over processes in 8 bits of precision.
+            full = dataclasses.replace(policy, reduce_dtype=torch.float32)
+            fsdp.mixed_precision_policy = full  # type: ignore[union-attr]
+        teacher = None if self.objective.teacher is None else self.objective.teacher.model
+        parts = getattr(teacher, "_tp_size", None) or 1
+        if parts > 1 and self.get_tp_size() != parts:
+            raise ConfigError(
+                f"the teacher is divided over {parts} processes (tensor parallel), which read "
+                "different conversations, so that its targets would be wrong; open it with "
+                "device_map, or use potstill serve"
+            )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], Any]:
         """Return the micro-batches of a step, and the number of their supervised tokens."""
