@@ -20,7 +20,7 @@ import torch
 from potstill.data.forms import as_conversation
 from potstill.distillation.held_out import split_data
 from potstill.distillation.settings import DistillSettings, check_names
-from potstill.distillation.targets import opener_of, teacher_identity
+from potstill.distillation.targets import opener_of, teacher_identity, teacher_opener
 from potstill.distillation.training import train
 from potstill.errors import RunFolderError
 from potstill.evaluation import (
@@ -185,7 +185,7 @@ def _evaluate_run(run: RunFolder, settings: DistillSettings, tasks: Tasks) -> di
     pair = HeldOut(*tokenizers, held_out, max_length=settings.max_length)
     shown = [row for row in held_out if "messages" in row][:SAMPLES]
     asked = prompts_of(shown)
-    teacher = open_teacher(settings.teacher, **vars(opener))
+    teacher = open_teacher(settings.teacher, **vars(teacher_opener(settings)))
     scores, abilities = {"teacher": pair.score_teacher(teacher)}, {}
     answers = {"teacher": [str(row["messages"][-1]["content"]) for row in shown]}
     if teacher.model is not None:

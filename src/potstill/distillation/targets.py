@@ -28,6 +28,23 @@ def opener_of(settings: DistillSettings) -> ModelOpener:
     return ModelOpener.of(settings)
 
 
+def teacher_opener(settings: DistillSettings) -> ModelOpener:
+    """Return how this run opens its teacher.
+
+    A captured or served teacher was quantized, or not, where it was computed. Raises: ConfigError
+    if it is to be quantized here.
+    """
+    if settings.quantize_teacher is None or settings.teacher_model is not None:
+        return opener_of(settings)
+    if teacher_kind(settings.teacher) is not LOCAL:
+        maker = "serve" if teacher_kind(settings.teacher) is SERVED else "capture"
+        raise ConfigError(
+            f"{settings.teacher}: not a model in this process, so it cannot be quantized here; "
+            f"give --quantize-teacher to potstill {maker}"
+        )
+    return ModelOpener.of_teacher(settings)
+
+
 def capture_missing(settings: DistillSettings, conversations: list[dict[str, Any]]) -> None:
     """Capture from ``teacher_model`` what the capture folder ``teacher`` lacks.
 
@@ -45,7 +62,7 @@ def capture_missing(settings: DistillSettings, conversations: list[dict[str, Any
             settings.teacher,
             keep=captured_keep(settings.teacher) or "states",
             max_length=settings.max_length,
-            opener=opener_of(settings),
+            opener=ModelOpener.of_teacher(settings),
         )
         print_main(f"{settings.teacher}: {counts}")
     broadcast_from_main(True)  # the other processes wait for the files
@@ -59,7 +76,7 @@ def teacher_identity(settings: DistillSettings) -> dict[str, str]:
     """
     if teacher_kind(settings.teacher) is not SERVED:
         return {}
-    teacher = open_teacher(settings.teacher, **vars(opener_of(settings)))
+    teacher = open_teacher(settings.teacher, **vars(teacher_opener(settings)))
     assert isinstance(teacher, ServedTeacher)
     made_with = data_made_with(settings.data)
     found = {} if teacher.tokenizer is None else identify_tokenizer(teacher.tokenizer)
@@ -82,7 +99,7 @@ def require_targets(
     """Check that the teacher has targets for all rows, also those that only evaluation reads."""
     if teacher_kind(settings.teacher) is LOCAL:
         return
-    teacher = open_teacher(settings.teacher, **vars(opener_of(settings)))
+    teacher = open_teacher(settings.teacher, **vars(teacher_opener(settings)))
     if settings.method == "text":
         print_main("note: method text learns from the text alone; its teacher is only evaluated")
     else:

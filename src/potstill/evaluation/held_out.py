@@ -13,6 +13,7 @@ from potstill.alignment import shared_rows
 from potstill.data import IGNORED, encode_conversation, tokenize_conversations, without_answer
 from potstill.errors import DataError, VocabularyMismatch
 from potstill.evaluation.scores import TokenScores, conversation_sums, score_teacher, score_tokens
+from potstill.models.heads import output_head
 from potstill.models.vocabulary import padding_id
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.teachers import Teacher, as_teacher
@@ -66,7 +67,7 @@ class HeldOut:
         if self.rows is None:
             return score_tokens(student, self.dataset, pad_token_id=pad, likeliest=likeliest)
         source = as_teacher(teacher)
-        student_rows = len(student.get_output_embeddings().weight)
+        student_rows = len(output_head(student))
         return score_tokens(
             student,
             self.dataset,
