@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from potstill.data import tokenize_conversations
@@ -10,17 +11,21 @@ from potstill.errors import ConfigError
 from potstill.generation.keys import identify_tokenizer
 from potstill.generation.store import data_made_with
 from potstill.models import ModelOpener
+from potstill.models.quantized import quantization_of
 from potstill.processes import broadcast_from_main, is_main_process, print_main
 from potstill.teachers import (
     LOCAL,
     SERVED,
+    LocalTeacher,
     LossSettings,
     ServedTeacher,
+    Teacher,
     capture_conversations,
     captured_keep,
     open_teacher,
     teacher_kind,
 )
+from potstill.teachers.quantization_cost import ExactStates, known_quantization, measured_cost
 
 
 def opener_of(settings: DistillSettings) -> ModelOpener:
@@ -88,6 +93,24 @@ def teacher_identity(settings: DistillSettings) -> dict[str, str]:
                 f"that of {settings.teacher}; serve {maker}, or generate the answers again"
             )
     return {"teacher": teacher.identity}
+
+
+def open_measured_teacher(
+    settings: DistillSettings, rows: Iterable[dict[str, Any]]
+) -> tuple[Teacher, dict[str, Any] | None]:
+    """Return the teacher, and what is known of its quantization; None if it has none.
+
+    If this run quantizes it, the cost is measured on ``rows``, in the teacher's tokens.
+    """
+    opener, exact = teacher_opener(settings), None
+    if opener.quantize:
+        exact = ExactStates.collect(settings.teacher, opener, rows)
+    teacher = open_teacher(settings.teacher, **vars(opener))
+    if opener.quantize and isinstance(teacher, LocalTeacher):
+        assert teacher.model is not None
+        found = quantization_of(teacher.model)
+        return teacher, {"quantization": found, **measured_cost(exact, teacher)}
+    return teacher, known_quantization(teacher)
 
 
 def require_targets(
