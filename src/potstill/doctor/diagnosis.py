@@ -47,6 +47,9 @@ class Diagnosis:
     """Measurements of the data."""
     teacher_bits_per_byte: dict[str, float] | None
     """Of the answers, under the teacher's chat template and under the student's."""
+    quantization_cost: dict[str, Any] | None
+    """What quantizing the teacher costs on the answers; ``not_measured`` is a reason. None if the
+    teacher is not quantized here, or no weights were opened."""
     plan: Plan
     costs: dict[str, Cost]
     """For text, and for ``method``."""

@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from potstill.alignment import (
     VocabularyComparison,
@@ -33,10 +34,13 @@ from potstill.doctor.measured_text import MeasuredText, measure_text
 from potstill.doctor.notes import notes_on_pair, notes_on_run, notes_on_text
 from potstill.errors import ConfigError, VocabularyMismatch
 from potstill.evaluation.scores import score_tokens, summarize
-from potstill.models import ModelOpener
+from potstill.models import ModelOpener, dtype_of
+from potstill.models.quantized import check_kind, refuse_unopenable
 from potstill.models.vocabulary import padding_id
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.reading import Reading
+from potstill.teachers import LocalTeacher
+from potstill.teachers.quantization_cost import ExactStates, measured_cost
 
 TALK = [
     {"role": "user", "content": "Why does it rain?"},
@@ -63,6 +67,7 @@ class _Request:
     gradient_accumulation_steps: int
     max_length: int
     precision: str
+    quantize_teacher: str | None
 
 
 def quick_check(
@@ -102,6 +107,7 @@ def examine(
     gradient_accumulation_steps: int = 1,
     max_length: int = MAX_LENGTH,
     precision: str = "bf16",
+    quantize_teacher: str | None = None,
     card: str | None = None,
     chat_template: str | None = None,
     with_weights: bool = False,
@@ -116,6 +122,7 @@ def examine(
     """
     if card is not None:
         find_card(card)
+    check_kind(quantize_teacher)
     if with_weights and data is None:
         raise ConfigError(
             "--with-weights scores the teacher on text, and there is none; give --data"
@@ -132,6 +139,7 @@ def examine(
         gradient_accumulation_steps=gradient_accumulation_steps,
         max_length=max_length,
         precision=precision,
+        quantize_teacher=quantize_teacher,
     )
     return _diagnose(request, list(read_conversations(data, reading=reading)) if data else [])
 
@@ -151,6 +159,9 @@ def _diagnose(request: _Request, conversations: list[Conversation]) -> Diagnosis
         _side(source, tokenizer, request.opener)
         for source, tokenizer in zip(sources, tokenizers, strict=True)
     ]
+    if request.quantize_teacher:
+        config = request.opener.config(request.teacher)
+        refuse_unopenable(request.teacher, config, request.quantize_teacher)
     text = None
     if request.data:
         text = measure_text(conversations, *tokenizers, same=same, max_length=request.max_length)
@@ -161,9 +172,9 @@ def _diagnose(request: _Request, conversations: list[Conversation]) -> Diagnosis
         name: estimate(name, teacher.size, student.size, plan, card=request.card)
         for name in dict.fromkeys(("text", method))
     }
-    bits_per_byte = None
+    bits_per_byte = cost = None
     if request.with_weights:
-        model = request.opener.model(request.teacher)
+        model, cost = _open_teacher(request, teacher_tokenizer, conversations)
         bits_per_byte = _teacher_bits_per_byte(model, tokenizers, conversations, request.max_length)
     longest_tokens = text.longest if text else request.max_length
     return Diagnosis(
@@ -176,6 +187,7 @@ def _diagnose(request: _Request, conversations: list[Conversation]) -> Diagnosis
         data=request.data,
         text=text,
         teacher_bits_per_byte=bits_per_byte,
+        quantization_cost=cost,
         plan=plan,
         costs=costs,
         card=request.card,
@@ -271,7 +283,22 @@ def _plan(text: MeasuredText | None, request: _Request, tokenizers: Sequence[Tok
         teacher_supervised=teacher_supervised,
         largest_batch_tokens=batch * longest,
         precision=request.precision,
+        quantize_teacher=request.quantize_teacher,
     )
+
+
+def _open_teacher(
+    request: _Request, tokenizer: Tokenizer, conversations: Sequence[Conversation]
+) -> tuple[CausalLM, dict[str, Any] | None]:
+    """Return the teacher, and what its quantization costs if it is quantized here."""
+    if request.quantize_teacher is None:
+        return request.opener.model(request.teacher), None
+    exact = replace(request.opener, dtype=dtype_of(request.precision))
+    quantizing = replace(exact, quantize=request.quantize_teacher)
+    rows, _ = tokenize_conversations(conversations, tokenizer, max_length=request.max_length)
+    states = ExactStates.collect(request.teacher, exact, rows)
+    model = quantizing.model(request.teacher)
+    return model, measured_cost(states, LocalTeacher(model))
 
 
 def _teacher_bits_per_byte(
@@ -300,7 +327,8 @@ def _command(request: _Request, method: str) -> str:
     words = ["potstill", "distill", request.teacher, request.student]
     words += ["--data", request.data or "DATA", "--method", method]
     words += ["--output-dir", f"runs/{Path(request.student).name}"]
-    names = ("max_steps", "batch_size", "max_length", "gradient_accumulation_steps", "precision")
+    names = ["max_steps", "batch_size", "max_length", "gradient_accumulation_steps", "precision"]
+    names += ["quantize_teacher"]
     settings = {name: getattr(request, name) for name in names}
     for name in ("chat_template", "trust_remote_code"):
         settings[name] = getattr(request.opener, name)

@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import logging
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,6 +43,8 @@ PACKAGES = {
 DISTRIBUTIONS = {"optimum.quanto": "optimum-quanto"}
 NOISY = {"torchao": "transformers.integrations.torchao", "bitsandbytes": "bitsandbytes"}
 """Packages that warn when they are imported, and the module whose import does."""
+
+_saved_methods: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 def check_kind(kind: str | None) -> None:
@@ -112,20 +115,28 @@ def saved_method(config: Any) -> str | None:
     return str(getattr(method, "value", method))
 
 
+def note_saved_method(model: Any, method: str | None) -> None:
+    """Remember that a model was saved with a quantization, for `quantization_of`."""
+    if method is not None:
+        _saved_methods[model] = method
+
+
 def quantization_of(model: Any) -> str | None:
     """Return how the weights of an open model are quantized, with the number of bits if known."""
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None:
-        return None
+    if quantizer is None:  # transformers opens some in full precision where kernels are missing
+        method = _saved_methods.get(model)
+        return None if method is None else f"{method} opened in full precision"
     config = quantizer.quantization_config
     method = str(getattr(config.quant_method, "value", config.quant_method))
     if method == "bitsandbytes":
         return f"{method} {'8bit' if config.load_in_8bit else config.bnb_4bit_quant_type}"
     if method == "torchao":
         return f"{method} {type(config.quant_type).__name__.removesuffix('Config')}"
+    details = [method, getattr(getattr(config, "quantization_config", None), "format", None)]
     bits = getattr(config, "bits", None)
-    is_dense = bool(getattr(config, "dequantize", False))
-    return f"{method}{f' {bits}bit' if bits else ''}{', dequantized' if is_dense else ''}"
+    details += [f"{bits}bit" if bits else None]
+    return " ".join(filter(None, details))
 
 
 def refuse_unquantized(source: Source, model: Any, kind: str) -> None:
@@ -140,11 +151,11 @@ def refuse_unquantized(source: Source, model: Any, kind: str) -> None:
 
 def refuse_quantized_student(source: Source, student: Any) -> None:
     """Raises: ModelError if the weights of a model that is to be trained are quantized."""
-    found = quantization_of(student)
-    if found is not None:
+    if getattr(student, "hf_quantizer", None) is not None:
+        found = f"its weights are quantized ({quantization_of(student)})"
         raise ModelError(
-            f"{source}: its weights are quantized ({found}), and a student is trained in full "
-            "precision; give the model from which it was quantized"
+            f"{source}: {found}, and a student is trained in full precision; give the model from "
+            "which it was quantized"
         )
 
 

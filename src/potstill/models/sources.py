@@ -20,6 +20,7 @@ from potstill.models.files import check_folder, check_settings
 from potstill.models.gguf import converted
 from potstill.models.quantized import (
     check_kind,
+    note_saved_method,
     quantizing,
     quantizing_errors,
     refuse_uncomputable,
@@ -77,6 +78,7 @@ def load_model(
     with readable_errors(source), quantizing_errors(source, quantize, target):
         model = _open_weights(source, location, opening)
         model = (model if quantize or saved else model.to(target)).eval()
+    note_saved_method(model, saved)
     refuse_infinite(source, model)
     if quantize:
         refuse_unquantized(source, model, quantize)
