@@ -13,13 +13,12 @@ and a backward pass twice that. The student pays three forward passes, the teach
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from potstill.errors import ConfigError, ModelError
-from potstill.models.quantized import BYTES_PER_WEIGHT, saved_method
+from potstill.models.quantized import BYTES_PER_WEIGHT, saved_method, without_quantization
 
 
 @dataclass(frozen=True)
@@ -142,9 +141,7 @@ def model_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
     from transformers import AutoModelForCausalLM
 
     text = config.get_text_config()
-    plain = copy.deepcopy(config)
-    if saved_method(config):
-        del plain.quantization_config
+    plain = without_quantization(config)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(plain, trust_remote_code=trust_remote_code)
@@ -181,13 +178,17 @@ def model_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
         layers=text.num_hidden_layers,
         attention_width=heads * head_width,
         numbers_a_layer=text.hidden_size + (heads + key_heads) * head_width + inner,
-        quantizable=sum(
-            module.weight.numel()
-            for module in model.modules()
-            if isinstance(module, torch.nn.Linear) and module.weight is not head
-        ),
+        quantizable=_quantizable(model, head),
         quantization=saved_method(config),
     )
+
+
+def _quantizable(model: Any, head: Any) -> int:
+    """Return the number of weights in linear layers other than the head."""
+    import torch
+
+    linear = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    return sum(module.weight.numel() for module in linear if module.weight is not head)
 
 
 def estimate(

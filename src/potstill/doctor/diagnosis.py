@@ -47,15 +47,15 @@ class Diagnosis:
     """Measurements of the data."""
     teacher_bits_per_byte: dict[str, float] | None
     """Of the answers, under the teacher's chat template and under the student's."""
-    quantization_cost: dict[str, Any] | None
-    """What quantizing the teacher costs on the answers; ``not_measured`` is a reason. None if the
-    teacher is not quantized here, or no weights were opened."""
     plan: Plan
     costs: dict[str, Cost]
     """For text, and for ``method``."""
     card: str | None
     notes: list[str]
     """What to know or to fix before the run."""
+    quantization_cost: dict[str, Any] | None = None
+    """What quantizing the teacher costs on the answers; ``not_measured`` is a reason. None if the
+    teacher is not quantized here, or no weights were opened."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields and derived values, ready for JSON."""

@@ -120,13 +120,6 @@ def examine(
     bytes cannot be recovered; ChatTemplateError for a template that loses the answer; DataError for
     data without supervised tokens.
     """
-    if card is not None:
-        find_card(card)
-    check_kind(quantize_teacher)
-    if with_weights and data is None:
-        raise ConfigError(
-            "--with-weights scores the teacher on text, and there is none; give --data"
-        )
     request = _Request(
         teacher=teacher,
         student=student,
@@ -141,7 +134,22 @@ def examine(
         precision=precision,
         quantize_teacher=quantize_teacher,
     )
+    _check(request)
     return _diagnose(request, list(read_conversations(data, reading=reading)) if data else [])
+
+
+def _check(request: _Request) -> None:
+    """Raises: ConfigError for settings that cannot be met."""
+    if request.card is not None:
+        find_card(request.card)
+    check_kind(request.quantize_teacher)
+    if request.with_weights and request.data is None:
+        raise ConfigError(
+            "--with-weights scores the teacher on text, and there is none; give --data"
+        )
+    if request.quantize_teacher:
+        config = request.opener.config(request.teacher)
+        refuse_unopenable(request.teacher, config, request.quantize_teacher)
 
 
 def _diagnose(request: _Request, conversations: list[Conversation]) -> Diagnosis:
@@ -159,9 +167,6 @@ def _diagnose(request: _Request, conversations: list[Conversation]) -> Diagnosis
         _side(source, tokenizer, request.opener)
         for source, tokenizer in zip(sources, tokenizers, strict=True)
     ]
-    if request.quantize_teacher:
-        config = request.opener.config(request.teacher)
-        refuse_unopenable(request.teacher, config, request.quantize_teacher)
     text = None
     if request.data:
         text = measure_text(conversations, *tokenizers, same=same, max_length=request.max_length)
@@ -172,10 +177,7 @@ def _diagnose(request: _Request, conversations: list[Conversation]) -> Diagnosis
         name: estimate(name, teacher.size, student.size, plan, card=request.card)
         for name in dict.fromkeys(("text", method))
     }
-    bits_per_byte = cost = None
-    if request.with_weights:
-        model, cost = _open_teacher(request, teacher_tokenizer, conversations)
-        bits_per_byte = _teacher_bits_per_byte(model, tokenizers, conversations, request.max_length)
+    bits_per_byte, cost = _score_teacher(request, tokenizers, conversations)
     longest_tokens = text.longest if text else request.max_length
     return Diagnosis(
         method=method,
@@ -187,7 +189,6 @@ def _diagnose(request: _Request, conversations: list[Conversation]) -> Diagnosis
         data=request.data,
         text=text,
         teacher_bits_per_byte=bits_per_byte,
-        quantization_cost=cost,
         plan=plan,
         costs=costs,
         card=request.card,
@@ -196,6 +197,7 @@ def _diagnose(request: _Request, conversations: list[Conversation]) -> Diagnosis
             *notes_on_text(text, tokenizers, method),
             *notes_on_run(sides, costs[method], request.card, longest_tokens),
         ],
+        quantization_cost=cost,
     )
 
 
@@ -287,18 +289,27 @@ def _plan(text: MeasuredText | None, request: _Request, tokenizers: Sequence[Tok
     )
 
 
-def _open_teacher(
-    request: _Request, tokenizer: Tokenizer, conversations: Sequence[Conversation]
-) -> tuple[CausalLM, dict[str, Any] | None]:
-    """Return the teacher, and what its quantization costs if it is quantized here."""
+def _score_teacher(
+    request: _Request, tokenizers: Sequence[Tokenizer], conversations: Sequence[Conversation]
+) -> tuple[dict[str, float] | None, dict[str, Any] | None]:
+    """Open the teacher if that is asked for; return its bits per byte, and its quantization's cost.
+
+    The cost is None if the run does not quantize its teacher.
+    """
+    if not request.with_weights:
+        return None, None
+    opener, cost = request.opener, None
     if request.quantize_teacher is None:
-        return request.opener.model(request.teacher), None
-    exact = replace(request.opener, dtype=dtype_of(request.precision))
-    quantizing = replace(exact, quantize=request.quantize_teacher)
-    rows, _ = tokenize_conversations(conversations, tokenizer, max_length=request.max_length)
-    states = ExactStates.collect(request.teacher, exact, rows)
-    model = quantizing.model(request.teacher)
-    return model, measured_cost(states, LocalTeacher(model))
+        model = opener.model(request.teacher)
+    else:
+        exact = replace(opener, dtype=dtype_of(request.precision))
+        rows, _ = tokenize_conversations(
+            conversations, tokenizers[0], max_length=request.max_length
+        )
+        states = ExactStates.collect(request.teacher, exact, rows)
+        model = replace(exact, quantize=request.quantize_teacher).model(request.teacher)
+        cost = measured_cost(states, LocalTeacher(model))
+    return _teacher_bits_per_byte(model, tokenizers, conversations, request.max_length), cost
 
 
 def _teacher_bits_per_byte(

@@ -12,6 +12,7 @@ the LM head are not quantized.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import importlib.util
 import logging
@@ -113,6 +114,14 @@ def saved_method(config: Any) -> str | None:
     known = found if isinstance(found, dict) else found.to_dict()
     method = known.get("quant_method") or "unknown"
     return str(getattr(method, "value", method))
+
+
+def without_quantization(config: Any) -> Any:
+    """Return a copy of the configuration of the same model in full precision."""
+    plain = copy.deepcopy(config)
+    if saved_method(config) is not None:
+        del plain.quantization_config
+    return plain
 
 
 def note_saved_method(model: Any, method: str | None) -> None:

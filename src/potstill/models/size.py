@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from potstill.models.explained import Source
 from potstill.models.opener import ModelOpener
+from potstill.models.quantized import without_quantization
 from potstill.models.sources import pick_device
 
 MARGIN = 1.15
@@ -18,9 +18,7 @@ def weight_bytes(config: Any, dtype: str, *, trust_remote_code: bool = False) ->
     import torch
     from transformers import AutoModelForCausalLM
 
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
+    plain = without_quantization(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(plain, trust_remote_code=trust_remote_code)
     saved = getattr(config.get_text_config(), "dtype", None) or torch.float32
