@@ -31,6 +31,9 @@ class CaptureRecipe(Reading):
     """The date that templates write, as 2026-01-31; without it the day of the capture."""
     precision: str = "bf16"
     """bf16, fp16 or fp32."""
+    quantize_teacher: str | None = None
+    """8bit or 4bit: quantize the weights of the teacher, except its LM head (needs
+    potstill[quantize])."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     trust_remote_code: bool = False
@@ -51,7 +54,7 @@ def run(recipe: CaptureRecipe) -> None:
         keep=recipe.keep,
         threshold=recipe.threshold,
         max_length=recipe.max_length,
-        opener=ModelOpener.of(recipe),
+        opener=ModelOpener.of_teacher(recipe),
     )
     print_main(f"{recipe.output_dir}: {counts}")
     print(f"next: potstill distill {recipe.output_dir} STUDENT --data {recipe.data}")

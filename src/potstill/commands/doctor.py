@@ -34,6 +34,9 @@ class DoctorRecipe(Reading):
     """Tokens at which a conversation is cut."""
     precision: str = "bf16"
     """bf16, fp16 or fp32, of the planned run."""
+    quantize_teacher: str | None = None
+    """8bit or 4bit: the planned run quantizes its teacher (needs potstill[quantize]). With
+    --with-weights, also measure what that costs."""
     card: str | None = None
     """Estimate the hours on a10, a100, a100-40gb, b200, h100, h200, l4, l40s, mi300x, rtx3090 or
     rtx4090."""

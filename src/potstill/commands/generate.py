@@ -63,6 +63,9 @@ class GenerateRecipe(Reading):
     """The date that templates write, as 2026-01-31; without it the day of the first answer."""
     precision: str = "bf16"
     """bf16, fp16 or fp32."""
+    quantize_teacher: str | None = None
+    """8bit or 4bit: quantize the weights of the teacher, except its LM head (needs
+    potstill[quantize]; not with vllm and --server)."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     trust_remote_code: bool = False

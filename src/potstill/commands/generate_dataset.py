@@ -19,6 +19,7 @@ from potstill.generation.make import make_dataset, standard_filters
 from potstill.models import ModelOpener, dtype_of, locate
 from potstill.models.adapters import adapter_at
 from potstill.models.chat_template import kept_date
+from potstill.models.quantized import check_kind
 from potstill.reading import Reading
 from potstill.sampling import Sampling
 from potstill.shards import made_with_at
@@ -36,11 +37,14 @@ def generate(recipe: GenerateRecipe) -> Path:
     if not sum(1 for _ in prompts):  # reads all, to find a malformed row before any work is done
         need = 'each line holds one, as {"prompt": …} or {"messages": …}'
         raise DataError(f"{recipe.prompts}: no prompt there; {need}")
+    _check_quantization(recipe)
     engine = _engine(recipe, sampling)
     made_with: dict[str, Any] = {"engine": "server" if recipe.server else recipe.engine}
     if not recipe.server:
         made_with |= {"precision": recipe.precision, "batch_size": recipe.batch_size}
         made_with["template_date"] = recipe.template_date
+        if recipe.quantize_teacher:
+            made_with["quantize_teacher"] = recipe.quantize_teacher
     made_with["likeliest"] = recipe.choose == "likeliest"
     return make_dataset(
         Path(recipe.output_dir).expanduser(),
@@ -58,6 +62,16 @@ def _template_date(recipe: GenerateRecipe) -> str:
     """Return the date for chat templates: a data set that is continued later keeps its own."""
     stored = made_with_at(Path(recipe.output_dir).expanduser()).get("template_date")
     return kept_date(recipe.template_date, stored)
+
+
+def _check_quantization(recipe: GenerateRecipe) -> None:
+    check_kind(recipe.quantize_teacher)
+    maker = "--server" if recipe.server else f"--engine {recipe.engine}"
+    if recipe.quantize_teacher and (recipe.server or "vllm" in recipe.engine):
+        raise ConfigError(
+            f"--quantize-teacher {recipe.quantize_teacher}: {maker} opens the teacher itself; "
+            "leave it out, and quantize the model there"
+        )
 
 
 def _engine(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
@@ -84,7 +98,7 @@ def _engine(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
 
 
 def _local(recipe: GenerateRecipe, sampling: Sampling) -> Engine:
-    model, tokenizer = ModelOpener.of(recipe).model_and_tokenizer(recipe.teacher)
+    model, tokenizer = ModelOpener.of_teacher(recipe).model_and_tokenizer(recipe.teacher)
     return LocalEngine(
         model,
         tokenizer,

@@ -19,6 +19,9 @@ class ServeRecipe:
     """The path of a Jinja template, or plain for tokenizers that have none."""
     precision: str = "bf16"
     """bf16, fp16 or fp32."""
+    quantize_teacher: str | None = None
+    """8bit or 4bit: quantize the weights of the teacher, except its LM head (needs
+    potstill[quantize])."""
     device: str = "auto"
     """auto, cpu, cuda or mps. With auto or cuda, a model that is too large for one card is spread
     over the cards of the machine."""
@@ -36,12 +39,15 @@ def run(recipe: ServeRecipe) -> None:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"serve needs the package {package}: pip install 'potstill[serve]'")
     from potstill.models import ModelOpener, dtype_of
+    from potstill.models.quantized import check_kind
     from potstill.teachers.serve import serve
 
+    check_kind(recipe.quantize_teacher)
     opener = ModelOpener(
         device=recipe.device,
         dtype=dtype_of(recipe.precision),
         chat_template=recipe.chat_template,
         trust_remote_code=recipe.trust_remote_code,
+        quantize=recipe.quantize_teacher,
     )
     serve(recipe.teacher, opener, host=recipe.host, port=recipe.port)

@@ -112,6 +112,9 @@ def _required_equal(run: FinishedRun) -> dict[str, Any]:
     conversations = None if seconds else steps * batch * accumulation
     return {
         "teacher": config.get("teacher"),
+        "the teacher's quantization": (run.evaluation.get("quantization") or {}).get(
+            "quantization"
+        ),
         "the held-out data (fingerprint)": kept.get("fingerprint"),
         "the training data (fingerprint of its prompts)": kept.get("train_prompts"),
         "seconds": seconds,

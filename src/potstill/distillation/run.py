@@ -20,7 +20,7 @@ import torch
 from potstill.data.forms import as_conversation
 from potstill.distillation.held_out import split_data
 from potstill.distillation.settings import DistillSettings, check_names, default_settings
-from potstill.distillation.targets import opener_of, teacher_identity
+from potstill.distillation.targets import open_measured_teacher, opener_of, teacher_identity
 from potstill.distillation.training import train
 from potstill.errors import RunFolderError
 from potstill.evaluation import (
@@ -42,7 +42,8 @@ from potstill.protocols import CausalLM, Tokenizer
 from potstill.report import write_report
 from potstill.report.verdict import verdict
 from potstill.run_folder import RunFolder, write_json, write_whole
-from potstill.teachers import captured_date, open_teacher, open_teacher_tokenizer
+from potstill.teachers import captured_date, open_teacher_tokenizer
+from potstill.teachers.quantization_cost import cost_text
 
 SAMPLES = 8
 SAMPLE_TOKENS = 80
@@ -157,6 +158,11 @@ def run_distillation(settings: DistillSettings) -> Path:
         table = as_table({name: evaluation[name] for name in names})
         found = verdict(evaluation)
         print_main(f"\n{table}\n\n{found.headline} {found.reason}\n")
+        if "quantization" in evaluation:
+            quantized = evaluation["quantization"]
+            print_main(
+                f"the teacher is quantized ({quantized['quantization']}): {cost_text(quantized)}"
+            )
     page = write_report(run.path)
     print_main(f"report: {page}")
     return page
@@ -187,7 +193,7 @@ def _evaluate_run(run: RunFolder, settings: DistillSettings, tasks: Tasks) -> di
     pair = HeldOut(*tokenizers, held_out, max_length=settings.max_length)
     shown = [row for row in held_out if "messages" in row][:SAMPLES]
     asked = prompts_of(shown)
-    teacher = open_teacher(settings.teacher, **vars(opener))
+    teacher, quantization = open_measured_teacher(settings, pair.teacher_dataset)
     scores, abilities = {"teacher": pair.score_teacher(teacher)}, {}
     answers = {"teacher": [str(row["messages"][-1]["content"]) for row in shown]}
     if teacher.model is not None:
@@ -206,6 +212,7 @@ def _evaluate_run(run: RunFolder, settings: DistillSettings, tasks: Tasks) -> di
     return {
         **measures,
         "gap_closed": gap_closed(**measures),
+        **({"quantization": quantization} if quantization else {}),
         **({"tasks": abilities} if settings.tasks else {}),
         "samples": samples,
         **token_views(pair, scores["before"], scores["after"]),

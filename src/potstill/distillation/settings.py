@@ -8,6 +8,7 @@ from typing import Any
 
 from potstill.defaults import EVAL_FRACTION, MAX_LENGTH, ROLLOUT_TOKENS
 from potstill.errors import ConfigError
+from potstill.models.quantized import check_kind
 from potstill.reading import Reading
 
 
@@ -97,6 +98,9 @@ class DistillSettings(Reading):
     precision: str = "bf16"
     """bf16, fp16 or fp32: of the teacher and of matrix products. The student's weights stay in
     float32."""
+    quantize_teacher: str | None = None
+    """8bit or 4bit: quantize the weights of the teacher, except its LM head (needs
+    potstill[quantize])."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     seed: int = 0
@@ -111,7 +115,7 @@ class DistillSettings(Reading):
     YAML)."""
 
     def check(self) -> None:
-        """Raises: ConfigError for a number out of range."""
+        """Raises: ConfigError for a number out of range, or an unknown quantization."""
         for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -120,6 +124,7 @@ class DistillSettings(Reading):
             raise ConfigError(
                 f"eval_fraction {self.eval_fraction}: must be between 0 and 1, ends excluded"
             )
+        check_kind(self.quantize_teacher)
 
 
 POSITIVE = (

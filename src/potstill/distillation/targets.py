@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from potstill.data import tokenize_conversations
@@ -10,22 +11,43 @@ from potstill.errors import ConfigError
 from potstill.generation.keys import identify_tokenizer
 from potstill.generation.store import data_made_with
 from potstill.models import ModelOpener
+from potstill.models.quantized import quantization_of
 from potstill.processes import broadcast_from_main, is_main_process, print_main
 from potstill.teachers import (
     LOCAL,
     SERVED,
+    LocalTeacher,
     LossSettings,
     ServedTeacher,
+    Teacher,
     capture_conversations,
     captured_keep,
     open_teacher,
     teacher_kind,
 )
+from potstill.teachers.quantization_cost import ExactStates, known_quantization, measured_cost
 
 
 def opener_of(settings: DistillSettings) -> ModelOpener:
     """Return how this run opens its teacher and, for evaluation, its students."""
     return ModelOpener.of(settings)
+
+
+def teacher_opener(settings: DistillSettings) -> ModelOpener:
+    """Return how this run opens its teacher.
+
+    A captured or served teacher was quantized, or not, where it was computed. Raises: ConfigError
+    if it is to be quantized here.
+    """
+    if settings.quantize_teacher is None or settings.teacher_model is not None:
+        return opener_of(settings)
+    if teacher_kind(settings.teacher) is not LOCAL:
+        maker = "serve" if teacher_kind(settings.teacher) is SERVED else "capture"
+        raise ConfigError(
+            f"{settings.teacher}: not a model in this process, so it cannot be quantized here; "
+            f"give --quantize-teacher to potstill {maker}"
+        )
+    return ModelOpener.of_teacher(settings)
 
 
 def capture_missing(settings: DistillSettings, conversations: list[dict[str, Any]]) -> None:
@@ -45,7 +67,7 @@ def capture_missing(settings: DistillSettings, conversations: list[dict[str, Any
             settings.teacher,
             keep=captured_keep(settings.teacher) or "states",
             max_length=settings.max_length,
-            opener=opener_of(settings),
+            opener=ModelOpener.of_teacher(settings),
         )
         print_main(f"{settings.teacher}: {counts}")
     broadcast_from_main(True)  # the other processes wait for the files
@@ -59,7 +81,7 @@ def teacher_identity(settings: DistillSettings) -> dict[str, str]:
     """
     if teacher_kind(settings.teacher) is not SERVED:
         return {}
-    teacher = open_teacher(settings.teacher, **vars(opener_of(settings)))
+    teacher = open_teacher(settings.teacher, **vars(teacher_opener(settings)))
     assert isinstance(teacher, ServedTeacher)
     made_with = data_made_with(settings.data)
     found = {} if teacher.tokenizer is None else identify_tokenizer(teacher.tokenizer)
@@ -73,6 +95,24 @@ def teacher_identity(settings: DistillSettings) -> dict[str, str]:
     return {"teacher": teacher.identity}
 
 
+def open_measured_teacher(
+    settings: DistillSettings, rows: Iterable[dict[str, Any]]
+) -> tuple[Teacher, dict[str, Any] | None]:
+    """Return the teacher, and what is known of its quantization; None if it has none.
+
+    If this run quantizes it, the cost is measured on ``rows``, in the teacher's tokens.
+    """
+    opener, exact = teacher_opener(settings), None
+    if opener.quantize:
+        exact = ExactStates.collect(settings.teacher, opener, rows)
+    teacher = open_teacher(settings.teacher, **vars(opener))
+    if opener.quantize and isinstance(teacher, LocalTeacher):
+        assert teacher.model is not None
+        found = quantization_of(teacher.model)
+        return teacher, {"quantization": found, **measured_cost(exact, teacher)}
+    return teacher, known_quantization(teacher)
+
+
 def require_targets(
     settings: DistillSettings,
     loss: LossSettings,
@@ -82,7 +122,7 @@ def require_targets(
     """Check that the teacher has targets for all rows, also those that only evaluation reads."""
     if teacher_kind(settings.teacher) is LOCAL:
         return
-    teacher = open_teacher(settings.teacher, **vars(opener_of(settings)))
+    teacher = open_teacher(settings.teacher, **vars(teacher_opener(settings)))
     if settings.method == "text":
         print_main("note: method text learns from the text alone; its teacher is only evaluated")
     else:

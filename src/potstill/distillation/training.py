@@ -19,6 +19,7 @@ from potstill.distillation.targets import (
     opener_of,
     require_targets,
     teacher_identity,
+    teacher_opener,
 )
 from potstill.distillation.trainer_settings import (
     checked_trainer_settings,
@@ -29,6 +30,7 @@ from potstill.doctor import quick_check
 from potstill.errors import CollapsedRollouts, NonFiniteLoss, SelfCheckFailed
 from potstill.evaluation import HeldOut, fingerprint
 from potstill.generation.filters import users_function
+from potstill.models.quantized import refuse_quantized_student
 from potstill.processes import broadcast_from_main, is_main_process, print_main, process_count
 from potstill.progress import Progress
 from potstill.run_folder import PROCESSES, RunFolder, whole_folder
@@ -132,12 +134,13 @@ def _open_pair(base: DistillationConfig, settings: DistillSettings) -> tuple[Any
     opener = opener_of(settings)
     tokenizer = opener.tokenizer(settings.student)
     student = opener.model(settings.student, dtype="float32")
+    refuse_quantized_student(settings.student, student)
     if settings.freeze_embeddings:
         for module in (student.get_input_embeddings(), student.get_output_embeddings()):
             module.requires_grad_(False)
     teacher = None
     if settings.method != "text":
-        teacher = open_teacher(settings.teacher, **vars(opener))
+        teacher = open_teacher(settings.teacher, **vars(teacher_opener(settings)))
     return student, tokenizer, make_objective(base, student, tokenizer, teacher, None)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from potstill.errors import ConfigError, ModelError
+from potstill.models.quantized import BYTES_PER_WEIGHT, saved_method, without_quantization
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class ModelSize:
     """A: number of heads × head width."""
     numbers_a_layer: int
     """Elements per token and layer: residual stream, queries, keys, inner feed-forward layer."""
+    quantizable: int = 0
+    """Weights of the matrices that a quantization changes: all linear layers but the head."""
+    quantization: str | None = None
+    """How the weights were saved, such as fp8; None if they are not quantized."""
 
     def forward_flops(self, tokens: float, supervised: float) -> float:
         """Return the FLOPs of one conversation, with the head at supervised tokens only."""
@@ -96,6 +101,8 @@ class Plan:
     largest_batch_tokens: int
     """Student tokens of the largest micro-batch."""
     precision: str = "bf16"
+    quantize_teacher: str | None = None
+    """8bit or 4bit."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +141,10 @@ def model_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
     from transformers import AutoModelForCausalLM
 
     text = config.get_text_config()
+    plain = without_quantization(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(plain, trust_remote_code=trust_remote_code)
     except Exception as error:  # an architecture's code can raise any exception
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
@@ -170,7 +178,17 @@ def model_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
         layers=text.num_hidden_layers,
         attention_width=heads * head_width,
         numbers_a_layer=text.hidden_size + (heads + key_heads) * head_width + inner,
+        quantizable=_quantizable(model, head),
+        quantization=saved_method(config),
     )
+
+
+def _quantizable(model: Any, head: Any) -> int:
+    """Return the number of weights in linear layers other than the head."""
+    import torch
+
+    linear = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    return sum(module.weight.numel() for module in linear if module.weight is not head)
 
 
 def estimate(
@@ -191,7 +209,7 @@ def estimate(
         teacher_flops = conversations * teacher.forward_flops(
             plan.teacher_tokens, plan.teacher_supervised
         )
-        teacher_memory = teacher.parameters * BYTES[plan.precision]
+        teacher_memory = teacher_bytes(teacher, plan.precision, plan.quantize_teacher)
     copy_bytes = 0 if plan.precision == "fp32" else BYTES[plan.precision]
     activations = plan.largest_batch_tokens * student.layers * student.numbers_a_layer
     activations *= ACTIVATION_BYTES[plan.precision]
@@ -210,6 +228,14 @@ def estimate(
         # + 1: a new checkpoint is written before the oldest is deleted
         disk_bytes=(KEPT_CHECKPOINTS + 1) * checkpoint + 4 * student.parameters,
     )
+
+
+def teacher_bytes(teacher: ModelSize, precision: str, quantize: str | None) -> float:
+    """Return the bytes of a teacher's weights, quantized to ``quantize`` if it is given."""
+    if quantize is None:
+        return teacher.parameters * BYTES[precision]
+    exact = teacher.parameters - teacher.quantizable
+    return exact * BYTES[precision] + teacher.quantizable * BYTES_PER_WEIGHT[quantize]
 
 
 def find_card(name: str) -> Card:

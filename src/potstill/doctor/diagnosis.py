@@ -53,6 +53,9 @@ class Diagnosis:
     card: str | None
     notes: list[str]
     """What to know or to fix before the run."""
+    quantization_cost: dict[str, Any] | None = None
+    """What quantizing the teacher costs on the answers; ``not_measured`` is a reason. None if the
+    teacher is not quantized here, or no weights were opened."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields and derived values, ready for JSON."""

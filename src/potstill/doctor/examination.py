@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from potstill.alignment import (
     VocabularyComparison,
@@ -33,10 +34,13 @@ from potstill.doctor.measured_text import MeasuredText, measure_text
 from potstill.doctor.notes import notes_on_pair, notes_on_run, notes_on_text
 from potstill.errors import ConfigError, VocabularyMismatch
 from potstill.evaluation.scores import score_tokens, summarize
-from potstill.models import ModelOpener
+from potstill.models import ModelOpener, dtype_of
+from potstill.models.quantized import check_kind, refuse_unopenable
 from potstill.models.vocabulary import padding_id
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.reading import Reading
+from potstill.teachers import LocalTeacher
+from potstill.teachers.quantization_cost import ExactStates, measured_cost
 
 TALK = [
     {"role": "user", "content": "Why does it rain?"},
@@ -63,6 +67,7 @@ class _Request:
     gradient_accumulation_steps: int
     max_length: int
     precision: str
+    quantize_teacher: str | None
 
 
 def quick_check(
@@ -102,6 +107,7 @@ def examine(
     gradient_accumulation_steps: int = 1,
     max_length: int = MAX_LENGTH,
     precision: str = "bf16",
+    quantize_teacher: str | None = None,
     card: str | None = None,
     chat_template: str | None = None,
     with_weights: bool = False,
@@ -114,12 +120,6 @@ def examine(
     bytes cannot be recovered; ChatTemplateError for a template that loses the answer; DataError for
     data without supervised tokens.
     """
-    if card is not None:
-        find_card(card)
-    if with_weights and data is None:
-        raise ConfigError(
-            "--with-weights scores the teacher on text, and there is none; give --data"
-        )
     request = _Request(
         teacher=teacher,
         student=student,
@@ -132,8 +132,24 @@ def examine(
         gradient_accumulation_steps=gradient_accumulation_steps,
         max_length=max_length,
         precision=precision,
+        quantize_teacher=quantize_teacher,
     )
+    _check(request)
     return _diagnose(request, list(read_conversations(data, reading=reading)) if data else [])
+
+
+def _check(request: _Request) -> None:
+    """Raises: ConfigError for settings that cannot be met."""
+    if request.card is not None:
+        find_card(request.card)
+    check_kind(request.quantize_teacher)
+    if request.with_weights and request.data is None:
+        raise ConfigError(
+            "--with-weights scores the teacher on text, and there is none; give --data"
+        )
+    if request.quantize_teacher:
+        config = request.opener.config(request.teacher)
+        refuse_unopenable(request.teacher, config, request.quantize_teacher)
 
 
 def _diagnose(request: _Request, conversations: list[Conversation]) -> Diagnosis:
@@ -161,10 +177,7 @@ def _diagnose(request: _Request, conversations: list[Conversation]) -> Diagnosis
         name: estimate(name, teacher.size, student.size, plan, card=request.card)
         for name in dict.fromkeys(("text", method))
     }
-    bits_per_byte = None
-    if request.with_weights:
-        model = request.opener.model(request.teacher)
-        bits_per_byte = _teacher_bits_per_byte(model, tokenizers, conversations, request.max_length)
+    bits_per_byte, cost = _score_teacher(request, tokenizers, conversations)
     longest_tokens = text.longest if text else request.max_length
     return Diagnosis(
         method=method,
@@ -184,6 +197,7 @@ def _diagnose(request: _Request, conversations: list[Conversation]) -> Diagnosis
             *notes_on_text(text, tokenizers, method),
             *notes_on_run(sides, costs[method], request.card, longest_tokens),
         ],
+        quantization_cost=cost,
     )
 
 
@@ -271,7 +285,31 @@ def _plan(text: MeasuredText | None, request: _Request, tokenizers: Sequence[Tok
         teacher_supervised=teacher_supervised,
         largest_batch_tokens=batch * longest,
         precision=request.precision,
+        quantize_teacher=request.quantize_teacher,
     )
+
+
+def _score_teacher(
+    request: _Request, tokenizers: Sequence[Tokenizer], conversations: Sequence[Conversation]
+) -> tuple[dict[str, float] | None, dict[str, Any] | None]:
+    """Open the teacher if that is asked for; return its bits per byte, and its quantization's cost.
+
+    The cost is None if the run does not quantize its teacher.
+    """
+    if not request.with_weights:
+        return None, None
+    opener, cost = request.opener, None
+    if request.quantize_teacher is None:
+        model = opener.model(request.teacher)
+    else:
+        exact = replace(opener, dtype=dtype_of(request.precision))
+        rows, _ = tokenize_conversations(
+            conversations, tokenizers[0], max_length=request.max_length
+        )
+        states = ExactStates.collect(request.teacher, exact, rows)
+        model = replace(exact, quantize=request.quantize_teacher).model(request.teacher)
+        cost = measured_cost(states, LocalTeacher(model))
+    return _teacher_bits_per_byte(model, tokenizers, conversations, request.max_length), cost
 
 
 def _teacher_bits_per_byte(
@@ -300,7 +338,8 @@ def _command(request: _Request, method: str) -> str:
     words = ["potstill", "distill", request.teacher, request.student]
     words += ["--data", request.data or "DATA", "--method", method]
     words += ["--output-dir", f"runs/{Path(request.student).name}"]
-    names = ("max_steps", "batch_size", "max_length", "gradient_accumulation_steps", "precision")
+    names = ["max_steps", "batch_size", "max_length", "gradient_accumulation_steps", "precision"]
+    names += ["quantize_teacher"]
     settings = {name: getattr(request, name) for name in names}
     for name in ("chat_template", "trust_remote_code"):
         settings[name] = getattr(request.opener, name)

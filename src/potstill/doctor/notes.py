@@ -34,6 +34,18 @@ def notes_on_pair(sides: Sequence[Side], method: str) -> Iterator[str]:
                 f"the {name} has no chat template; for conversations, give --chat-template plain "
                 "or a Jinja file"
             )
+    for name, side in (("teacher", teacher), ("student", student)):
+        if side.size.quantization and name == "student":
+            yield (
+                f"the student's weights are quantized ({side.size.quantization}), and it cannot be "
+                "trained; give the model from which it was quantized"
+            )
+        elif side.size.quantization:
+            yield (
+                f"the teacher's weights were saved quantized ({side.size.quantization}); its "
+                "memory is less than shown. potstill evaluate QUANTIZED FULL --data FILE measures "
+                "what that costs"
+            )
     if student.size.parameters >= teacher.size.parameters:
         yield "the student is not smaller than the teacher"
     if method == "logits" and teacher.opening != student.opening:

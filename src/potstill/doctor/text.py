@@ -6,6 +6,7 @@ import textwrap
 
 from potstill.doctor.cost import CARDS, UTILIZATION
 from potstill.doctor.diagnosis import Diagnosis, Side
+from potstill.teachers.quantization_cost import cost_text
 
 WIDTH = 120
 LABEL, COLUMN = 28, 26
@@ -41,6 +42,9 @@ def _models(diagnosis: Diagnosis) -> list[str]:
         scores = f"{own:.3f} bits per byte under its own chat template"
         scores += f", {students:.3f} under the student's"
         lines.append(_row("the teacher on the answers", scores, ""))
+    if diagnosis.quantization_cost is not None:
+        title = f"quantized to {diagnosis.plan.quantize_teacher}"
+        lines.append(_row(title, cost_text(diagnosis.quantization_cost), ""))
     return lines
 
 
@@ -84,7 +88,9 @@ def _costs(diagnosis: Diagnosis) -> list[str]:
     plan, card = diagnosis.plan, diagnosis.card
     conversations = f"{plan.conversations_a_step} conversations of {plan.tokens:.0f} tokens"
     titles = ("", "student", "activations", "teacher", "= memory", "disk", "compute", card or "")
-    lines = [f"{plan.steps} steps of {conversations}, {plan.precision}", _cost_row(*titles)]
+    teacher = f", teacher in {plan.quantize_teacher}" if plan.quantize_teacher else ""
+    lines = [f"{plan.steps} steps of {conversations}, {plan.precision}{teacher}"]
+    lines.append(_cost_row(*titles))
     for method, cost in diagnosis.costs.items():
         cells = (
             method,

@@ -14,6 +14,7 @@ from potstill.data import IGNORED, encode_conversation, tokenize_conversations, 
 from potstill.errors import DataError, VocabularyMismatch
 from potstill.evaluation.own_answers import measure_own_answers
 from potstill.evaluation.scores import TokenScores, conversation_sums, score_teacher, score_tokens
+from potstill.models.heads import output_head
 from potstill.models.vocabulary import padding_id
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.teachers import Teacher, as_teacher
@@ -72,8 +73,7 @@ class HeldOut:
         if self.rows is None:
             return score_tokens(student, self.dataset, pad_token_id=pad, likeliest=likeliest)
         source = as_teacher(teacher)
-        student_rows = len(student.get_output_embeddings().weight)
-        rows = min(self.rows, source.vocabulary_rows, student_rows)
+        rows = min(self.rows, source.vocabulary_rows, len(output_head(student)))
         scores = score_tokens(
             student,
             self.dataset,

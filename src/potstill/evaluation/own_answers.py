@@ -56,26 +56,22 @@ def measure_own_answers(
     at temperature 1. KL is over the first ``rows`` of both vocabularies. Empty if the teacher
     cannot read new text, or no conversation has a prompt.
     """
-    sums = {name: [0.0] * len(dataset) for name in COLUMNS}
-    prompts: dict[int, list[int]] = {}
-    for i, labels in enumerate(dataset["labels"]):
-        length = prompt_length(labels)
-        if length and len(prompts) < most:
-            prompts[i] = dataset[i]["input_ids"][:length]
+    prompts = _prompts(dataset, most)
     if not prompts or not reads_new_text(teacher):
         return {}
     sampling = Sampling(max_new_tokens=tokens, temperature=1.0, top_p=1.0)
     sampler = RefilledSampler(model, tokenizer, sampling, batch_size=MOST_AT_ONCE)
     seeds = [seed * len(dataset) + i for i in prompts]
     sampled = sampler.sample(list(prompts.values()), seeds)
+    sums = {name: [0.0] * len(dataset) for name in COLUMNS}
     encoded = []
     for i, row in zip(prompts, sampled, strict=True):
         unknown = (place for place, token in enumerate(row.tokens) if token >= rows)
         known = row.tokens[: next(unknown, len(row.tokens))]
-        sums["own_answers"][i] = 1.0
-        sums["own_ended"][i] = float(sampler.has_ended(row))
-        sums["own_tokens"][i] = float(len(known))
-        sums["own_repeated"][i], sums["own_grams"][i] = map(float, repeated_grams(row.tokens))
+        repeated, grams = repeated_grams(row.tokens)
+        ended = sampler.has_ended(row)
+        for name, value in zip(COLUMNS, (1, ended, len(known), 0, grams, repeated), strict=True):
+            sums[name][i] = float(value)
         if known:
             encoded.append((i, with_answer(row.prompt, known)))
     layout = BatchLayout(padding_id(tokenizer, model), packed=False)
@@ -86,6 +82,16 @@ def measure_own_answers(
         for (i, _), one in zip(some, nats, strict=True):
             sums["own_kl_nats"][i] = one
     return sums
+
+
+def _prompts(dataset: Any, most: int) -> dict[int, list[int]]:
+    """Return the first ``most`` prompts by the number of their row."""
+    prompts: dict[int, list[int]] = {}
+    for i, labels in enumerate(dataset["labels"]):
+        length = prompt_length(labels)
+        if length and len(prompts) < most:
+            prompts[i] = dataset[i]["input_ids"][:length]
+    return prompts
 
 
 def _reverse_kl(model: CausalLM, teacher: Teacher, batch: Any, rows: int) -> list[float]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from potstill.data.conversations import Conversation
 from potstill.generation.engine import Answer, Request
+from potstill.models.quantized import stored_tensors
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.sampling.sampler import Sampling
 
@@ -83,7 +84,7 @@ def identify_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
 def _hash_weights(model: CausalLM) -> str:
     """Hash some values of each weight in its dtype: a name or a commit does not identify them."""
     hashed = hashlib.sha256()
-    for name, weight in model.state_dict().items():
+    for name, weight in stored_tensors(model):
         values = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED_VALUES)]
         numbers = values.cpu().double().tolist()
         hashed.update(f"{name} {tuple(weight.shape)} {weight.dtype} {numbers}".encode())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from potstill.errors import ModelError
 from potstill.losses import CallableHead, Head, Projection
 from potstill.losses.fused import as_any_head
+from potstill.models.quantized import is_quantized
 from potstill.protocols import Batch, CausalLM
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -103,11 +104,14 @@ def trainable_head(model: nn.Module | CausalLM, *, rows: int | None = None) -> H
 
 
 def _is_quantized(module: nn.Module) -> bool:
+    """Return whether the head's logits are not those of its ``weight``, which only it can use."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        return True
-    library = type(weight).__module__.partition(".")[0]
-    return not weight.is_floating_point() or library in ("torchao", "bitsandbytes")
+    # A scheme of compressed-tensors can also round the input of a head with floating-point weights.
+    return (
+        not isinstance(weight, Tensor)
+        or is_quantized(weight)
+        or getattr(module, "quantization_scheme", None) is not None
+    )
 
 
 def head_logits(model: nn.Module | CausalLM, inputs: Batch) -> Tensor:

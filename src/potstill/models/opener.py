@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from potstill.models.chat_template import as_date, set_chat_template, set_template_date
+from potstill.models.quantized import check_kind
 from potstill.models.sources import (
     Source,
     dtype_of,
@@ -33,6 +34,13 @@ class OpeningSettings(Protocol):
     def template_date(self) -> str | None: ...
 
 
+class TeacherSettings(OpeningSettings, Protocol):
+    """The settings of a command that opens a teacher."""
+
+    @property
+    def quantize_teacher(self) -> str | None: ...
+
+
 @dataclass(frozen=True)
 class ModelOpener:
     """Open models, tokenizers and configurations with the same device, dtype, template and trust.
@@ -48,6 +56,8 @@ class ModelOpener:
     trust_remote_code: bool = False
     template_date: str | None = None
     """The date that chat templates write, as YYYY-MM-DD; None is the current date."""
+    quantize: str | None = None
+    """8bit or 4bit: quantize a teacher while it is opened."""
 
     @classmethod
     def of(cls, settings: OpeningSettings) -> ModelOpener:
@@ -60,17 +70,31 @@ class ModelOpener:
             template_date=settings.template_date,
         )
 
+    @classmethod
+    def of_teacher(cls, settings: TeacherSettings) -> ModelOpener:
+        """Return the opener for the teacher. Raises: ConfigError as `of`, or for a quantization."""
+        check_kind(settings.quantize_teacher)
+        return replace(cls.of(settings), quantize=settings.quantize_teacher)
+
     def model(self, source: Source, *, dtype: str | None = None) -> CausalLM:
         """Open a causal language model in evaluation mode; ``dtype`` overrides the opener's."""
         return self.model_and_tokenizer(source, dtype=dtype)[0]
 
     def model_and_tokenizer(
-        self, source: Source, *, dtype: str | None = None
+        self,
+        source: Source,
+        *,
+        dtype: str | None = None,
+        max_memory: dict[Any, int] | None = None,
     ) -> tuple[CausalLM, Tokenizer]:
-        """Open a model and its tokenizer."""
-        trust = self.trust_remote_code
+        """Open a model and its tokenizer; ``max_memory`` as in `load_model`."""
         model, tokenizer = load_model(
-            source, dtype=dtype or self.dtype, device=self.device, trust_remote_code=trust
+            source,
+            dtype=dtype or self.dtype,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+            quantize=self.quantize,
+            max_memory=max_memory,
         )
         return model, self._with_template(tokenizer)
 

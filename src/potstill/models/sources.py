@@ -18,6 +18,16 @@ from potstill.models.explained import Source as Source
 from potstill.models.explained import readable_errors
 from potstill.models.files import check_folder, check_settings
 from potstill.models.gguf import converted
+from potstill.models.quantized import (
+    check_kind,
+    note_saved_method,
+    quantizing,
+    quantizing_errors,
+    refuse_uncomputable,
+    refuse_unopenable,
+    refuse_unquantized,
+    saved_method,
+)
 from potstill.models.weights import open_checkpoint, refuse_infinite
 
 if TYPE_CHECKING:
@@ -35,26 +45,58 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
+    quantize: str | None = None,
+    max_memory: dict[Any, int] | None = None,
 ) -> tuple[Any, Any]:
     """Open a causal language model and its tokenizer, in evaluation mode.
 
     ``source`` is a hub id, a folder, a ``.gguf`` file, or ``demo`` (SmolLM2-135M-Instruct). A LoRA
     adapter is merged into its base model. ``dtype`` is ``float32``, ``bfloat16``, ``float16`` or
     ``auto`` (as saved); ``device`` is ``cpu``, ``cuda``, ``mps``, or ``auto`` (the best available).
+    ``quantize`` is ``8bit`` or ``4bit``: not for models that are trained. ``max_memory`` are the
+    bytes of several devices, over which a model with quantized weights is then spread.
 
-    Raises: ModelNotFound, UnsafeWeights, ModelError; ConfigError for a wrong dtype or device;
-    ChatTemplateError for a template that is not Jinja.
+    Raises: ModelNotFound, UnsafeWeights, ModelError; ConfigError for a wrong dtype or device, or a
+    quantization whose package is not installed; ChatTemplateError for a template that is not Jinja.
     """
     # Check the settings before the slow imports.
     torch_dtype = _torch_dtype(dtype)
+    check_kind(quantize)
     target = pick_device(device)
     location = locate(source)
     opening = {"dtype": torch_dtype, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    with readable_errors(source):
-        model = _open_weights(source, location, opening).to(target).eval()
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    refuse_unopenable(source, config, quantize)
+    saved = saved_method(config)
+    if quantize or saved:
+        _refuse_quantized_adapter(source, location, saved)
+        opening["device_map"] = {"": target} if max_memory is None else "sequential"
+        opening["max_memory"] = max_memory
+    if quantize:
+        opening |= quantizing(quantize, torch_dtype)
+    with readable_errors(source), quantizing_errors(source, quantize, target):
+        model = _open_weights(source, location, opening)
+        model = (model if quantize or saved else model.to(target)).eval()
+    note_saved_method(model, saved)
     refuse_infinite(source, model)
+    if quantize:
+        refuse_unquantized(source, model, quantize)
+    if quantize or saved:
+        refuse_uncomputable(source, model)
     return model, tokenizer
+
+
+def _refuse_quantized_adapter(source: Source, location: str, saved: str | None) -> None:
+    """Raises: ConfigError if an adapter would be merged into quantized weights, and rounded."""
+    if adapter_at(location) is None:
+        return
+    if saved:
+        found = f"an adapter of a model with quantized weights ({saved})"
+        need = "write the base model in full precision into its adapter_config.json"
+        raise ConfigError(f"{source}: {found}, which cannot be merged exactly; {need}")
+    merge = f"potstill student {source} --keep-layers all --output-dir MERGED"
+    raise ConfigError(f"{source}: an adapter cannot be quantized before it is merged; {merge}")
 
 
 def _open_weights(source: Source, location: str, opening: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 
 from potstill.errors import ModelError
 from potstill.models.explained import Source
+from potstill.models.quantized import is_quantized
 
 NAMED = 3
 """Weights that an error names."""
@@ -46,9 +47,13 @@ def open_checkpoint(location: Source, *, source: Source, **opening: Any) -> Any:
                 output_loading_info=True,
             )
         except RuntimeError as error:
-            failed = re.findall(r"^(.+?) *\|.*CONVERSION", "\n".join(reports), re.MULTILINE)
+            report = "\n".join(reports)
+            failed = re.findall(r"^(.+?) *\|.*CONVERSION", report, re.MULTILINE)
             if not failed:
                 raise
+            reason = re.search(r"^\w+Error: .*$", report, re.MULTILINE)
+            if reason and "quantization_config" in opening:
+                raise RuntimeError(reason.group()) from error
             found = f"weights are missing or damaged, so {_listed(failed)} cannot be made of them"
             raise ModelError(f"{source}: {found}; get the whole checkpoint") from error
     _refuse_misfit(source, model, **loading)
@@ -77,7 +82,7 @@ def infinite_weight(model: Any) -> str | None:
     import torch
 
     for name, weight in model.named_parameters():
-        if weight.dtype.itemsize < 2 or not weight.is_floating_point():  # 8 bits: quantized
+        if is_quantized(weight):
             continue
         if weight.is_meta or not weight.numel():
             continue
@@ -132,9 +137,10 @@ def _refuse_misfit(
     **_: Any,
 ) -> None:
     """Raises: ModelError for a checkpoint that is not of exactly this model."""
-    name, is_quantized = type(model).__name__, getattr(model, "hf_quantizer", None) is not None
+    name, quantizer = type(model).__name__, getattr(model, "hf_quantizer", None)
+    saved_quantized = quantizer is not None and quantizer.pre_quantized
     # Quantized weights are buffers. Other buffers are computed from the configuration.
-    buffers = set() if is_quantized else {buffer for buffer, _ in model.named_buffers()}
+    buffers = set() if saved_quantized else {buffer for buffer, _ in model.named_buffers()}
     missing = sorted(set(missing_keys) - buffers)
     unused = sorted(key for key in unexpected_keys if _is_inside(model, key))
     prefix = _wrapper_prefix(missing, unexpected_keys)
@@ -151,7 +157,7 @@ def _refuse_misfit(
         if missing == ["lm_head.weight"]:
             need = "get the whole checkpoint; if the embedding is the head, set tie_word_embeddings"
         raise ModelError(f"{source}: {found}; {need}")
-    if unused and not is_quantized:
+    if unused and not saved_quantized:
         found = f"{name} does not use its weights {_listed(unused)}"
         raise ModelError(f"{source}: {found}; use the config.json of these weights")
 

@@ -22,7 +22,14 @@ from potstill.report.curves import Curve, panels
 from potstill.report.formatting import objects
 from potstill.report.template import render
 from potstill.report.token_view import run_views, worst_prompts, worst_tokens
-from potstill.report.verdict import deciding_measure, interval, measure_rows, story, verdict
+from potstill.report.verdict import (
+    deciding_measure,
+    interval,
+    measure_rows,
+    quantized_teacher,
+    story,
+    verdict,
+)
 from potstill.run_folder import RunFolder
 
 NAMES = {"teacher": "Teacher", "before": "Student before", "after": "Student after"}
@@ -55,6 +62,7 @@ def write_report(run_dir: Path) -> Path:
         settings=settings_rows(config),
         verdict=verdict(evaluation),
         story=story(config, evaluation, metrics),
+        quantized=quantized_teacher(evaluation),
         evaluation=evaluation,
         scale=_scale(measured),
         measures=measure_rows(measured),

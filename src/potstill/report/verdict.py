@@ -164,6 +164,28 @@ def _outcome(evaluation: Evaluation) -> str:
     return f"In predicting the text it has closed {100 * gap:.0f}\u00a0% of the gap to the teacher."
 
 
+def quantized_teacher(evaluation: Evaluation | None) -> str:
+    """Return a sentence on a teacher with quantized weights; empty for any other."""
+    found = (evaluation or {}).get("quantization")
+    if not isinstance(found, dict):
+        return ""
+    kind = f"The teacher's weights are quantized ({found.get('quantization')})."
+    nats, tokens = number(found.get("kl_nats_per_token")), number(found.get("tokens"))
+    measured_from = "The student's divergence is measured from the quantized teacher."
+    if nats is None or tokens is None:
+        reason = found.get("not_measured") or "evaluation.json has no figure"
+        return f"{kind} What this costs was not measured: {reason}. {measured_from}"
+    between = found.get("ci95")
+    numbers = [number(end) for end in between] if isinstance(between, list) else []
+    known = [figure(end) for end in numbers if end is not None]
+    interval = f" (95\u00a0%: {known[0]} to {known[1]})" if len(known) == 2 else ""
+    same = number(found.get("top1_agreement"))
+    agree = f", with the same most likely token at {100 * same:.1f}\u00a0%" if same else ""
+    where = f"on {plural(tokens, 'token')} of the text"
+    cost = f"It is {figure(nats)} nats per token{interval} from full precision {where}{agree}."
+    return f"{kind} {cost} {measured_from}"
+
+
 def measure_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Return the table: a row per measure, a cell per model, and the paired change.
 

@@ -9,6 +9,7 @@ from potstill.data import read_conversations
 from potstill.data.chat_templates import set_chat_template
 from potstill.errors import RunFolderError
 from potstill.models import load_config, load_model, load_tokenizer
+from potstill.models.quantized import refuse_quantized_student
 from potstill.processes import print_main
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.reading import Reading
@@ -47,6 +48,7 @@ def make_student(
     layers = choose_layers(keep, of=count)
     new_tokenizer = load_tokenizer(tokenizer, **trust) if tokenizer else None
     model, student_tokenizer = load_model(teacher, device="cpu", **trust)
+    refuse_quantized_student(teacher, model)
     if data is not None and isinstance(keep, int) and keep < count:
         layers = most_important_layers(
             model, student_tokenizer, read_conversations(data, reading=reading), keep

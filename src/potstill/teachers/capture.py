@@ -83,6 +83,7 @@ def capture_conversations(
         "max_length": max_length,
         **template_hashes(tokenizer),
         "template_date": opener.template_date,
+        "quantize_teacher": opener.quantize,
     }
     if keep == "sparse":
         made_with["threshold"] = threshold

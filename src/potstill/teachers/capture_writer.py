@@ -34,6 +34,7 @@ from potstill.teachers.captured import (
     row_key,
 )
 from potstill.teachers.local import LocalTeacher
+from potstill.teachers.quantization_cost import ExactStates, measured_cost
 from potstill.teachers.sparse import encode_sparse
 from potstill.teachers.stored_head import store_head, weights_hash
 
@@ -81,7 +82,10 @@ class CaptureWriter:
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Compute and write one shard."""
+        exact = self._exact_states(rows)
         teacher = self._open()
+        if self.opener.quantize and "quantization_cost" not in self.manifest:
+            self.manifest["quantization_cost"] = measured_cost(exact, teacher)
         keys: list[bytes] = []
         sizes, parts = [0], []
         label = f"capturing shard {len(self.manifest['shards']) + 1}"
@@ -137,6 +141,12 @@ class CaptureWriter:
         for name, column in (("mass_starts", "masses"), ("id_starts", "ids")):
             kept[name] = torch.tensor([len(one[column]) for one in columns])
         return kept
+
+    def _exact_states(self, rows: list[dict[str, Any]]) -> ExactStates | None:
+        """Return the states without quantization, if its cost is still to be measured."""
+        if self.opener.quantize is None or "quantization_cost" in self.manifest:
+            return None
+        return ExactStates.collect(self.made_with["teacher"], self.opener, rows)
 
     def _open(self) -> LocalTeacher:
         """Open the teacher; store its head and tokenizer if the folder is new."""

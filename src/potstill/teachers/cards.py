@@ -8,6 +8,7 @@ import torch
 
 from potstill.errors import ModelError
 from potstill.models import ModelOpener
+from potstill.models.quantized import saved_method
 from potstill.protocols import CausalLM, Tokenizer
 
 
@@ -21,9 +22,13 @@ def open_over_cards(source: str, opener: ModelOpener) -> tuple[CausalLM, Tokeniz
     from accelerate import dispatch_model
     from accelerate.utils import get_max_memory
 
+    cards = {k: v for k, v in get_max_memory().items() if k != "cpu"}
+    if opener.quantize or saved_method(opener.config(source)):
+        # Quantized for a CPU, the weights may not be moved to a card.
+        return opener.model_and_tokenizer(source, max_memory=cards)
     on_cpu = ModelOpener(**{**vars(opener), "device": "cpu"})
     model, tokenizer = on_cpu.model_and_tokenizer(source)
-    placed = device_map(model, {k: v for k, v in get_max_memory().items() if k != "cpu"})
+    placed = device_map(model, cards)
     return cast(CausalLM, dispatch_model(model, placed)), tokenizer
 
 

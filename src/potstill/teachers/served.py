@@ -192,5 +192,8 @@ def _tokenizer(teacher: ServedTeacher, opener: ModelOpener) -> Tokenizer:
 def identity(facts: dict[str, Any]) -> str:
     """Return 16 digits that are the same if the targets are the same."""
     names = ("weights", "dtype", "tokenizer", "chat_template", "files", "head")
-    same = json.dumps({name: facts.get(name) for name in names}, sort_keys=True)
+    known = {name: facts.get(name) for name in names}
+    if facts.get("quantization"):
+        known["quantization"] = facts["quantization"]
+    same = json.dumps(known, sort_keys=True)
     return hashlib.sha256(same.encode()).hexdigest()[:16]

@@ -13,6 +13,7 @@ from potstill.errors import ModelError
 from potstill.losses import CallableHead, Head
 from potstill.models.heads import output_head
 from potstill.models.logits_check import check_logits
+from potstill.models.quantized import quantization_of, stored_tensors
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.run_folder import whole_folder
 from potstill.shards import checksum
@@ -48,6 +49,7 @@ def store_head(
     return {
         "revision": getattr(model.config, "_commit_hash", None),
         "weights": weights_hash(model),
+        "quantization": quantization_of(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "hidden_size": head.weight.shape[1],
         "head": {
@@ -75,9 +77,11 @@ def read_head(folder: Path, facts: dict[str, Any], *, again: str) -> tuple[Head,
 def weights_hash(model: CausalLM) -> str:
     """Return 16 digits that identify the weights, from a few values of each tensor."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        values = parameter.detach().flatten()
+    # Quantized weights consist of several tensors, some of which are no parameters.
+    named: Any = model.named_parameters() if quantization_of(model) is None else None
+    for name, tensor in named or stored_tensors(model):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        values = tensor.detach().flatten()
         step = max(1, len(values) // 64)
         digest.update(values[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
