@@ -78,7 +78,6 @@ def train(run: RunFolder, settings: DistillSettings) -> None:
         note_leaks(training, held_out)
     _read_held_out(settings, held_out)
     data = {**_fingerprints(training, held_out), **teacher_identity(settings)}
-    data[PROCESSES] = str(process_count())
     run.refuse_other_data(data)
     _note_precision_and_temperature(training, settings)
     base = _arguments(run, settings)
@@ -119,7 +118,8 @@ def train(run: RunFolder, settings: DistillSettings) -> None:
 
 
 def _fingerprints(training: Any, held_out: Any) -> dict[str, str]:
-    return {"train": fingerprint(training), "held out": fingerprint(held_out)}
+    processes = {PROCESSES: str(process_count())}
+    return {"train": fingerprint(training), "held out": fingerprint(held_out), **processes}
 
 
 def _read_held_out(settings: DistillSettings, held_out: list[dict[str, Any]]) -> None:
