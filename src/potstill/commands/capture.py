@@ -23,6 +23,10 @@ class CaptureRecipe(Reading):
     forward_kl with the same tokenizer only)."""
     threshold: float = 0.025
     """sparse: tokens of at least this probability are kept, others are sampled."""
+    engine: str = "local"
+    """local, in this process; ray, on many machines. The first shard is computed here."""
+    workers: int = 2
+    """Actors of the ray engine, each with a GPU if there is one."""
     max_length: int = MAX_LENGTH
     """Tokens at which a conversation is cut; use the same for distill."""
     chat_template: str | None = None
@@ -55,6 +59,8 @@ def run(recipe: CaptureRecipe) -> None:
         threshold=recipe.threshold,
         max_length=recipe.max_length,
         opener=ModelOpener.of_teacher(recipe),
+        engine=recipe.engine,
+        workers=recipe.workers,
     )
     print_main(f"{recipe.output_dir}: {counts}")
     print(f"next: potstill distill {recipe.output_dir} STUDENT --data {recipe.data}")

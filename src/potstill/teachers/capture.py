@@ -34,6 +34,7 @@ from potstill.teachers.captured import (
 
 SHARD_CONVERSATIONS = 256
 THRESHOLD = 0.025
+ENGINES = ("local", "ray")
 
 
 @dataclass
@@ -58,6 +59,8 @@ def capture_conversations(
     threshold: float = THRESHOLD,
     max_length: int,
     opener: ModelOpener | None = None,
+    engine: str = "local",
+    workers: int = 2,
     progress: bool = True,
 ) -> CaptureCounts:
     """Store what ``teacher`` knows about ``conversations`` that the folder does not have yet.
@@ -65,15 +68,13 @@ def capture_conversations(
     ``keep``: ``states`` are the inputs of the LM head in the teacher's dtype; ``states8`` are the
     same in 8 bits; ``sparse`` are a few tokens of each distribution, those of at least
     ``threshold`` and a sample of the others (losses/sparse.py). Conversations are cut at
-    ``max_length`` tokens. The model is only opened if there is something to capture.
+    ``max_length`` tokens. The model is only opened if there is something to capture. With
+    ``engine`` ray, ``workers`` actors on the machines of a Ray cluster compute the shards.
 
     Raises: ConfigError; RunFolderError if the folder holds something else; ModelError for a head
     that cannot be stored or states that are not finite.
     """
-    if keep not in KEEPS:
-        raise ConfigError(f"--keep {keep}: must be one of {', '.join(KEEPS)}")
-    if not 1e-3 <= threshold < 0.5:
-        raise ConfigError(f"--threshold {threshold}: must be at least 0.001 and below 0.5")
+    _check(keep, threshold, engine, workers)
     folder = CaptureFolder(Path(output_dir).expanduser())
     opener = _with_date(opener or ModelOpener(), folder)
     tokenizer = opener.tokenizer(teacher)
@@ -93,10 +94,26 @@ def capture_conversations(
     with lock_folder(folder.path / ".lock"):
         writer.read_present()
         counts = CaptureCounts()
-        for shard in _missing_in_shards(conversations, tokenizer, max_length, writer, counts):
-            writer.write(shard)
+        shards = _missing_in_shards(conversations, tokenizer, max_length, writer, counts)
+        if engine == "ray":
+            writer.write_with_ray(shards, workers=workers)
+        else:
+            for shard in shards:
+                writer.write(shard)
         writer.finish()
     return counts
+
+
+def _check(keep: str, threshold: float, engine: str, workers: int) -> None:
+    """Raises: ConfigError."""
+    if keep not in KEEPS:
+        raise ConfigError(f"--keep {keep}: must be one of {', '.join(KEEPS)}")
+    if not 1e-3 <= threshold < 0.5:
+        raise ConfigError(f"--threshold {threshold}: must be at least 0.001 and below 0.5")
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine {engine}: must be one of {', '.join(ENGINES)}")
+    if workers < 1:
+        raise ConfigError(f"--workers {workers}: must be at least 1")
 
 
 def _with_date(opener: ModelOpener, folder: CaptureFolder) -> ModelOpener:

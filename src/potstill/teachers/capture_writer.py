@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from potstill.data import IGNORED, BatchLayout
 from potstill.errors import ModelError, RunFolderError
 from potstill.losses import Head, Projection, forward_kl
 from potstill.models import ModelOpener
-from potstill.models.heads import on_device, output_head
+from potstill.models.heads import output_head
 from potstill.processes import print_main
 from potstill.progress import Progress
 from potstill.protocols import CausalLM, Tokenizer
@@ -31,14 +30,13 @@ from potstill.teachers.captured import (
     quantize,
     read_head,
     rotation,
-    row_key,
 )
 from potstill.teachers.local import LocalTeacher
 from potstill.teachers.quantization_cost import ExactStates, measured_cost
-from potstill.teachers.sparse import encode_sparse
+from potstill.teachers.ray_shards import ray_or_refuse, ray_shards
+from potstill.teachers.shard_maker import ShardMaker
 from potstill.teachers.stored_head import store_head, weights_hash
 
-BATCH_TOKENS = 4096
 ROUNDING_TOKENS = 4096
 """The cost of rounding to 8 bits is measured on this many tokens."""
 
@@ -86,61 +84,40 @@ class CaptureWriter:
         teacher = self._open()
         if self.opener.quantize and "quantization_cost" not in self.manifest:
             self.manifest["quantization_cost"] = measured_cost(exact, teacher)
-        keys: list[bytes] = []
-        sizes, parts = [0], []
         label = f"capturing shard {len(self.manifest['shards']) + 1}"
         with Progress(label, len(rows), unit="conversations", shown=self.progress) as progress:
-            for batch_rows in _batches(rows):
-                found = [row_key(row) for row in batch_rows]
-                keys += [key for key, _ in found]
-                sizes += [count for _, count in found]
-                parts.append(self._encode(teacher, batch_rows, found))
-                progress.update(len(batch_rows))
-        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        for name in ("mass_starts", "id_starts"):
-            if name in tensors:
-                tensors[name] = torch.cat(
-                    [torch.zeros(1, dtype=torch.int64), tensors[name]]
-                ).cumsum(0)
-        tensors["keys"] = torch.tensor(np.frombuffer(b"".join(keys), dtype=np.uint8)).view(
-            len(keys), -1
-        )
-        tensors["starts"] = torch.tensor(sizes).cumsum(0)
+            measure = self.keep == "states8" and "rounding_kl_nats" not in self.manifest
+            observe = functools.partial(self._measure_rounding, teacher) if measure else None
+            tensors = self._maker().make(teacher, rows, observe=observe, progress=progress)
         self._save(tensors)
 
-    def _encode(
-        self, teacher: LocalTeacher, rows: list[dict[str, Any]], found: list[tuple[bytes, int]]
-    ) -> dict[str, Tensor]:
-        """Return what is kept of one batch; ``found`` are keys and numbers of tokens."""
-        states, labels = self._states(teacher, rows)
-        if not bool(torch.isfinite(states).all()):
-            raise ModelError(
-                f"{self.made_with['teacher']}: its hidden states are not finite in "
-                f"{self.manifest['dtype']}; use --precision bf16 or fp32"
-            )
-        if self.keep == "states":
-            return {"hidden": states.cpu()}
-        if self.keep == "states8":
-            self._measure_rounding(teacher, states)
-            hidden, scales = quantize(states.cpu(), self._rotation())
-            return {"hidden": hidden, "scales": scales}
-        head, columns = output_head(teacher.model), []
-        sizes = [count for _, count in found]
-        pairs = zip(torch.split(states, sizes), torch.split(labels, sizes), found, strict=True)
-        for part, part_labels, (key, _) in pairs:
-            seed = int.from_bytes(key[:8], "little")
-            columns.append(
-                encode_sparse(
-                    part, head, part_labels, threshold=self.made_with["threshold"], seed=seed
-                )
-            )
-        kept = {
-            name: torch.from_numpy(np.concatenate([one[name] for one in columns]))
-            for name in columns[0]
-        }
-        for name, column in (("mass_starts", "masses"), ("id_starts", "ids")):
-            kept[name] = torch.tensor([len(one[column]) for one in columns])
-        return kept
+    def write_with_ray(self, shards: Iterable[list[dict[str, Any]]], *, workers: int) -> None:
+        """Write shards that ``workers`` actors compute.
+
+        The first of a new capture is computed here: its measurements are for the manifest.
+        """
+        ray_or_refuse()
+        remaining = iter(shards)
+        if not self.manifest.get("shards"):
+            first = next(remaining, None)
+            if first is None:
+                return
+            self.write(first)
+        self._teacher = None
+        for tensors in ray_shards(
+            remaining,
+            self._maker(),
+            self.made_with["teacher"],
+            self.opener,
+            self.manifest["weights"],
+            workers=workers,
+        ):
+            self._save(tensors)
+
+    def _maker(self) -> ShardMaker:
+        turn = self._rotation() if self.keep == "states8" else None
+        threshold = self.made_with.get("threshold", 0.0)
+        return ShardMaker(self.keep, threshold, self.tokenizer.pad_token_id or 0, turn)
 
     def _exact_states(self, rows: list[dict[str, Any]]) -> ExactStates | None:
         """Return the states without quantization, if its cost is still to be measured."""
@@ -174,13 +151,6 @@ class CaptureWriter:
         self.manifest = {"kind": "capture", "format": FORMAT, **self.made_with, **stored}
         self.manifest["shards"] = {}
         write_json(self.folder.manifest_file, self.manifest)
-
-    def _states(self, teacher: LocalTeacher, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-        """Return the states ``[N, H]`` and labels ``[N]`` of a batch's supervised tokens."""
-        layout = BatchLayout(self.tokenizer.pad_token_id or 0, packed=False)
-        batch = on_device(layout(rows), teacher.model.device)
-        labels = batch["labels"][:, 1:]
-        return teacher.targets(batch).hidden, labels[labels != IGNORED]
 
     def _rotation(self) -> Tensor:
         if self._turn is None:
@@ -227,14 +197,3 @@ class CaptureWriter:
         for name in ("conversations", "tokens", "bytes"):
             self.manifest[name] = sum(shard[name] for shard in shards)
         write_json(self.folder.manifest_file, self.manifest)
-
-
-def _batches(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Return batches of conversations of similar length, of at most `BATCH_TOKENS` tokens."""
-    batches: list[list[dict[str, Any]]] = []
-    for row in sorted(rows, key=lambda row: len(row["input_ids"])):
-        if batches and len(row["input_ids"]) * (len(batches[-1]) + 1) <= BATCH_TOKENS:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
