@@ -78,16 +78,7 @@ def capture_conversations(
     folder = CaptureFolder(Path(output_dir).expanduser())
     opener = _with_date(opener or ModelOpener(), folder)
     tokenizer = opener.tokenizer(teacher)
-    made_with: dict[str, Any] = {
-        "teacher": str(teacher),
-        "keep": keep,
-        "max_length": max_length,
-        **template_hashes(tokenizer),
-        "template_date": opener.template_date,
-        "quantize_teacher": opener.quantize,
-    }
-    if keep == "sparse":
-        made_with["threshold"] = threshold
+    made_with = _made_with(teacher, tokenizer, opener, keep, threshold, max_length)
     _refuse_other(folder, made_with, opener)
     writer = CaptureWriter(folder, made_with, keep, opener, tokenizer, progress)
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -102,6 +93,28 @@ def capture_conversations(
                 writer.write(shard)
         writer.finish()
     return counts
+
+
+def _made_with(
+    teacher: str,
+    tokenizer: Tokenizer,
+    opener: ModelOpener,
+    keep: str,
+    threshold: float,
+    max_length: int,
+) -> dict[str, Any]:
+    """Return the settings that must be the same in a later call."""
+    made_with: dict[str, Any] = {
+        "teacher": str(teacher),
+        "keep": keep,
+        "max_length": max_length,
+        **template_hashes(tokenizer),
+        "template_date": opener.template_date,
+        "quantize_teacher": opener.quantize,
+    }
+    if keep == "sparse":
+        made_with["threshold"] = threshold
+    return made_with
 
 
 def _check(keep: str, threshold: float, engine: str, workers: int) -> None:
