@@ -54,10 +54,8 @@ def measure_teachers(held_out: Path) -> None:
     rows, _ = tokenize_conversations(list(read_conversations(held_out)), opener.tokenizer("demo"))
     exact = ExactStates.collect("demo", opener, rows)
     assert exact is not None
-    print(
-        "| teacher | nats from full precision | same top token | another batch changes a logit by"
-    )
-    print("|---|---|---|---|")
+    print("| teacher | nats from full precision | same top token | a logit changes by |")
+    print("|---|---|---|---|", flush=True)
     models = {
         "full": lambda: opener.model("demo"),
         "8bit": lambda: ModelOpener(dtype="bfloat16", device="cpu", quantize="8bit").model("demo"),
@@ -98,12 +96,15 @@ def change_in_another_batch(model: Any, rows: Any) -> float:
 
 
 def train(options: Any, files: list[Path]) -> None:
-    from potstill import distill, evaluate
+    from potstill import evaluate
     from potstill.commands.demo import LAYERS
     from potstill.data import read_conversations
     from potstill.defaults import MAX_LENGTH
+    from potstill.distillation.settings import DistillSettings
+    from potstill.distillation.training import train as run_training
     from potstill.evaluation.paired import Ratios, paired_difference
     from potstill.models import ModelOpener
+    from potstill.run_folder import RunFolder
     from potstill.students import make_student
     from potstill.teachers import capture_conversations
 
@@ -125,20 +126,23 @@ def train(options: Any, files: list[Path]) -> None:
     seeds = [int(seed) for seed in options.seeds.split(",")]
     sums: dict[str, list[Any]] = {name: [] for name in KINDS}
     for seed, name in itertools.product(seeds, KINDS):
-        run = distill(
-            teacher=options.output / name,
-            student=student,
-            data=files[0],
+        run = RunFolder(options.output / f"{name}-{seed}")
+        settings = DistillSettings(
+            teacher=str(options.output / name),
+            student=str(student),
+            data=str(files[0]),
             eval_data=str(files[1]),
-            output_dir=options.output / f"{name}-{seed}",
+            output_dir=str(run.path),
             max_steps=options.steps,
             batch_size=4,
             learning_rate=6e-4,
             freeze_embeddings=True,
             seed=seed,
         )
-        measured = evaluate(run.folder / "student", options.output / "full", files[1])
+        run_training(run, settings)
+        measured = evaluate(run.student, options.output / "full", files[1])
         sums[name].append(measured.sums)
+        print(f"{name}, seed {seed}: {measured['kl_nats_per_token']:.4f}", flush=True)
     print(
         f"\n| teacher | held-out KL after {options.steps} steps | minus full | capture, seconds |"
     )

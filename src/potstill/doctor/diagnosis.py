@@ -8,6 +8,7 @@ from typing import Any
 from potstill.alignment import VocabularyComparison
 from potstill.doctor.cost import Cost, ModelSize, Plan
 from potstill.doctor.measured_text import MeasuredText
+from potstill.doctor.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Diagnosis:
     card: str | None
     notes: list[str]
     """What to know or to fix before the run."""
+    storage: Storage | None = None
+    """What a captured or served teacher would take; None with text."""
     quantization_cost: dict[str, Any] | None = None
     """What quantizing the teacher costs on the answers; ``not_measured`` is a reason. None if the
     teacher is not quantized here, or no weights were opened."""

@@ -23,7 +23,7 @@ from potstill.alignment import (
     token_bytes,
 )
 from potstill.alignment.probe import PROBE
-from potstill.data import read_conversations, tokenize_conversations
+from potstill.data import read_conversations
 from potstill.data.answers import render_answers
 from potstill.data.chat_templates import set_chat_template
 from potstill.data.conversations import Conversation
@@ -32,15 +32,13 @@ from potstill.doctor.cost import Plan, estimate, find_card, model_size
 from potstill.doctor.diagnosis import Diagnosis, Side
 from potstill.doctor.measured_text import MeasuredText, measure_text
 from potstill.doctor.notes import notes_on_pair, notes_on_run, notes_on_text
+from potstill.doctor.storage import storage
+from potstill.doctor.teacher_scores import score_teacher
 from potstill.errors import ConfigError, VocabularyMismatch
-from potstill.evaluation.scores import score_tokens, summarize
-from potstill.models import ModelOpener, dtype_of
+from potstill.models import ModelOpener
 from potstill.models.quantized import check_kind, refuse_unopenable
-from potstill.models.vocabulary import padding_id
-from potstill.protocols import CausalLM, Tokenizer
+from potstill.protocols import Tokenizer
 from potstill.reading import Reading
-from potstill.teachers import LocalTeacher
-from potstill.teachers.quantization_cost import ExactStates, measured_cost
 
 TALK = [
     {"role": "user", "content": "Why does it rain?"},
@@ -48,7 +46,6 @@ TALK = [
 ]
 ENOUGH_TARGETS = 0.5
 """With fewer targets per position, a cross-tokenizer loss is mostly cross-entropy: use text."""
-SCORED_CONVERSATIONS = 32
 MILLION = 1_000_000
 
 
@@ -177,7 +174,7 @@ def _diagnose(request: _Request, conversations: list[Conversation]) -> Diagnosis
         name: estimate(name, teacher.size, student.size, plan, card=request.card)
         for name in dict.fromkeys(("text", method))
     }
-    bits_per_byte, cost = _score_teacher(request, tokenizers, conversations)
+    bits_per_byte, cost = _scores(request, tokenizers, conversations)
     longest_tokens = text.longest if text else request.max_length
     return Diagnosis(
         method=method,
@@ -197,7 +194,24 @@ def _diagnose(request: _Request, conversations: list[Conversation]) -> Diagnosis
             *notes_on_text(text, tokenizers, method),
             *notes_on_run(sides, costs[method], request.card, longest_tokens),
         ],
+        storage=storage(method, teacher.size, plan, text.of if text else None),
         quantization_cost=cost,
+    )
+
+
+def _scores(
+    request: _Request, tokenizers: Sequence[Tokenizer], conversations: Sequence[Conversation]
+) -> tuple[dict[str, float] | None, dict[str, Any] | None]:
+    """Return what only the teacher's weights tell, if they are to be opened."""
+    if not request.with_weights:
+        return None, None
+    return score_teacher(
+        request.teacher,
+        replace(request.opener, quantize=request.quantize_teacher),
+        tokenizers,
+        conversations,
+        max_length=request.max_length,
+        precision=request.precision,
     )
 
 
@@ -287,49 +301,6 @@ def _plan(text: MeasuredText | None, request: _Request, tokenizers: Sequence[Tok
         precision=request.precision,
         quantize_teacher=request.quantize_teacher,
     )
-
-
-def _score_teacher(
-    request: _Request, tokenizers: Sequence[Tokenizer], conversations: Sequence[Conversation]
-) -> tuple[dict[str, float] | None, dict[str, Any] | None]:
-    """Open the teacher if that is asked for; return its bits per byte, and its quantization's cost.
-
-    The cost is None if the run does not quantize its teacher.
-    """
-    if not request.with_weights:
-        return None, None
-    opener, cost = request.opener, None
-    if request.quantize_teacher is None:
-        model = opener.model(request.teacher)
-    else:
-        exact = replace(opener, dtype=dtype_of(request.precision))
-        rows, _ = tokenize_conversations(
-            conversations, tokenizers[0], max_length=request.max_length
-        )
-        states = ExactStates.collect(request.teacher, exact, rows)
-        model = replace(exact, quantize=request.quantize_teacher).model(request.teacher)
-        cost = measured_cost(states, LocalTeacher(model))
-    return _teacher_bits_per_byte(model, tokenizers, conversations, request.max_length), cost
-
-
-def _teacher_bits_per_byte(
-    teacher: CausalLM,
-    tokenizers: Sequence[Tokenizer],
-    conversations: Sequence[Conversation],
-    max_length: int,
-) -> dict[str, float]:
-    """Score the answers with the teacher, under its own chat template and the student's."""
-    tokenizer, student_tokenizer = tokenizers
-    templates = {"own": tokenizer.chat_template, "student's": student_tokenizer.chat_template}
-    # Marked as cut off, answers are scored without the end token, which belongs to the template.
-    chosen = [{**row, "cut_off": True} for row in conversations[:SCORED_CONVERSATIONS]]
-    bits = {}
-    for name, template in templates.items():
-        tokenizer.chat_template = template
-        dataset, _ = tokenize_conversations(chosen, tokenizer, max_length=max_length)
-        scores = score_tokens(teacher, dataset, pad_token_id=padding_id(tokenizer, teacher))
-        bits[name] = summarize(scores)["bits_per_byte"]
-    return bits
 
 
 def _command(request: _Request, method: str) -> str:

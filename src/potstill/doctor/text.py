@@ -20,6 +20,7 @@ def as_text(diagnosis: Diagnosis) -> str:
         _models(diagnosis),
         _positions(diagnosis),
         _costs(diagnosis),
+        _storage(diagnosis),
         [line for note in diagnosis.notes for line in _field("note", note)],
     ]
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
@@ -113,6 +114,22 @@ def _costs(diagnosis: Diagnosis) -> list[str]:
     return lines
 
 
+def _storage(diagnosis: Diagnosis) -> list[str]:
+    """Return what a teacher takes that is captured, or served by another machine."""
+    found = diagnosis.storage
+    if found is None:
+        return []
+    kept = ", ".join(f"{name} {_bytes(count)}" for name, count in found.captured_bytes.items())
+    return [
+        *_field("captured", f"all conversations take {kept} (potstill capture --keep …)"),
+        *_field(
+            "served",
+            f"{_bytes(found.served_bytes_a_step)} of traffic a step (potstill serve)",
+        ),
+        *_field("", f"both: {_bytes(found.head_bytes)} once, for the LM head"),
+    ]
+
+
 def _cost_row(method: str, *cells: str) -> str:
     widths = (10, 13, 10, 10, 10, 13, 12)
     numbers = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
@@ -149,7 +166,9 @@ def _count(parameters: int) -> str:
 
 
 def _bytes(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
 def _flops(count: float) -> str:
