@@ -66,7 +66,7 @@ def quantizing(kind: str, dtype: Any) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` that quantize to ``kind``, a name of `KINDS`."""
     import torch
 
-    _import_quietly(NOISY[KINDS[kind]])
+    import_quietly(NOISY[KINDS[kind]])
     if kind == "8bit":
         from torchao.quantization import Int8WeightOnlyConfig
         from transformers import TorchAoConfig
@@ -103,7 +103,7 @@ def refuse_unopenable(source: Source, config: Any, quantize: str | None) -> None
             f"{source}: its weights are quantized ({method}), which needs: pip install {names}"
         )
     if method in NOISY:
-        _import_quietly(NOISY[method])
+        import_quietly(NOISY[method])
 
 
 def saved_method(config: Any) -> str | None:
@@ -248,16 +248,13 @@ def _is_installed(name: str) -> bool:
         return False
 
 
-def _import_quietly(package: str) -> None:
+def import_quietly(package: str) -> None:
     """Import a package without its warnings of kernels that were built for other machines."""
-    loggers = [logging.getLogger(name) for name in ("bitsandbytes", "torchao", "torch.utils")]
-    levels = [logger.level for logger in loggers]
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
             importlib.import_module(package)
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(level)

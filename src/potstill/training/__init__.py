@@ -1,6 +1,11 @@
 """Training: what is learned (objectives.py, cross_objective.py), the checks before the first step
 (self_check.py), and the Trainer (trainer.py, config.py, callbacks.py)."""
 
+# ruff: noqa: E402
+from potstill.models.quantized import import_quietly
+
+import_quietly("transformers.trainer")  # it imports torchao, if that is installed, which warns
+
 from potstill.training.callbacks import MetricsFile as MetricsFile
 from potstill.training.callbacks import TrainingProgress as TrainingProgress
 from potstill.training.config import METHODS as METHODS
