@@ -2,9 +2,10 @@
 
 Each table maps a module (or an expert weight) to one letter per dimension of its weight:
 
-    .  not cut        H  hidden channels       Q  query heads           K  key/value heads
-    F  FFN neurons    G  gate and up, stacked  P  q, k and v, stacked   S  neurons of a shared expert
-    E  experts        M  neurons of each expert                         N  their gate and up, stacked
+    .  not cut        H  hidden channels         Q  query heads    K  key/value heads
+    F  FFN neurons    G  gate and up, stacked    P  q, k and v, stacked
+    E  experts        M  neurons of each expert  N  their gate and up, stacked
+    S  neurons of a shared expert
 
 A bias has the letter of the output: the first dimension, or the last in GPT-2, whose weights are
 stored transposed. ``heads * head_dim`` indices belong to one letter Q.
@@ -57,6 +58,9 @@ class Family:
     attention_output: str = "self_attn.o_proj"
     ffn_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     ffn_output: str = "mlp.down_proj"
+    ffn: str = "mlp"
+    ffn_norm: str = "post_attention_layernorm"
+    """The norm before the FFN; `is_parallel` families have it before attention as well."""
     output_norms: tuple[str, str] | None = None
     """Norms between attention or FFN and the residual stream."""
     is_transposed: bool = False
@@ -73,6 +77,7 @@ class Family:
 
 _GEMMA = Family(
     {**_ATTENTION, **_GATED, **_NORMS, **_MORE_NORMS, **_HEAD_NORMS},
+    ffn_norm="pre_feedforward_layernorm",
     output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     norm_offset=1.0,
     scales_embeddings=True,
@@ -94,6 +99,7 @@ _PHI = Family(
     attention_output="self_attn.dense",
     ffn_inputs=("mlp.fc1",),
     ffn_output="mlp.fc2",
+    ffn_norm="input_layernorm",
     is_parallel=True,
 )
 _PHI3 = Family(
@@ -122,6 +128,7 @@ _GPT2 = Family(
     attention_output="attn.c_proj",
     ffn_inputs=("mlp.c_fc",),
     ffn_output="mlp.c_proj",
+    ffn_norm="ln_2",
     is_transposed=True,
     heads_make_hidden=True,
 )

@@ -59,15 +59,7 @@ def keep_layers(teacher: CausalLM, keep: int | Sequence[int]) -> Any:
 
     prefix, count = layer_list(teacher)
     layers = choose_layers(keep, of=count)
-    config = copy.deepcopy(teacher.config)
-    text_config = config.get_text_config()
-    text_config.num_hidden_layers = len(layers)
-    for name, value in list(vars(text_config).items()):
-        if name in LAYER_NUMBER_LISTS and isinstance(value, list):
-            numbers = [layers.index(layer) for layer in value if layer in layers]
-            setattr(text_config, name, numbers)
-        elif isinstance(value, list) and len(value) == count:  # one entry a layer: layer_types
-            setattr(text_config, name, [value[layer] for layer in layers])
+    config = with_layers(teacher.config, layers)
     try:
         student = AutoModelForCausalLM.from_config(config, dtype=teacher.dtype)
         student.load_state_dict(_renumbered(teacher.state_dict(), prefix, layers))
@@ -77,6 +69,20 @@ def keep_layers(teacher: CausalLM, keep: int | Sequence[int]) -> Any:
         raise ModelError(f"{type(teacher).__name__}: {found}") from error
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
+
+
+def with_layers(config: Any, layers: Sequence[int]) -> Any:
+    """Return a copy of ``config`` for a model with these layers of its model."""
+    config = copy.deepcopy(config)
+    text_config = config.get_text_config()
+    count, text_config.num_hidden_layers = text_config.num_hidden_layers, len(layers)
+    for name, value in list(vars(text_config).items()):
+        if name in LAYER_NUMBER_LISTS and isinstance(value, list):
+            numbers = [layers.index(layer) for layer in value if layer in layers]
+            setattr(text_config, name, numbers)
+        elif isinstance(value, list) and len(value) == count:  # one entry a layer: layer_types
+            setattr(text_config, name, [value[layer] for layer in layers])
+    return config
 
 
 def save_student(

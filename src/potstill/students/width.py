@@ -92,11 +92,11 @@ def narrow(model: CausalLM, kept: Kept) -> Any:
     neurons = kept.neurons[mixtures[0] if mixtures else 0].shape[-1]
     sizes = Sizes(count, len(kept.hidden), neurons, len(kept.groups[0]), experts)
     config = resized(model.config, sizes)
-    indices = [_indices(model, kept, layer) for layer in range(count)]
+    indices = [cut_indices(model, kept, layer) for layer in range(count)]
     state = {}
     for name, tensor in model.state_dict().items():
         layer, letters = _letters(name, tensor, prefix, family, type(model).__name__)
-        state[name] = _sliced(tensor, letters, indices[layer])
+        state[name] = sliced(tensor, letters, indices[layer])
     if family.scales_embeddings and sizes.hidden != old.hidden:
         _compensate_embedding_scale(model, state, family, (old.hidden / sizes.hidden) ** 0.5)
     student = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
@@ -111,7 +111,7 @@ def narrow(model: CausalLM, kept: Kept) -> Any:
 
 
 def refuse_quantized(model: CausalLM) -> None:
-    """Raises: ModelError if the weights are quantized, because they cannot be sliced or refitted."""
+    """Raises: ModelError if the weights are quantized: they cannot be cut."""
     floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     quantized = getattr(model, "hf_quantizer", None) is not None
     if quantized or any(weight.dtype not in floats for weight in model.parameters()):
@@ -119,7 +119,7 @@ def refuse_quantized(model: CausalLM) -> None:
         raise ModelError(f"{found}; a student is cut from the original weights, in bf16 or fp32")
 
 
-def _indices(model: CausalLM, kept: Kept, layer: int) -> dict[str, Tensor]:
+def cut_indices(model: CausalLM, kept: Kept, layer: int) -> dict[str, Tensor]:
     """Return the kept numbers of each letter's dimension in one layer."""
     config = model.config
     size, all_groups = head_size(config), sizes_of(config).groups
@@ -153,7 +153,7 @@ def _letters(name: str, tensor: Tensor, prefix: str, family: Family, model: str)
     return (int(match[1]) if match else 0), letters
 
 
-def _sliced(tensor: Tensor, letters: str, indices: dict[str, Tensor]) -> Tensor:
+def sliced(tensor: Tensor, letters: str, indices: dict[str, Tensor]) -> Tensor:
     """Return the kept part of a weight."""
     for dimension, letter in enumerate(letters):
         if letter == ".":
