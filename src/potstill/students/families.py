@@ -141,6 +141,8 @@ FAMILIES: dict[str, Family] = {
     "gpt2": _GPT2,
 }
 """The families that can be narrowed, by ``model_type``."""
+EXPERT_STEP = 8
+"""The sizes of experts are multiples of this: 16 bytes in bfloat16."""
 
 
 def family_of(config: Any) -> Family:
@@ -264,6 +266,12 @@ def _refuse_sizes(config: Any, family: Family, old: Sizes, new: Sizes) -> None:
             f"hidden size is heads times {head_size(config)}; give kv-groups "
             f"{new.hidden / head_size(config):g} or hidden-size {heads * head_size(config)}"
         )
+    if new.experts:
+        for name in ("hidden", "neurons"):
+            found = getattr(new, name)
+            if found != getattr(old, name) and found % EXPERT_STEP:
+                need = f"torch's grouped product of experts needs a multiple of {EXPERT_STEP}"
+                raise ConfigError(f"{flags[name]} {found}: {need}")
     needs_multiple = config.model_type in ("llama", "gemma2", "gemma3_text")
     if needs_multiple and new.hidden % heads:
         raise ConfigError(

@@ -119,6 +119,8 @@ class _LayerSums:
     def run(
         self, layer: Any, hidden: Tensor, arguments: Any, mask: Tensor, states: Any, number: int
     ) -> Tensor:
+        """Add a batch; return the hidden states after the layer."""
+        output: Tensor
         found, output = inputs_of(self.wanted, layer, hidden, arguments)
         flat = mask.flatten()
 
@@ -169,7 +171,7 @@ class _LayerSums:
 
 def _outgoing(layer: Any, family: Family, name: str, inputs: Tensor) -> Tensor:
     """Return Σ x² · ‖column‖² for each input channel of a projection."""
-    weight = layer.get_submodule(name).weight.float()
+    weight: Tensor = layer.get_submodule(name).weight.float()
     return inputs.square().sum(0) * weight.square().sum(1 if family.is_transposed else 0)
 
 
@@ -206,7 +208,7 @@ def choose_parts(
         shared=[
             _most(importance.shared[layer], min(shared, len(importance.shared[layer])))
             for layer in layers
-        ],  # fmt: skip
+        ],
     )
     return Cut(list(layers), kept, sizes)
 

@@ -92,10 +92,12 @@ def save_student(
     *,
     provenance: dict[str, Any],
     weights: dict[str, Any] | None = None,
+    notes: str = "",
 ) -> None:
     """Write a Hugging Face folder: safetensors, tokenizer, generation config and model card.
 
     ``weights`` replaces the student's state dict: the gathered weights of a sharded model.
+    ``notes`` stand at the end of the card, in Markdown.
     Raises: ModelError if a weight is NaN or infinite.
     """
     infinite = infinite_weight(student) if weights is None else None
@@ -108,7 +110,7 @@ def save_student(
             config.pad_token_id = None
     student.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(_model_card(provenance), encoding="utf-8")
+    (folder / "README.md").write_text(_model_card(provenance, notes), encoding="utf-8")
 
 
 def layer_list(model: CausalLM) -> tuple[str, int]:
@@ -138,9 +140,10 @@ def _renumbered(state: dict[str, Any], prefix: str, layers: Sequence[int]) -> di
     return kept
 
 
-def _model_card(provenance: dict[str, Any]) -> str:
+def _model_card(provenance: dict[str, Any], notes: str) -> str:
     front = {"library_name": "transformers", "tags": ["potstill", "distillation"]}
     lines = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     facts = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in provenance.items())
     text = f"# A student\n\nMade with potstill.\n\n| what | value |\n|---|---|\n{facts}\n"
-    return f"---\n{lines}\n---\n\n{text}"
+    more = f"\n## Students that were tried\n\n{notes}" if notes else ""
+    return f"---\n{lines}\n---\n\n{text}{more}"

@@ -27,6 +27,15 @@ class Calibration:
     """Calibration text as padded batches of similar length."""
 
     batches: Sequence[Batch]
+    numbers: Sequence[int]
+    """The batches' numbers in the whole text."""
+
+    def part(self, tokens: int) -> Calibration:
+        """Return evenly spread batches with about this many tokens, at least two."""
+        count = len(self.batches)
+        wanted = min(count, max(2, round(count * tokens / self.tokens)))
+        chosen = [i * count // wanted for i in range(wanted)]
+        return Calibration([self.batches[i] for i in chosen], [self.numbers[i] for i in chosen])
 
     @functools.cached_property
     def masks(self) -> list[Tensor]:
@@ -61,7 +70,7 @@ class Calibration:
         layout = BatchLayout(pad, packed=False)
         starts = range(0, len(rows), size)
         batches = [layout(rows[start : start + size]) for start in starts]
-        return cls([on_device(batch, device) for batch in batches])
+        return cls([on_device(batch, device) for batch in batches], range(len(batches)))
 
 
 def layers_of(model: CausalLM) -> Any:
@@ -150,7 +159,6 @@ def inputs_of(names: Sequence[str], layer: nn.Module, hidden: Tensor, arguments:
 
 def each_batch(model: CausalLM, calibration: Calibration) -> Iterator[Any]:
     """Yield number, mask, first hidden states and arguments of each batch."""
-    for number, (batch, mask) in enumerate(
-        zip(calibration.batches, calibration.masks, strict=True)
-    ):
+    columns = (calibration.numbers, calibration.batches, calibration.masks)
+    for number, batch, mask in zip(*columns, strict=True):
         yield number, mask, *first_inputs(model, batch)

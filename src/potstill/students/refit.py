@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.protocols import CausalLM
-from potstill.students.families import Family, family_of
+from potstill.students.families import Family, family_of, sizes_of
 from potstill.students.importance import Cut
 from potstill.students.layerwise import (
     Arguments,
@@ -43,7 +43,7 @@ from potstill.students.layerwise import (
     run_layer,
 )
 from potstill.students.states import TeacherStates
-from potstill.students.width import is_mixture
+from potstill.students.width import cut_indices, is_mixture, sliced
 
 RIDGES = (1e-3, 1e-2, 5e-2, 0.2)
 """λ, in units of the mean square of the inputs times the number of tokens."""
@@ -67,13 +67,12 @@ def refit(
     ``inputs``; ``advance`` is called after each layer. Experts of a mixture are not refitted.
     """
     running = _Running(student, calibration)
-    hidden = cut.kept.hidden
+    if len(cut.kept.hidden) < sizes_of(teacher.config).hidden:
+        parts |= {"inputs"}
     bounds = [*cut.layers, len(layers_of(teacher))]
     for number, layer in enumerate(cut.layers):
         one = _LayerFit(running, teacher, cut, number, layer, states)
-        if "inputs" in parts:
-            one.fit_inputs()
-        one.fit_outputs(2 * bounds[number + 1], hidden, parts)
+        one.run(2 * bounds[number + 1], parts)
         running.finish(number)
         advance()
 
@@ -83,7 +82,7 @@ class _Running:
 
     def __init__(self, student: CausalLM, calibration: Calibration) -> None:
         self.family, self.layers = family_of(student.config), layers_of(student)
-        self.masks = calibration.masks
+        self.masks, self.numbers = calibration.masks, calibration.numbers
         inputs = [first_inputs(student, batch) for batch in calibration.batches]
         self.hidden = [hidden for hidden, _ in inputs]
         self.arguments: list[list[Arguments]] = [arguments for _, arguments in inputs]
@@ -122,50 +121,105 @@ class _LayerFit:
         for batch, hidden in enumerate(running.hidden):
             yield batch, running.masks[batch], hidden, running.arguments[batch][self.number]
 
-    def fit_inputs(self) -> None:
-        """Refit the projections that read the residual stream."""
-
-    def fit_outputs(self, goal_point: int, hidden: Tensor, parts: frozenset[str]) -> None:
-        """Refit the projections that write to the residual stream."""
+    def run(self, goal_point: int, parts: frozenset[str]) -> None:
+        """Refit the projections of a layer in the order in which it runs them."""
         family = self.family
-        attention = family.attention_output
+        fit_ffn = not self.is_mixture
+        if "inputs" in parts:
+            self._fit_inputs(family.attention_inputs, self._attention_normed)
         if family.is_parallel:
-            names = [attention, family.ffn_output]
-            self._fit(names, goal_point, self._parallel_features, hidden)
+            if "inputs" in parts:
+                self._fit_inputs(family.ffn_inputs, self._ffn_normed)
+            names = [family.attention_output, family.ffn_output]
+            self._fit_outputs(names, goal_point, self._parallel_features)
             return
         if "attention" in parts:
-            self._fit([attention], self.middle, self._attention_features, hidden)
-        if "ffn" in parts and not self.is_mixture:
-            self._fit([family.ffn_output], goal_point, self._ffn_features, hidden)
+            self._fit_outputs([family.attention_output], self.middle, self._attention_features)
+        if "inputs" in parts and fit_ffn:
+            self._fit_inputs(family.ffn_inputs, self._ffn_normed)
+        if "ffn" in parts and fit_ffn:
+            self._fit_outputs([family.ffn_output], goal_point, self._ffn_features)
 
-    def _fit(
+    def _fit_outputs(
         self,
         names: Sequence[str],
         point: int,
         features: Callable[[Tensor, Arguments, Tensor], tuple[Tensor, Tensor]],
-        hidden: Tensor,
     ) -> None:
         """Fit projections, whose inputs are concatenated, to the states at a point."""
         moments = _Moments()
         weights = torch.cat([self._weight(name) for name in names], 1)
-        norm = self._output_norm(names[0])
+        bias, norm = self._bias(names), self._output_norm(names[0])
+        exactly = torch.autocast(weights.device.type, enabled=False)
         for batch, mask, states, arguments in self.batches():
             inputs, base = features(states, arguments, mask)
-            goal = self.states.get(point, batch)[:, hidden]
-            missing = goal - base
-            output = inputs @ weights.T + self._bias(names)
-            if norm is not None:
-                missing = _before_norm(missing, output, norm, self.family.norm_offset)
-            scale = 1 / (goal.square().mean(1) + 1e-6)
-            moments.add(inputs, missing - output, scale)
-        change = moments.solve()
+            with exactly:
+                goal = self.states.get(point, self.running.numbers[batch])[:, self.cut.kept.hidden]
+                missing, output = goal - base, inputs @ weights.T + bias
+                if norm is not None:
+                    missing = _before_norm(missing, output, norm, self.family.norm_offset)
+                scale = 1 / (goal.square().mean(1) + 1e-6)
+                moments.add(inputs, missing - output, scale)
+        with exactly:
+            change = moments.solve()
         start = 0
         for name in names:
             width = self._weight(name).shape[1]
-            part = change[start : start + width]
-            stored = self.student.get_submodule(name).weight
-            stored.add_(part if self.family.is_transposed else part.T)  # type: ignore[operator]
+            self._add(name, change[start : start + width])
             start += width
+
+    def _fit_inputs(
+        self,
+        names: Sequence[str],
+        normed: Callable[[nn.Module, Tensor, Arguments], Tensor],
+    ) -> None:
+        """Fit projections of the same input to what the teacher's give; their biases stay."""
+        moments = _Moments()
+        kept = cut_indices(self.model.config, self.cut.kept, self.number, self.is_mixture)
+        own = torch.cat([self._weight(name) for name in names])
+        whole = [self._kept_rows(name, kept) for name in names]
+        exactly = torch.autocast(own.device.type, enabled=False)
+        is_attention = names[0] == self.family.attention_inputs[0]
+        point = self.before if is_attention or self.family.is_parallel else self.middle
+        for batch, mask, states, arguments in self.batches():
+            inputs = normed(self.student, states, arguments)[mask].float()
+            teacher_states = self.states.get(point, self.running.numbers[batch])
+            teacher_inputs = normed(self.teacher, teacher_states[None], arguments)[0].float()
+            with exactly:
+                wanted = teacher_inputs @ torch.cat(whole).T
+                weights = torch.ones(len(inputs), device=inputs.device)
+                moments.add(inputs, wanted - inputs @ own.T, weights)
+        with exactly:
+            change = moments.solve()
+        start = 0
+        for name in names:
+            width = self._weight(name).shape[0]
+            self._add(name, change[:, start : start + width])
+            start += width
+
+    def _add(self, name: str, change: Tensor) -> None:
+        """Add ``change [I, O]`` to a projection."""
+        stored: Tensor = self.student.get_submodule(name).weight  # type: ignore[assignment]
+        stored.add_(change if self.family.is_transposed else change.T)
+
+    def _kept_rows(self, name: str, kept: dict[str, Tensor]) -> Tensor:
+        """Return the teacher's projection ``[O', H]``: kept outputs, all inputs."""
+        weight: Tensor = self.teacher.get_submodule(name).weight  # type: ignore[assignment]
+        letters = self.family.layer[name].replace("H", ".")
+        rows = sliced(weight.float(), letters, kept)
+        found: Tensor = rows.T if self.family.is_transposed else rows
+        return found
+
+    def _attention_normed(self, layer: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+        return input_of(self.family.attention_inputs[0], layer, hidden, arguments)
+
+    def _ffn_normed(self, layer: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+        """Return the FFN's input; ``hidden`` is before its norm in the teacher's layer."""
+        middle = hidden
+        if layer is self.student:
+            middle = input_of(self.family.ffn_norm, layer, hidden, arguments)
+        normed: Tensor = layer.get_submodule(self.family.ffn_norm)(middle)
+        return normed
 
     def _attention_features(
         self, hidden: Tensor, arguments: Arguments, mask: Tensor
@@ -179,7 +233,7 @@ class _LayerFit:
     ) -> tuple[Tensor, Tensor]:
         family = self.family
         middle = input_of(family.ffn_norm, self.student, hidden, arguments)
-        normed = self.student.get_submodule(family.ffn_norm)(middle)
+        normed = self._ffn_normed(self.student, hidden, arguments)
         inputs = ffn_features(self.student, family.ffn, family.ffn_output, normed)
         return inputs[mask].float(), middle[mask].float()
 
@@ -195,24 +249,27 @@ class _LayerFit:
     def _weight(self, name: str) -> Tensor:
         """Return a projection as ``[O, I]``."""
         weight: Tensor = self.student.get_submodule(name).weight  # type: ignore[assignment]
-        return weight.T if self.family.is_transposed else weight
+        found: Tensor = weight.T if self.family.is_transposed else weight
+        return found
 
     def _bias(self, names: Sequence[str]) -> Tensor | float:
         found = [getattr(self.student.get_submodule(name), "bias", None) for name in names]
-        return sum((bias for bias in found if bias is not None), start=0.0)
+        total: Tensor | float = 0.0
+        for bias in found:
+            total = total if bias is None else total + bias
+        return total
 
     def _output_norm(self, name: str) -> nn.Module | None:
         norms = self.family.output_norms
-        if norms is None:
-            return None
-        return self.student.get_submodule(norms[name != self.family.attention_output])
+        return norms and self.student.get_submodule(norms[name != self.family.attention_output])
 
 
 def _before_norm(missing: Tensor, output: Tensor, norm: nn.Module, offset: float) -> Tensor:
     """Return the goal before a norm, whose direction is decisive: as long as the old output."""
     direction = missing / (norm.weight + offset)  # type: ignore[operator]
     lengths = output.norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True).clamp(min=1e-9)
-    return direction * lengths
+    goal: Tensor = direction * lengths
+    return goal
 
 
 @dataclass

@@ -20,7 +20,7 @@ from potstill.data import tokenize_conversations
 from potstill.data.conversations import Conversation
 from potstill.errors import DataError
 from potstill.losses import fused_linear_divergence
-from potstill.models.heads import hidden_states, model_inputs, output_head, supervised
+from potstill.models.heads import hidden_states, model_inputs, supervised, trainable_head
 from potstill.models.vocabulary import padding_id
 from potstill.progress import Progress
 from potstill.protocols import CausalLM, Tokenizer
@@ -107,7 +107,7 @@ class _Search:
         rest += encoded[::HELD_OUT_EVERY][MOST_HELD_OUT:]
         pad = padding_id(tokenizer, teacher)
         self.whole = Calibration.of(rest, pad, teacher.device)
-        self.part = Calibration.of(_first_tokens(rest, SEARCH_TOKENS), pad, teacher.device)
+        self.part = self.whole.part(SEARCH_TOKENS)
         self.held_out = _HeldOut(teacher, Calibration.of(held_out, pad, teacher.device, least=1))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -118,14 +118,13 @@ class _Search:
     def run(self, shapes: Shapes, firsts: list[Sizes], wanted: int | None) -> Found:
         """Try all candidates, then refit the best one on all calibration text."""
         candidates: list[Candidate] = []
-        with TeacherStates(self.teacher, self.part) as states:
-            importance = measure_importance(self.teacher, self.part, states)
-            if len(firsts) == 1 and wanted is None:
-                best = firsts[0]
-            else:
+        with TeacherStates(self.teacher, self.whole) as states:
+            importance = measure_importance(self.teacher, self.whole, states)
+            best = firsts[0]
+            if wanted is not None:
                 candidates = self._try_all(shapes, firsts, wanted, importance, states)
                 best = min(candidates, key=lambda one: one.kl_refitted).sizes
-        found = self._finish(best)
+            found = self._finish(best, importance, states)
         found.candidates = candidates
         return found
 
@@ -164,14 +163,12 @@ class _Search:
         after = self.held_out.kl(student)
         return Candidate(sizes, shapes.parameters(sizes), cut.layers, before, after)
 
-    def _finish(self, sizes: Sizes) -> Found:
-        with TeacherStates(self.teacher, self.whole) as states:
-            importance = measure_importance(self.teacher, self.whole, states)
-            cut = choose_parts(self.teacher, importance, sizes, self._layers())
-            student = cut_student(self.teacher, cut)
-            before = self.held_out.kl(student)
-            with Progress("refitting the best", sizes.layers, unit="layers") as progress:
-                refit(student, self.teacher, cut, self.whole, states, advance=progress.update)
+    def _finish(self, sizes: Sizes, importance: Importance, states: TeacherStates) -> Found:
+        cut = choose_parts(self.teacher, importance, sizes, self._layers())
+        student = cut_student(self.teacher, cut)
+        before = self.held_out.kl(student)
+        with Progress("refitting the best", sizes.layers, unit="layers") as progress:
+            refit(student, self.teacher, cut, self.whole, states, advance=progress.update)
         after = self.held_out.kl(student)
         student = student.to(self.teacher.dtype).cpu()
         tokens = self.held_out.tokens
@@ -187,24 +184,13 @@ def cut_student(teacher: CausalLM, cut: Cut) -> Any:
     return narrow(keep_layers(teacher, cut.layers), cut.kept).float().to(teacher.device)
 
 
-def _first_tokens(rows: list[Any], tokens: int) -> list[Any]:
-    """Return the first rows with this many tokens together."""
-    chosen, total = [], 0
-    for row in rows:
-        if total >= tokens:
-            break
-        chosen.append(row)
-        total += len(row["input_ids"])
-    return chosen
-
-
 class _HeldOut:
     """Held-out text with the teacher's hidden states at its supervised positions."""
 
     @torch.no_grad()
     def __init__(self, teacher: CausalLM, calibration: Calibration) -> None:
         self.batches = calibration.batches
-        self.head = output_head(teacher)
+        self.head = trainable_head(teacher)
         self.targets: list[tuple[Tensor, Tensor]] = [
             supervised(hidden_states(teacher, model_inputs(batch)), batch["labels"])
             for batch in self.batches
@@ -216,7 +202,7 @@ class _HeldOut:
     @torch.no_grad()
     def kl(self, student: CausalLM) -> float:
         """Return KL(teacher ‖ student) in nats per token."""
-        nats, head = 0.0, output_head(student)
+        nats, head = 0.0, trainable_head(student)
         for batch, (target, labels) in zip(self.batches, self.targets, strict=True):
             hidden, _ = supervised(hidden_states(student, model_inputs(batch)), batch["labels"])
             nats += float(fused_linear_divergence(hidden, head, target, self.head, labels=labels))

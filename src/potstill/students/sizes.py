@@ -15,6 +15,8 @@ TOLERANCE = 0.02
 """How far a student may be from the wanted number of parameters."""
 FEWEST_NEURONS = 0.25
 """The smallest share of FFN neurons that is tried."""
+NEURON_STEP = 8
+"""FFNs of at least 512 neurons are cut to a multiple of this: GPUs multiply such sizes faster."""
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
 """Bytes of a weight by precision. Scales of quantized weights are not counted."""
 UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
@@ -66,6 +68,7 @@ class Fixed:
     hidden: int | None = None
     neurons: int | None = None
     groups: int | None = None
+    experts: int | None = None
 
 
 class Shapes:
@@ -74,6 +77,13 @@ class Shapes:
     def __init__(self, config: Any) -> None:
         family_of(config)
         self.config, self.teacher = config, sizes_of(config)
+
+    @property
+    def fewest_neurons(self) -> int:
+        """Return the smallest number of neurons that is tried."""
+        fewest = max(1, int(FEWEST_NEURONS * self.teacher.neurons))
+        step = NEURON_STEP if self.teacher.experts else 1
+        return -(-fewest // step) * step
 
     @functools.cache  # noqa: B019 - one object a search
     def parameters(self, sizes: Sizes) -> int:
@@ -90,11 +100,13 @@ class Shapes:
 
     def with_size(self, wanted: int, sizes: Sizes) -> Sizes | None:
         """Return ``sizes`` with as many neurons as fit ``wanted`` parameters, None if none do."""
-        few = dataclasses.replace(sizes, neurons=max(1, int(FEWEST_NEURONS * self.teacher.neurons)))
+        few = dataclasses.replace(sizes, neurons=self.fewest_neurons)
         many = dataclasses.replace(sizes, neurons=self.teacher.neurons)
         low, high = self.parameters(few), self.parameters(many)
         slope = (high - low) / max(1, many.neurons - few.neurons)
         neurons = few.neurons + round((wanted - low) / slope) if slope else many.neurons
+        if self.teacher.neurons >= 64 * NEURON_STEP or sizes.experts:
+            neurons = round(neurons / NEURON_STEP) * NEURON_STEP
         neurons = min(max(neurons, few.neurons), many.neurons)
         found = dataclasses.replace(sizes, neurons=neurons)
         return found if self.fits(wanted, found) else None
@@ -130,6 +142,7 @@ class Shapes:
             "hidden": fixed.hidden,
             "neurons": fixed.neurons,
             "groups": fixed.groups,
+            "experts": fixed.experts,
         }
         base = dataclasses.replace(
             self.teacher, **{name: value for name, value in given.items() if value is not None}
@@ -173,7 +186,7 @@ class Shapes:
         least_layers = base.layers if fixed.layers is not None else 1
         least_neurons = base.neurons
         if fixed.neurons is None:
-            least_neurons = max(1, int(FEWEST_NEURONS * self.teacher.neurons))
+            least_neurons = self.fewest_neurons
         least = self.parameters(
             dataclasses.replace(base, layers=least_layers, neurons=least_neurons)
         )

@@ -92,7 +92,7 @@ def narrow(model: CausalLM, kept: Kept) -> Any:
     neurons = kept.neurons[mixtures[0] if mixtures else 0].shape[-1]
     sizes = Sizes(count, len(kept.hidden), neurons, len(kept.groups[0]), experts)
     config = resized(model.config, sizes)
-    indices = [cut_indices(model, kept, layer) for layer in range(count)]
+    indices = [cut_indices(model.config, kept, layer, layer in mixtures) for layer in range(count)]
     state = {}
     for name, tensor in model.state_dict().items():
         layer, letters = _letters(name, tensor, prefix, family, type(model).__name__)
@@ -119,9 +119,8 @@ def refuse_quantized(model: CausalLM) -> None:
         raise ModelError(f"{found}; a student is cut from the original weights, in bf16 or fp32")
 
 
-def cut_indices(model: CausalLM, kept: Kept, layer: int) -> dict[str, Tensor]:
+def cut_indices(config: Any, kept: Kept, layer: int, mixture: bool) -> dict[str, Tensor]:
     """Return the kept numbers of each letter's dimension in one layer."""
-    config = model.config
     size, all_groups = head_size(config), sizes_of(config).groups
     heads_per_group = config.num_attention_heads // all_groups
     groups = kept.groups[layer]
@@ -131,7 +130,7 @@ def cut_indices(model: CausalLM, kept: Kept, layer: int) -> dict[str, Tensor]:
         "Q": (groups[:, None] * heads_per_group * size + within).flatten(),
         "K": (groups[:, None] * size + torch.arange(size)).flatten(),
     }
-    if is_mixture(model, layer):
+    if mixture:
         found |= {"E": kept.experts[layer], "M": kept.neurons[layer]}
         found |= {"S": kept.shared[layer]} if len(kept.shared) else {}
     else:
