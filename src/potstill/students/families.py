@@ -257,6 +257,8 @@ def _refuse_sizes(config: Any, family: Family, old: Sizes, new: Sizes) -> None:
         found, most = getattr(new, name), getattr(old, name)
         if found == most:
             continue
+        if not most:
+            raise ConfigError(f"{flag} {found}: the teacher is no mixture; leave out --{flag}")
         if not 1 <= found <= most:
             raise ConfigError(f"{flag} {found}: the teacher has {most}; give 1 to {most}")
     heads = config.num_attention_heads // old.groups * new.groups

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from typing import Any
 
@@ -150,7 +151,7 @@ class Shapes:
         return self._with_heads(base, fixed)
 
     def variants(self, wanted: int, sizes: Sizes, fixed: Fixed) -> list[Sizes]:
-        """Return sizes of the same depth with fewer groups, or fewer hidden channels."""
+        """Return sizes of the same depth with fewer groups, hidden channels or experts."""
         tried: list[Sizes] = []
         if (
             fixed.groups is None
@@ -160,9 +161,12 @@ class Shapes:
             fewer = max(1, min(sizes.groups - 1, round(sizes.groups * 0.75)))
             tried.append(dataclasses.replace(sizes, groups=fewer))
         if fixed.hidden is None and not family_of(self.config).heads_make_hidden:
-            step = self.config.num_attention_heads
+            step = math.lcm(self.config.num_attention_heads, NEURON_STEP)
             hidden = round(sizes.hidden * 0.9 / step) * step
-            tried.append(dataclasses.replace(sizes, hidden=hidden))
+            tried.append(dataclasses.replace(sizes, hidden=max(step, hidden)))
+        if fixed.experts is None and sizes.experts > 1:
+            experts = max(1, round(sizes.experts * 0.75))
+            tried.append(dataclasses.replace(sizes, experts=experts))
         found = (self._sized(wanted, one, fixed) for one in tried)
         return [one for one in found if one is not None and one != sizes]
 
