@@ -108,7 +108,7 @@ class _Search:
         pad = padding_id(tokenizer, teacher)
         self.whole = Calibration.of(rest, pad, teacher.device)
         self.part = self.whole.part(SEARCH_TOKENS)
-        self.held_out = _HeldOut(teacher, Calibration.of(held_out, pad, teacher.device, least=1))
+        self.held_out = HeldOut(teacher, Calibration.of(held_out, pad, teacher.device, least=1))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Compute in bfloat16 unless the teacher is in float32."""
@@ -184,7 +184,7 @@ def cut_student(teacher: CausalLM, cut: Cut) -> Any:
     return narrow(keep_layers(teacher, cut.layers), cut.kept).float().to(teacher.device)
 
 
-class _HeldOut:
+class HeldOut:
     """Held-out text with the teacher's hidden states at its supervised positions."""
 
     @torch.no_grad()
