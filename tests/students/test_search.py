@@ -161,3 +161,20 @@ def test_bad_sizes_are_one_line_and_leave_nothing(
     assert says in error
     assert "\n" not in error
     assert not folder.exists()
+
+
+def test_without_data_the_teacher_answers_prompts_itself(
+    tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from potstill import cli
+
+    monkeypatch.setattr("potstill.commands.student.PROMPTS", 8)
+    monkeypatch.setattr("potstill.commands.student.ANSWER_TOKENS", 8)
+    folder = tmp_path / "student"
+    command = ["student", str(model_folder(layers=4)), "--output-dir", str(folder)]
+    assert cli.main([*command, "--keep-layers", "0,3", "--kv-groups", "1"]) == 0
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    assert student.config.num_hidden_layers == 2
+    assert student.config.num_attention_heads == 2

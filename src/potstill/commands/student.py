@@ -11,6 +11,11 @@ from potstill.errors import ConfigError
 from potstill.reading import Reading
 
 ANSWER_TOKENS = 64
+SIZES = (
+    *("parameters", "bytes", "precision"),
+    *("hidden_size", "intermediate_size", "kv_groups", "experts"),
+)
+"""Settings with which the student is cut to a size."""
 PROMPTS = 96
 """Prompts of the demo that the teacher answers for calibration."""
 
@@ -51,9 +56,7 @@ class StudentRecipe(Reading):
 
 def run(recipe: StudentRecipe) -> None:
     """Write the student and print its folder."""
-    sizes = (recipe.parameters, recipe.bytes, recipe.precision, recipe.hidden_size)
-    sizes = (*sizes, recipe.intermediate_size, recipe.kv_groups, recipe.experts)  # type: ignore[assignment]
-    if any(size is not None for size in sizes):
+    if any(getattr(recipe, name) is not None for name in SIZES):
         folder = _sized(recipe)
     else:
         from potstill.students import make_student
@@ -106,8 +109,8 @@ def _sized(recipe: StudentRecipe) -> Any:
     )
 
 
-def teacher_answers(model: Any, tokenizer: Any, count: int = PROMPTS) -> list[Any]:
-    """Return the teacher's answers to prompts of the demo, evenly spread over its subjects."""
+def teacher_answers(model: Any, tokenizer: Any) -> list[Any]:
+    """Return the teacher's answers to `PROMPTS` prompts of the demo, spread over its subjects."""
     from importlib import resources
 
     from potstill.data import read_prompts
@@ -116,8 +119,8 @@ def teacher_answers(model: Any, tokenizer: Any, count: int = PROMPTS) -> list[An
 
     with resources.as_file(resources.files("potstill.data") / "demo_prompts.jsonl") as path:
         prompts = [row["messages"] for row in read_prompts(path) if row["split"] == "train"]
-    print_main(f"calibration text: the teacher answers {count} prompts of the demo")
-    chosen = prompts[:: len(prompts) // count][:count]
+    print_main(f"calibration text: the teacher answers {PROMPTS} prompts of the demo")
+    chosen = prompts[:: len(prompts) // PROMPTS][:PROMPTS]
     return answer_prompts(model, tokenizer, chosen, max_new_tokens=ANSWER_TOKENS)
 
 

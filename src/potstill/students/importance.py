@@ -156,7 +156,8 @@ class _LayerSums:
         hidden, chosen, weights = inputs[0], inputs[1], inputs[2].float()
         count, size = experts.down_proj.shape[0], experts.down_proj.shape[2]
         if not len(self.experts):
-            self.experts, self.neurons = torch.zeros(count), torch.zeros(count, size)
+            self.experts = torch.zeros(count, device=hidden.device)
+            self.neurons = torch.zeros(count, size, device=hidden.device)
         for number in range(count):
             token, place = torch.where((chosen == number) & flat[:, None])
             if not len(token):
@@ -214,5 +215,5 @@ def choose_parts(
 
 
 def _most(importance: Tensor, count: int) -> Tensor:
-    """Return the numbers of the largest, rising, along the last dimension."""
-    return importance.topk(count, dim=-1).indices.sort(dim=-1).values
+    """Return the numbers of the largest, rising, along the last dimension, on the CPU."""
+    return importance.topk(count, dim=-1).indices.sort(dim=-1).values.cpu()
