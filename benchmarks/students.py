@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import importlib.util
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import resources
@@ -33,12 +34,13 @@ import torch
 from potstill import load_model
 from potstill.data import read_conversations, read_prompts, tokenize_conversations
 from potstill.generation import answer_prompts
+from potstill.students.families import Sizes
 from potstill.students.importance import choose_parts, measure_importance
 from potstill.students.layerwise import Calibration, layers_of
-from potstill.students.search import HeldOut, cut_student, search_student
+from potstill.students.search import HeldOut, cut_student
 from potstill.students.sizes import Fixed, Shapes, wanted_parameters
 
-CALIBRATION, HELD_OUT = 130, 32
+CALIBRATION, HELD_OUT = 128, 32
 
 
 def answers(output: Path, teacher: Any, tokenizer: Any) -> dict[str, list[Any]]:
@@ -51,7 +53,7 @@ def answers(output: Path, teacher: Any, tokenizer: Any) -> dict[str, list[Any]]:
         file = output / f"{split}.jsonl"
         if not file.is_file():
             asked = [row["messages"] for row in prompts if row["split"] == split]
-            asked = asked[:: len(asked) // count][:count]
+            asked = [asked[i * len(asked) // count] for i in range(count)]
             rows = answer_prompts(teacher, tokenizer, asked, max_new_tokens=64)
             file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         found[split] = list(read_conversations(file))[:count]
@@ -157,17 +159,29 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     measured = time.perf_counter() - begun
     cut = choose_parts(teacher, importance, depth)
     yield row("depth", cut_student(teacher, cut), measured, str(depth))
-    begun = time.perf_counter()
-    found = search_student(teacher, tokenizer, text["train"], wanted=wanted)
-    seconds = time.perf_counter() - begun
-    best = min(found.candidates, key=lambda one: one.kl_as_cut)
-    cut = choose_parts(teacher, importance, best.sizes)
-    yield row("minitron-style", cut_student(teacher, cut), measured, str(best.sizes))
-    cut = choose_parts(teacher, importance, found.cut.sizes)
-    yield row("potstill, as cut", cut_student(teacher, cut), measured, str(found.cut.sizes))
-    yield row("potstill", found.student, seconds, str(found.cut.sizes))
-    for one in found.candidates:
-        print(dataclasses.asdict(one), flush=True)
+    student, record = made_student(options)
+    tried = [Sizes(**one["sizes"]) for one in record["candidates"]]
+    as_cut = [one["kl_as_cut"] for one in record["candidates"]]
+    best, chosen = tried[as_cut.index(min(as_cut))], Sizes(**record["sizes"])
+    cut = choose_parts(teacher, importance, best)
+    yield row("minitron-style", cut_student(teacher, cut), measured, str(best))
+    cut = choose_parts(teacher, importance, chosen)
+    yield row("potstill, as cut", cut_student(teacher, cut), measured, str(chosen))
+    yield row("potstill", student, record["seconds"], str(chosen))
+    for one in record["candidates"]:
+        print(one, flush=True)
+
+
+def made_student(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Return the student of `potstill student` and its record; it is made once."""
+    folder = options.output / f"student-{options.parameters}"
+    if not folder.is_dir():
+        command = [sys.executable, "-m", "potstill", "student", "demo"]
+        command += ["--parameters", options.parameters, "--output-dir", str(folder)]
+        command += ["--data", str(options.output / "train.jsonl")]
+        subprocess.run(command, check=True)
+    record = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+    return load_model(folder, device="cpu")[0], record
 
 
 def main() -> None:

@@ -16,7 +16,9 @@ SIZES = (
     *("hidden_size", "intermediate_size", "kv_groups", "experts"),
 )
 """Settings with which the student is cut to a size."""
-PROMPTS = 96
+MOST_READ = 20_000
+"""Conversations of --data that are read; the calibration text is spread over them."""
+PROMPTS = 128
 """Prompts of the demo that the teacher answers for calibration."""
 
 
@@ -46,8 +48,8 @@ class StudentRecipe(Reading):
     """Experts to keep in each layer of a mixture."""
     data: str | None = None
     """Conversations to calibrate on. Default: evenly spaced layers, or the teacher's answers."""
-    calibration_conversations: int = 200
-    """Conversations of --data that are used at most, to make a student of a size."""
+    calibration_conversations: int = 128
+    """Conversations of --data that calibrate a student of a size; a quarter scores it."""
     tokenizer: str | None = None
     """Another model's tokenizer. New tokens start from old tokens of the same bytes."""
     trust_remote_code: bool = False
@@ -98,7 +100,7 @@ def _sized(recipe: StudentRecipe) -> Any:
         if recipe.data is None:
             return teacher_answers(model, tokenizer)
         rows = read_conversations(recipe.data, reading=recipe.reading)
-        return itertools.islice(rows, recipe.calibration_conversations)
+        return _spread(list(itertools.islice(rows, MOST_READ)), recipe.calibration_conversations)
 
     return make_sized_student(
         recipe.teacher,
@@ -120,8 +122,14 @@ def teacher_answers(model: Any, tokenizer: Any) -> list[Any]:
     with resources.as_file(resources.files("potstill.data") / "demo_prompts.jsonl") as path:
         prompts = [row["messages"] for row in read_prompts(path) if row["split"] == "train"]
     print_main(f"calibration text: the teacher answers {PROMPTS} prompts of the demo")
-    chosen = prompts[:: len(prompts) // PROMPTS][:PROMPTS]
+    chosen = _spread(prompts, PROMPTS)
     return answer_prompts(model, tokenizer, chosen, max_new_tokens=ANSWER_TOKENS)
+
+
+def _spread(rows: list[Any], count: int) -> list[Any]:
+    """Return ``count`` rows from everywhere, or all if there are fewer."""
+    count = max(1, min(count, len(rows)))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def _layers(text: str | None) -> int | list[int] | str | None:

@@ -6,9 +6,10 @@ around the old one:
 
     W = argmin Σ wₙ ‖W xₙ − yₙ‖² + λ ‖W − W₀‖²
 
-* attention's output and the FFN's output: y is what is missing to the teacher's hidden states.
-  For the FFN these are the states where the next kept layer begins, so a layer also learns what the
-  removed layers behind it did; for attention those before the FFN of the same layer.
+* the FFN's output: y is what is missing to the teacher's hidden states where the next kept layer
+  begins, so a layer also learns what the removed layers behind it did.
+* attention's output, if heads or hidden channels were cut: y is what is missing to the teacher's
+  hidden states before the FFN of the same layer.
 * the inputs of attention and FFN, if hidden channels were cut: y is what the teacher's own
   projections give there.
 
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.protocols import CausalLM
-from potstill.students.families import Family, family_of, sizes_of
+from potstill.students.families import Family, Sizes, family_of, sizes_of
 from potstill.students.importance import Cut
 from potstill.students.layerwise import (
     Arguments,
@@ -47,7 +48,6 @@ from potstill.students.width import cut_indices, is_mixture, sliced
 
 RIDGES = (1e-3, 1e-2, 5e-2, 0.2)
 """λ, in units of the mean square of the inputs times the number of tokens."""
-PARTS = frozenset({"attention", "ffn"})
 
 
 @torch.no_grad()
@@ -58,23 +58,32 @@ def refit(
     calibration: Calibration,
     states: TeacherStates,
     *,
-    parts: frozenset[str] = PARTS,
     advance: Callable[[], None] = lambda: None,
 ) -> None:
     """Change the weights of ``student``, which is ``cut`` from ``teacher`` and in float32.
 
-    ``states`` are the teacher's on the same text. ``parts`` are ``attention``, ``ffn`` and
-    ``inputs``; ``advance`` is called after each layer. Experts of a mixture are not refitted.
+    ``states`` are the teacher's on the same text. ``advance`` is called after each layer. Experts
+    of a mixture are not refitted.
     """
     running = _Running(student, calibration)
-    if len(cut.kept.hidden) < sizes_of(teacher.config).hidden:
-        parts |= {"inputs"}
+    parts = _parts(cut, sizes_of(teacher.config))
     bounds = [*cut.layers, len(layers_of(teacher))]
     for number, layer in enumerate(cut.layers):
         one = _LayerFit(running, teacher, cut, number, layer, states)
         one.run(2 * bounds[number + 1], parts)
         running.finish(number)
         advance()
+
+
+def _parts(cut: Cut, whole: Sizes) -> frozenset[str]:
+    """Return what is refitted: the FFN's output always, the rest where something was cut.
+
+    Of SmolLM2-135M with 22 of 30 layers and all heads, attention's output changes KL by 0.002.
+    """
+    fewer_channels = len(cut.kept.hidden) < whole.hidden
+    fewer_heads = len(cut.kept.groups[0]) < whole.groups
+    parts = {"ffn": True, "attention": fewer_channels or fewer_heads, "inputs": fewer_channels}
+    return frozenset(name for name, is_refitted in parts.items() if is_refitted)
 
 
 class _Running:
