@@ -23,7 +23,7 @@ SUMMARIES = {
     "demo": "Run everything on two CPU cores: teacher, student, distillation, evaluation, report.",
     "doctor": "Check whether and how a teacher can teach a student, and what it will cost.",
     "data": "Show rows of a data set as a model will learn them: what is masked, what is learned.",
-    "student": "Make a student from a teacher: keep some layers, or change the tokenizer.",
+    "student": "Make a student from a teacher: of any size, or with another tokenizer.",
     "generate": "Let a teacher answer prompts, and make a filtered data set of its answers.",
     "capture": "Store a teacher's hidden states on conversations, to train without the teacher.",
     "serve": "Serve a teacher's hidden states, for `potstill distill http://HOST:PORT STUDENT`.",

@@ -59,15 +59,7 @@ def keep_layers(teacher: CausalLM, keep: int | Sequence[int]) -> Any:
 
     prefix, count = layer_list(teacher)
     layers = choose_layers(keep, of=count)
-    config = copy.deepcopy(teacher.config)
-    text_config = config.get_text_config()
-    text_config.num_hidden_layers = len(layers)
-    for name, value in list(vars(text_config).items()):
-        if name in LAYER_NUMBER_LISTS and isinstance(value, list):
-            numbers = [layers.index(layer) for layer in value if layer in layers]
-            setattr(text_config, name, numbers)
-        elif isinstance(value, list) and len(value) == count:  # one entry a layer: layer_types
-            setattr(text_config, name, [value[layer] for layer in layers])
+    config = with_layers(teacher.config, layers)
     try:
         student = AutoModelForCausalLM.from_config(config, dtype=teacher.dtype)
         student.load_state_dict(_renumbered(teacher.state_dict(), prefix, layers))
@@ -79,6 +71,20 @@ def keep_layers(teacher: CausalLM, keep: int | Sequence[int]) -> Any:
     return student.eval()
 
 
+def with_layers(config: Any, layers: Sequence[int]) -> Any:
+    """Return a copy of ``config`` for a model with these layers of its model."""
+    config = copy.deepcopy(config)
+    text_config = config.get_text_config()
+    count, text_config.num_hidden_layers = text_config.num_hidden_layers, len(layers)
+    for name, value in list(vars(text_config).items()):
+        if name in LAYER_NUMBER_LISTS and isinstance(value, list):
+            numbers = [layers.index(layer) for layer in value if layer in layers]
+            setattr(text_config, name, numbers)
+        elif isinstance(value, list) and len(value) == count:  # one entry a layer: layer_types
+            setattr(text_config, name, [value[layer] for layer in layers])
+    return config
+
+
 def save_student(
     student: CausalLM,
     tokenizer: Tokenizer,
@@ -86,10 +92,12 @@ def save_student(
     *,
     provenance: dict[str, Any],
     weights: dict[str, Any] | None = None,
+    notes: str = "",
 ) -> None:
     """Write a Hugging Face folder: safetensors, tokenizer, generation config and model card.
 
     ``weights`` replaces the student's state dict: the gathered weights of a sharded model.
+    ``notes`` stand at the end of the card, in Markdown.
     Raises: ModelError if a weight is NaN or infinite.
     """
     infinite = infinite_weight(student) if weights is None else None
@@ -102,7 +110,7 @@ def save_student(
             config.pad_token_id = None
     student.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(_model_card(provenance), encoding="utf-8")
+    (folder / "README.md").write_text(_model_card(provenance, notes), encoding="utf-8")
 
 
 def layer_list(model: CausalLM) -> tuple[str, int]:
@@ -132,9 +140,10 @@ def _renumbered(state: dict[str, Any], prefix: str, layers: Sequence[int]) -> di
     return kept
 
 
-def _model_card(provenance: dict[str, Any]) -> str:
+def _model_card(provenance: dict[str, Any], notes: str) -> str:
     front = {"library_name": "transformers", "tags": ["potstill", "distillation"]}
     lines = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     facts = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in provenance.items())
     text = f"# A student\n\nMade with potstill.\n\n| what | value |\n|---|---|\n{facts}\n"
-    return f"---\n{lines}\n---\n\n{text}"
+    more = f"\n## Students that were tried\n\n{notes}" if notes else ""
+    return f"---\n{lines}\n---\n\n{text}{more}"

@@ -36,9 +36,7 @@ def make_student(
     Raises: RunFolderError if the folder is not empty; ConfigError, ModelError; OpaqueTokenizer,
     VocabularyMismatch.
     """
-    folder = Path(output_dir).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunFolderError(f"{folder}: not empty; give another --output-dir")
+    folder = refuse_used_folder(output_dir)
     keep = keep or ("all" if tokenizer else "half")
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     config = load_config(teacher, **trust)
@@ -64,6 +62,14 @@ def make_student(
         save_student(student, student_tokenizer, unfinished, provenance=provenance)
         if new_tokenizer is not None:
             refuse_misread(unfinished, new_tokenizer)
+    return folder
+
+
+def refuse_used_folder(output_dir: str) -> Path:
+    """Return the folder's path. Raises: RunFolderError if there is something in it."""
+    folder = Path(output_dir).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunFolderError(f"{folder}: not empty; give another --output-dir")
     return folder
 
 
