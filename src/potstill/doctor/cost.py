@@ -18,7 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from potstill.errors import ConfigError, ModelError
-from potstill.models.quantized import BYTES_PER_WEIGHT, saved_method, without_quantization
+from potstill.models.quantized import (
+    BYTES_PER_WEIGHT,
+    import_quietly,
+    saved_method,
+    without_quantization,
+)
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,8 @@ def model_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
     Raises: ModelError if no causal model can be built from the configuration.
     """
     import torch
+
+    import_quietly("transformers.modeling_utils")
     from transformers import AutoModelForCausalLM
 
     text = config.get_text_config()

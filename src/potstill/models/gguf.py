@@ -12,6 +12,7 @@ from pathlib import Path
 
 from potstill.models.explained import readable_errors
 from potstill.models.files import check_gguf
+from potstill.models.quantized import import_quietly
 from potstill.models.weights import open_checkpoint
 
 
@@ -46,6 +47,8 @@ def converted(gguf: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantize, and rebuild as a plain model, because one opened from GGUF cannot be saved."""
     import torch
+
+    import_quietly("transformers.modeling_utils")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with readable_errors(gguf):

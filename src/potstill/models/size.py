@@ -6,7 +6,7 @@ from typing import Any
 
 from potstill.models.explained import Source
 from potstill.models.opener import ModelOpener
-from potstill.models.quantized import without_quantization
+from potstill.models.quantized import import_quietly, without_quantization
 from potstill.models.sources import pick_device
 
 MARGIN = 1.15
@@ -16,6 +16,8 @@ MARGIN = 1.15
 def weight_bytes(config: Any, dtype: str, *, trust_remote_code: bool = False) -> int:
     """Return the bytes of a model's weights in ``dtype``; ``auto`` is the saved one."""
     import torch
+
+    import_quietly("transformers.modeling_utils")
     from transformers import AutoModelForCausalLM
 
     plain = without_quantization(config)

@@ -17,7 +17,7 @@ from typing import Any
 
 from potstill.errors import ModelError
 from potstill.models.explained import Source
-from potstill.models.quantized import is_quantized
+from potstill.models.quantized import import_quietly, is_quantized
 
 NAMED = 3
 """Weights that an error names."""
@@ -35,6 +35,7 @@ def open_checkpoint(location: Source, *, source: Source, **opening: Any) -> Any:
     Raises: ModelError if weights are missing, have another shape, or belong to another
     architecture.
     """
+    import_quietly("transformers.modeling_utils")
     from transformers import AutoModelForCausalLM
 
     with _captured_reports() as reports:
