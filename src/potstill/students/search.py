@@ -22,6 +22,7 @@ from potstill.errors import DataError
 from potstill.losses import fused_linear_divergence
 from potstill.models.heads import hidden_states, model_inputs, supervised, trainable_head
 from potstill.models.vocabulary import padding_id
+from potstill.processes import print_main
 from potstill.progress import Progress
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.students.families import Sizes
@@ -111,9 +112,13 @@ class _Search:
         self.held_out = HeldOut(teacher, Calibration.of(held_out, pad, teacher.device, least=1))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Compute in bfloat16 unless the teacher is in float32."""
+        """Compute in bfloat16 unless the teacher is in float32.
+
+        Without autocast's cache of rounded weights: a refit changes the weights.
+        """
         enabled = self.teacher.dtype != torch.float32
-        return torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=enabled)
+        device = self.teacher.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def run(self, shapes: Shapes, firsts: list[Sizes], wanted: int | None) -> Found:
         """Try all candidates, then refit the best one on all calibration text."""
@@ -170,6 +175,12 @@ class _Search:
         with Progress("refitting the best", sizes.layers, unit="layers") as progress:
             refit(student, self.teacher, cut, self.whole, states, advance=progress.update)
         after = self.held_out.kl(student)
+        if after > before:
+            print_main(
+                f"note: the refit does not help on held-out text ({after:.3f} nats per token, as "
+                f"cut {before:.3f}), so the student is as cut; more calibration text may help"
+            )
+            student, after = cut_student(self.teacher, cut), before
         student = student.to(self.teacher.dtype).cpu()
         tokens = self.held_out.tokens
         return Found(student, cut, before, after, [], self.whole.tokens, tokens)
