@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,13 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         return folder
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def short_own_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every evaluation lets the student answer; a few tokens suffice in most tests."""
+    if "potstill.evaluation.own_answers" in sys.modules:
+        monkeypatch.setattr("potstill.evaluation.own_answers.ANSWER_TOKENS", 4)
 
 
 @pytest.fixture

@@ -243,7 +243,7 @@ def test_runs_that_cannot_be_compared_are_refused_and_the_difference_is_named(
     [
         (
             ["--methods", "text,osmosis"],
-            "method 'osmosis' is not known; use some of text, logits, cross, reference",
+            "method 'osmosis' is not known; use some of text, logits, cross, on-policy, reference",
         ),
         (["--seeds", "0,x"], "--seeds 0,x: give whole numbers"),
         (["--seeds", "1,1"], "each once"),

@@ -46,20 +46,20 @@ def measure_own_answers(
     *,
     rows: int,
     most: int = MOST_ANSWERS,
-    tokens: int = ANSWER_TOKENS,
+    tokens: int | None = None,
     seed: int = 0,
     batch_size: int = 8,
 ) -> dict[str, list[float]]:
     """Return sums per conversation of ``dataset``, by name of `COLUMNS`; 0 where none was written.
 
-    The student answers the first ``most`` prompts, each with at most ``tokens`` tokens, by sampling
-    at temperature 1. KL is over the first ``rows`` of both vocabularies. Empty if the teacher
-    cannot read new text, or no conversation has a prompt.
+    The student answers the first ``most`` prompts, each with at most ``tokens`` tokens
+    (`ANSWER_TOKENS`), by sampling at temperature 1. KL is over the first ``rows`` of both
+    vocabularies. Empty if the teacher cannot read new text, or no conversation has a prompt.
     """
     prompts = _prompts(dataset, most)
     if not prompts or not reads_new_text(teacher):
         return {}
-    sampling = Sampling(max_new_tokens=tokens, temperature=1.0, top_p=1.0)
+    sampling = Sampling(max_new_tokens=tokens or ANSWER_TOKENS, temperature=1.0, top_p=1.0)
     sampler = RefilledSampler(model, tokenizer, sampling, batch_size=MOST_AT_ONCE)
     seeds = [seed * len(dataset) + i for i in prompts]
     sampled = sampler.sample(list(prompts.values()), seeds)
