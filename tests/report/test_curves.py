@@ -86,3 +86,26 @@ def test_one_outlier_does_not_change_the_running_median() -> None:
     losses[50] = 100.0
     points = [(float(step), loss) for step, loss in enumerate(losses)]
     assert {y for _, y in _smoothed(points)} == {1.0}
+
+
+def test_an_on_policy_run_has_a_panel_for_each_kind_of_text_and_of_round() -> None:
+    config = {**LOGITS, "on_policy": 0.5, "on_policy_divergence": "reverse_kl"}
+    logged = [
+        {"step": n, "tokens": 10 * n, "seconds": n, "loss": 1.0, f"{kind}_policy_loss": 1 / n}
+        for n, kind in ((1, "off"), (2, "on"), (3, "off"), (4, "on"))
+    ]
+    rounds = [
+        {"step": n, "tokens": 10 * n, "seconds": n, "rollout_ended": 0.5, "rollout_tokens": 9.0}
+        for n in (1, 3)
+    ]
+    found = panels([Curve("", 0, config, [*rounds, *logged])])
+    assert [one.quantity for one in found] == [
+        "KL(teacher ‖ student)",
+        "KL(student ‖ teacher), on the student's own answers",
+        "The student's own answers: those that end",
+        "The student's own answers: length",
+    ]
+    assert "0.500 at step 2" not in found[0].caption
+    assert found[0].of == "per supervised token of the training text"
+    assert (found[2].of, found[3].of) == ("share of a round", "tokens an answer")
+    assert "Thin: each round" in found[3].caption

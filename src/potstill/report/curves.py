@@ -67,6 +67,7 @@ class Panel:
     quantity: str
     drawings: list[markupsafe.Markup]
     caption: str
+    of: str = "per supervised token of the training text"
 
 
 def panels(curves: Sequence[Curve]) -> list[Panel]:
@@ -135,11 +136,18 @@ def _panel(name: str, curves: list[Curve]) -> Panel:
         subject = f"{curve.name}: " if curve.name else ""
         text = f"{subject}{figure(first)} at the start, {figure(last)} at step {step:.0f}"
         ends.setdefault(curve.name, text)
-    caption = f"{'; '.join(ends.values())}. Thin: each logged step; bold: the running median."
+    of_rounds = name in dict(ROLLOUTS.values())
+    each = "each round" if of_rounds else "each logged step"
+    caption = f"{'; '.join(ends.values())}. Thin: {each}; bold: the running median."
     if any(_points(curve.rows, "step", "eval_loss") for curve in curves):
         caption += " Dashed: the loss on held-out text."
     axes = ["tokens" if has("tokens") else "step", "seconds"]
-    return Panel(name, [_draw(x, curves) for x in axes if has(x)], caption)
+    drawings = [_draw(x, curves) for x in axes if has(x)]
+    return (
+        Panel(name, drawings, caption, curves[0].unit)
+        if of_rounds
+        else Panel(name, drawings, caption)
+    )
 
 
 def _points(rows: list[dict[str, Any]], x_key: str, y_key: str) -> Points:
