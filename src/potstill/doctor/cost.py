@@ -153,10 +153,9 @@ def model_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(plain, trust_remote_code=trust_remote_code)
     except Exception as error:  # an architecture's code can raise any exception
+        found = "no causal language model can be built from it"
         reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"{type(config).__name__}: no causal language model can be built from it ({reason})"
-        ) from error
+        raise ModelError(f"{type(config).__name__}: {found} ({reason})") from error
     head = model.get_output_embeddings().weight
     looked_up = {
         id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
