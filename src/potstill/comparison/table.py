@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from potstill.evaluation import MEASURES, Measure
@@ -29,15 +29,31 @@ def as_text(comparison: Mapping[str, Any]) -> str:
         ["", *columns],
         *([name, *(value for value, _ in values)] for name, values in rows(comparison).items()),
     ]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = [basis(comparison), ""]
-    for first, *values in cells:
-        padded = (f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True))
-        lines.append("  ".join([f"{first:<{widths[0]}}", *padded]).rstrip())
+    lines = [basis(comparison), *_blocks(cells)]
     lines += ["", *(pair["verdict"] for pair in comparison["pairs"])]
     for name, worse in comparison["regressions"].items():
         lines.append(f"{name}: worse than before on {100 * worse['share']:.0f} % of the prompts")
     return "\n".join([*lines, *([""] if comparison["notes"] else []), *comparison["notes"]])
+
+
+_TERMINAL = 80
+
+
+def _blocks(cells: list[list[str]]) -> Iterator[str]:
+    """Yield the table's lines; columns that do not fit beside the others follow below them."""
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    blocks, used = [[0]], widths[0]
+    for i, width in enumerate(widths[1:], start=1):
+        used += 2 + width
+        if used > _TERMINAL and len(blocks[-1]) > 1:
+            blocks.append([0])
+            used = widths[0] + 2 + width
+        blocks[-1].append(i)
+    for block in blocks:
+        yield ""
+        for row in cells:
+            padded = (f"{row[i]:>{widths[i]}}" for i in block[1:])
+            yield "  ".join([f"{row[0]:<{widths[0]}}", *padded]).rstrip()
 
 
 def headings(comparison: Mapping[str, Any]) -> dict[str, Measure]:

@@ -16,10 +16,10 @@ def as_table(measured: Mapping[str, Any]) -> str:
     """
     names = [name for name in measured if name != "tasks"]
     models = [measured[name] for name in names]
-    lines = [*_lines(names, "95 % interval of the last", _measures(models))]
+    lines = [*_lines(names, f"95 % interval of {names[-1]}", _measures(models))]
     if "tasks" in measured:
         models = [measured["tasks"][name] for name in names]
-        lines += ["", *_lines(names, "standard error of the last", _metrics(models))]
+        lines += ["", *_lines(names, f"standard error of {names[-1]}", _metrics(models))]
     return "\n".join(lines)
 
 
