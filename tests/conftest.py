@@ -132,6 +132,36 @@ def learned(conversation: dict[str, Any], tokenizer: Any, **options: Any) -> lis
     return [tokenizer.decode(run) for run in runs if run]
 
 
+def with_flash_attention(model: Any) -> Any:
+    """Give ``model`` attention with the name of a variable-length kernel, which needs a GPU."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("flash_stand_in", sdpa_attention_forward)
+    AttentionMaskInterface.register("flash_stand_in", sdpa_mask)
+    model.config._attn_implementation = "flash_stand_in"
+    return model
+
+
+def random_model(family: str, **settings: Any) -> Any:
+    """A random model of any family of transformers, with 2 layers and hidden size 32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    common = {
+        "vocab_size": 272,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 512,
+        "pad_token_id": 265,
+    }
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**common, **settings})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 def tiny_model(
     family: str = "llama",
     *,

@@ -105,7 +105,9 @@ class Batch(TypedDict, total=False):
     labels: Tensor
     position_ids: Tensor
     attention_mask: Tensor
-    """Present only if the batch is not packed."""
+    """Present only if the batch is not packed, and its models need it."""
+    lengths: Tensor
+    """``[B]``: tokens of each row without its padding. Present only if the batch is not packed."""
     teacher_index: Tensor
     start: Tensor
     stop: Tensor
@@ -117,6 +119,7 @@ class Batch(TypedDict, total=False):
     teacher_labels: Tensor
     teacher_position_ids: Tensor
     teacher_attention_mask: Tensor
+    teacher_lengths: Tensor
     teacher_number: Tensor
     teacher_chunk: Tensor
     teacher_conversation: Tensor

@@ -10,7 +10,7 @@ from potstill.data import BatchLayout, encode_conversation, tokenize_conversatio
 from potstill.data.chat_templates import set_chat_template
 from potstill.errors import ChatTemplateError, DataError
 from potstill.losses import fused_linear_cross_entropy
-from potstill.models.heads import hidden_states, output_head, supervised
+from potstill.models.heads import hidden_states, model_inputs, output_head, supervised
 
 TWO_ANSWERS = {
     "messages": [
@@ -144,7 +144,14 @@ def test_streaming_gives_the_same_rows(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2"])
-@pytest.mark.parametrize("layout", [{"packed": True}, {"packed": True, "one_line": True}])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"packed": True},
+        {"packed": True, "one_line": True},
+        {"packed": False, "masked": False},
+    ],
+)
 def test_packed_and_padded_batches_have_the_same_loss_and_gradient(
     tokenizer: Any, family: str, layout: dict[str, bool]
 ) -> None:
@@ -154,8 +161,7 @@ def test_packed_and_padded_batches_have_the_same_loss_and_gradient(
     results = []
     for options in (layout, {"packed": False}):
         batch = BatchLayout(265, **options)(rows)
-        labels = batch.pop("labels")
-        hidden, chosen = supervised(hidden_states(model, batch), labels)
+        hidden, chosen = supervised(hidden_states(model, model_inputs(batch)), batch["labels"])
         loss = fused_linear_cross_entropy(hidden, output_head(model), chosen)
         model.zero_grad()
         loss.backward()

@@ -56,8 +56,9 @@ def captured(teacher: Path, folder: Path, count: int = 12, **settings: Any) -> C
         BatchLayout(265),
         BatchLayout(265, packed=False),
         BatchLayout(265, one_line=True),
+        BatchLayout(265, packed=False, masked=False),
     ],
-    ids=["packed", "padded", "one line"],
+    ids=["packed", "padded", "one line", "unmasked"],
 )
 def test_loss_and_gradient_equal_the_live_teachers_in_any_layout(
     teacher: Path, tmp_path: Path, layout: BatchLayout

@@ -21,9 +21,18 @@ import uvicorn
 from safetensors.torch import load_file, save
 from starlette.testclient import TestClient
 
-from conftest import conversations, sentencepiece_tokenizer, tiny_model, toy_tokenizer, write_rows
+from conftest import (
+    conversations,
+    random_model,
+    sentencepiece_tokenizer,
+    tiny_model,
+    toy_tokenizer,
+    with_flash_attention,
+    write_rows,
+)
 from potstill import cli
 from potstill.data import BatchLayout, encode_conversation
+from potstill.data.batch_rows import batch_rows
 from potstill.errors import ModelError, SelfCheckFailed, ServerError
 from potstill.generation.keys import identify_tokenizer
 from potstill.models import ModelOpener
@@ -88,10 +97,15 @@ def rows(count: int = 12) -> list[dict[str, Any]]:
     return [encode_conversation(one, toy_tokenizer()) for one in conversations(count)]
 
 
-LAYOUTS = [BatchLayout(265), BatchLayout(265, packed=False), BatchLayout(265, one_line=True)]
+LAYOUTS = [
+    BatchLayout(265),
+    BatchLayout(265, packed=False),
+    BatchLayout(265, one_line=True),
+    BatchLayout(265, packed=False, masked=False),
+]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["packed", "padded", "one line"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["packed", "padded", "one line", "unmasked"])
 def test_states_and_head_are_those_of_the_local_teacher_bit_by_bit(
     url: str, model: Any, layout: BatchLayout
 ) -> None:
@@ -101,7 +115,7 @@ def test_states_and_head_are_those_of_the_local_teacher_bit_by_bit(
     assert torch.equal(served.head.weight, local.head.weight)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["packed", "padded", "one line"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["packed", "padded", "one line", "unmasked"])
 def test_requests_that_are_computed_together_have_the_same_states(
     model: Any, layout: BatchLayout
 ) -> None:
@@ -220,18 +234,17 @@ def test_another_teacher_is_refused_even_if_no_request_failed(model: Any, tmp_pa
         teacher.targets(batch)
 
 
-@pytest.mark.parametrize("kind", ["recurrent", "variable length"])
+@pytest.mark.parametrize("kind", ["leaking", "variable length"])
 def test_a_teacher_that_ignores_the_bounds_of_packed_rows_reads_conversations_alone(
     kind: str, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if kind == "recurrent":
-        monkeypatch.setattr("potstill.teachers.server.carries_state", lambda _: True)
+    if kind == "leaking":
+        model = random_model("opt", ffn_dim=64, word_embed_proj_dim=32)
+    else:
+        with_flash_attention(model)
     facts = store_head(tmp_path, model, toy_tokenizer(), "tiny")
     facts |= {"teacher": "tiny", **template_hashes(toy_tokenizer())}
-    if kind == "variable length":
-        model.config._attn_implementation_internal = "flash_attention_2"
     app = make_app(model, tmp_path, facts, None)
-    model.config._attn_implementation_internal = "sdpa"
     shapes = []
     monkeypatch.setattr(
         "potstill.teachers.server.hidden_states",
@@ -241,7 +254,8 @@ def test_a_teacher_that_ignores_the_bounds_of_packed_rows_reads_conversations_al
     with serving(app) as url:
         served = ServedTeacher(url).targets(packed).hidden
     assert shapes == [(12, packed["input_ids"].shape[1])]
-    torch.testing.assert_close(served, LocalTeacher(model).targets(packed).hidden)
+    alone = LocalTeacher(model).targets(LAYOUTS[1](list(batch_rows(packed)))).hidden
+    torch.testing.assert_close(served, alone)
 
 
 def test_an_id_of_padding_that_the_teacher_does_not_have_is_not_sent(url: str, model: Any) -> None:

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from alignment.toys import sentencepiece
-from conftest import conversations, tiny_model, toy_tokenizer
+from conftest import (
+    conversations,
+    random_model,
+    tiny_model,
+    toy_tokenizer,
+    with_flash_attention,
+)
 from potstill.training import DistillationConfig, DistillationTrainer
 from potstill.training.cross_objective import ALIGNMENTS, OVER_CELLS
 
@@ -121,24 +127,20 @@ def test_the_loss_is_the_same_packed_and_padded(
 def test_rows_are_packed_only_for_models_that_separate_conversations(
     tmp_path: Path, method: str
 ) -> None:
-    """A recurrence or a convolution would continue the conversation before."""
-    for kinds, packed in (
-        (["full_attention", "sliding_attention"], True),
-        (["linear_attention", "full_attention"], False),
+    """Regression: OPT, BLOOM and gpt-oss read the conversation before, without an error."""
+    leaking = random_model("opt", ffn_dim=64, word_embed_proj_dim=32)
+    for student, teacher, packed in (
+        (tiny_model(layers=2, seed=1), tiny_model(), True),
+        (leaking, tiny_model(), False),
+        (tiny_model(layers=2, seed=1), leaking, method == "text"),
     ):
-        student = tiny_model(layers=2, seed=1)
-        student.config.layer_types = kinds
-        assert trainer(tmp_path, student, method=method).objective.layout.packed == packed
-    student, teacher = tiny_model(layers=2, seed=1), tiny_model()
-    teacher._is_stateful = True
-    assert trainer(tmp_path, student, teacher=teacher, method=method).objective.layout.packed == (
-        method == "text"
-    )
+        one = trainer(tmp_path, student, teacher=teacher, method=method)
+        assert one.objective.layout.packed == packed
+        assert not one.objective.layout.masked
 
 
 def test_one_model_of_two_with_variable_length_attention_uses_one_line(tmp_path: Path) -> None:
     """Regression: the layout of a flash-attention teacher was decided by its student."""
-    teacher = tiny_model()
-    teacher.config._attn_implementation = "flash_attention_2"
+    teacher = with_flash_attention(tiny_model())
     assert trainer(tmp_path, teacher=teacher, method="logits").objective.layout.one_line
     assert not trainer(tmp_path, teacher=teacher, method="text").objective.layout.one_line

@@ -158,17 +158,21 @@ class BatchLayout:
     transformers then lets no token attend to another conversation. ``one_line``: one row without
     padding, good for variable-length attention kernels and bad for dense masks, whose cost is
     quadratic in the row. Not packed, or where packing saves hardly a row: one conversation a row,
-    and an attention mask.
+    padded at its end, with ``lengths`` and, unless ``masked`` is off, an attention mask. Without a
+    mask attention can use its fastest kernels: of causal attention, nothing before the padding
+    depends on it (`potstill.models.isolation`).
     """
 
     pad_token_id: int
     packed: bool = True
     one_line: bool = False
+    masked: bool = True
 
     def __call__(self, rows: list[Encoded], *, more: tuple[str, ...] = ()) -> Batch:
-        """Return ``input_ids``, ``labels``, ``position_ids`` ``[B, T]``; a mask if not packed.
+        """Return ``input_ids``, ``labels``, ``position_ids`` ``[B, T]``.
 
-        Columns named in ``more`` have one number a token; their padding is −1.
+        If not packed, also ``lengths [B]``, the tokens of each row without its padding. Columns
+        named in ``more`` have one number a token; their padding is −1.
         """
         sizes = [len(row["input_ids"]) for row in rows]
         length = sum(sizes) if self.one_line else max(sizes)
@@ -183,12 +187,15 @@ class BatchLayout:
         for name, value in padding.items():
             columns = [[i for row in packed_row for i in row[name]] for packed_row in packed_rows]
             batch[name] = _padded(columns, length, value)
-        batch["position_ids"] = torch.tensor([_positions(one, length) for one in packed_rows])
+        positions = _positions if is_packed else _positions_running_on
+        batch["position_ids"] = torch.tensor([positions(one, length) for one in packed_rows])
         # No position predicts the first token, even if the row was made by another tool.
         batch["labels"].masked_fill_(batch["position_ids"] == 0, IGNORED)
         if not is_packed:
-            mask = [[1] * len(one["input_ids"]) for [one] in packed_rows]
-            batch["attention_mask"] = _padded(mask, length, 0)
+            batch["lengths"] = torch.tensor(sizes)
+            if self.masked:
+                mask = [[1] * size for size in sizes]
+                batch["attention_mask"] = _padded(mask, length, 0)
         return cast(Batch, batch)
 
 
@@ -211,6 +218,11 @@ def _positions(packed_row: list[Encoded], length: int) -> list[int]:
     """Return 0, 1, 2, … for each conversation, and for the padding at the end."""
     sizes = [len(row["input_ids"]) for row in packed_row]
     return [position for size in (*sizes, length - sum(sizes)) for position in range(size)]
+
+
+def _positions_running_on(_: list[Encoded], length: int) -> list[int]:
+    """Return 0, 1, 2, …: a second 0 would say that another conversation begins."""
+    return [*range(length)]
 
 
 def _padded(columns: list[list[int]], length: int, value: int) -> Tensor:

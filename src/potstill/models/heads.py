@@ -31,6 +31,17 @@ def model_inputs(batch: Batch) -> Batch:
     return cast(Batch, {name: column for name, column in batch.items() if name in MODEL_INPUTS})
 
 
+def teacher_inputs(batch: Batch) -> Batch:
+    """Return the columns of a batch that a `potstill.teachers.Teacher` takes."""
+    names = (*MODEL_INPUTS, "labels", "lengths")
+    return cast(Batch, {name: column for name, column in batch.items() if name in names})
+
+
+def has_variable_length(model: nn.Module | CausalLM) -> bool:
+    """Return whether attention finds borders of conversations only in a batch of one row."""
+    return "flash" in str(getattr(unwrapped(model).config, "_attn_implementation", ""))
+
+
 def on_device(batch: Batch, device: torch.device | str) -> Batch:
     """Return the batch with every column on ``device``."""
     columns = cast(dict[str, Tensor], batch)

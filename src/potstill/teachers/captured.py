@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from potstill.data import IGNORED
+from potstill.data.batch_rows import batch_rows
 from potstill.errors import DataError, ModelError
 from potstill.losses import Head
 from potstill.models import ModelOpener
@@ -133,21 +134,6 @@ def batch_keys(batch: Batch) -> Iterator[tuple[bytes, int]]:
     for row in batch_rows(batch):
         supervised = np.asarray(row["labels"]) != IGNORED
         yield conversation_key(row["input_ids"], supervised), int(supervised.sum())
-
-
-def batch_rows(batch: Batch) -> Iterator[dict[str, list[int]]]:
-    """Yield ``input_ids`` and ``labels`` of each conversation, in the batch's order."""
-    ids, labels = (batch[name].cpu().numpy() for name in ("input_ids", "labels"))
-    lengths = batch["attention_mask"].sum(1).tolist() if "attention_mask" in batch else None
-    positions = batch["position_ids"].cpu().numpy() if "position_ids" in batch else None
-    for row in range(len(ids)):
-        end = ids.shape[1] if lengths is None else int(lengths[row])
-        starts = [0] if positions is None else np.flatnonzero(positions[row, :end] == 0).tolist()
-        for start, stop in zip(starts, [*starts[1:], end], strict=True):
-            own = labels[row, start:stop].copy()
-            own[:1] = IGNORED
-            if (own != IGNORED).any():  # padding at the end of a packed row has none
-                yield {"input_ids": ids[row, start:stop].tolist(), "labels": own.tolist()}
 
 
 class CapturedTeacher:

@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from potstill.data import IGNORED, BatchLayout
+from potstill.data.batch_rows import batch_rows
 from potstill.errors import ConfigError, ModelError, ServerError
 from potstill.losses import Head
 from potstill.models import ModelOpener
@@ -26,7 +27,6 @@ from potstill.models.heads import model_inputs
 from potstill.models.vocabulary import highest_id
 from potstill.protocols import Batch, Tokenizer
 from potstill.teachers.ahead import RequestsAhead
-from potstill.teachers.captured import batch_rows
 from potstill.teachers.connection import NOT_OURS, PATIENCE_SECONDS, Connection
 from potstill.teachers.stored_head import HEAD, TOKENIZER, read_head
 from potstill.teachers.targets import LossSettings, StatesTarget

@@ -31,7 +31,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
-from potstill.models.heads import carries_state, hidden_states, on_device
+from potstill.models.heads import has_variable_length, hidden_states, on_device
+from potstill.models.isolation import isolation
 from potstill.models.vocabulary import embedding_rows
 from potstill.protocols import Batch, CausalLM
 from potstill.teachers.connection import IDENTITY
@@ -104,13 +105,13 @@ def make_app(model: CausalLM, folder: Path, facts: dict[str, Any], token: str | 
 
 
 def _facts_of(model: CausalLM) -> dict[str, Any]:
-    variable_length = "flash" in str(getattr(model.config, "_attn_implementation", ""))
+    seen = isolation(model)
     return {
         "kind": "teacher",
         "format": FORMAT,
         "embedding_rows": embedding_rows(model),
         # Variable-length kernels separate conversations only if all are in one row.
-        "reads_packed": not (carries_state(model) or variable_length),
+        "reads_packed": seen.packed and seen.padded and not has_variable_length(model),
     }
 
 

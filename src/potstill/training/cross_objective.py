@@ -35,6 +35,7 @@ from potstill.models.heads import (
     on_device,
     output_head,
     supervised,
+    teacher_inputs,
     trainable_head,
 )
 from potstill.protocols import Batch, Tokenizer
@@ -160,8 +161,7 @@ class CrossObjective:
 
     def teacher_batch(self, batch: Batch) -> Batch:
         """Return model inputs and labels of the teacher's tokenization."""
-        theirs = _of_teacher(batch)
-        return {**model_inputs(theirs), "labels": theirs["labels"]}
+        return teacher_inputs(_of_teacher(batch))
 
     def self_divergence(self, rows: list[dict[str, Any]]) -> Tensor | None:
         """Compare the teacher with itself over its own tokens, each token its own cell."""

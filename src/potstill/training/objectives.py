@@ -19,15 +19,17 @@ from potstill.data import BatchLayout, PairLayout, TokenCounts, tokenize_convers
 from potstill.errors import ConfigError
 from potstill.losses import fused_linear_cross_entropy
 from potstill.models.heads import (
-    carries_state,
+    has_variable_length,
     hidden_states,
     model_inputs,
     on_device,
     supervised,
+    teacher_inputs,
     trainable_head,
 )
+from potstill.models.isolation import isolation
 from potstill.models.vocabulary import padding_id
-from potstill.processes import print_main
+from potstill.processes import broadcast_from_main, print_main
 from potstill.protocols import Batch, CausalLM, Tokenizer
 from potstill.teachers import LossSettings, Teacher, as_teacher, single_device_model
 from potstill.training.cross_objective import CrossObjective, choose_cells
@@ -123,7 +125,7 @@ class LogitsObjective:
 
     def teacher_batch(self, batch: Batch) -> Batch:
         """Return model inputs and labels, which are the student's."""
-        return {**model_inputs(batch), "labels": batch["labels"]}
+        return teacher_inputs(batch)
 
 
 def make_objective(
@@ -179,10 +181,17 @@ def make_objective(
 
 def _layout(models: list[CausalLM], tokenizer: Tokenizer, packed: bool) -> BatchLayout:
     """Return a layout that all ``models`` read correctly."""
-    packed = packed and not any(map(carries_state, models))
     # Variable-length attention separates conversations only within a single row.
-    variable_length = any(
-        "flash" in str(getattr(model.config, "_attn_implementation", "")) for model in models
-    )
+    one_line = any(map(has_variable_length, models))
+    # The weights of other processes may not have been loaded yet (FSDP).
+    seen = broadcast_from_main([isolation(model, one_row=one_line) for model in models])
+    for model, found in zip(models, seen, strict=True):
+        if packed and not found.packed:
+            print_main(
+                f"note: in {type(model).__name__}, conversations packed into one row would see "
+                "each other; each gets a row of its own"
+            )
+    packed = packed and all(found.packed for found in seen)
     pad = min(padding_id(tokenizer, model) for model in models)
-    return BatchLayout(pad, packed, one_line=packed and variable_length)
+    masked = not all(found.padded for found in seen)
+    return BatchLayout(pad, packed, one_line=packed and one_line, masked=masked)

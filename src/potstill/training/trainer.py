@@ -172,8 +172,8 @@ class DistillationTrainer(Trainer):
         """Run one micro-batch. Raises: NonFiniteLoss; SelfCheckFailed before the first step."""
         if not self._checked and self.state.global_step == 0:
             self._self_check(model)
-        mask = inputs.get("attention_mask")
-        self.tokens_seen += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+        lengths = inputs.get("lengths", inputs.get("attention_mask"))
+        self.tokens_seen += int(inputs["input_ids"].numel() if lengths is None else lengths.sum())
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._check_finite(loss, "loss")
         return loss
