@@ -50,7 +50,7 @@ def on_device(batch: Batch, device: torch.device | str) -> Batch:
 
 def hidden_states(model: nn.Module | CausalLM, inputs: Batch) -> Tensor:
     """Return the input of the LM head of ``model``, ``[B, T, H]``."""
-    head = _head_module(model)
+    head = head_module(model)
     recorder = _recorders.setdefault(head, _HiddenStateRecorder())
     previous = head.__dict__.get("forward")  # accelerate may have set a forward of its own
     head.forward = recorder.record
@@ -93,7 +93,7 @@ def output_head(model: nn.Module | CausalLM, *, rows: int | None = None) -> Head
 
     A head whose weights are quantized becomes a `CallableHead`.
     """
-    module = _head_module(model)
+    module = head_module(model)
     config = unwrapped(model).config.get_text_config()
     scale, softcap = _logit_scale(config), next(iter(_settings(config, SOFTCAPS)), None)
     if _is_quantized(module):
@@ -164,7 +164,8 @@ def unwrapped(model: nn.Module | CausalLM) -> Any:
         model = inner
 
 
-def _head_module(model: nn.Module | CausalLM) -> nn.Module:
+def head_module(model: nn.Module | CausalLM) -> nn.Module:
+    """Return the LM head. Raises: ModelError if there is none."""
     module = unwrapped(model).get_output_embeddings()
     if module is None:
         found = f"{type(unwrapped(model)).__name__} has no output embeddings"

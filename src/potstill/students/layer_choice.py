@@ -22,7 +22,13 @@ from potstill.data import BatchLayout, tokenize_conversations
 from potstill.data.conversations import Conversation
 from potstill.errors import ConfigError
 from potstill.losses import fused_linear_divergence
-from potstill.models.heads import hidden_states, on_device, supervised, trainable_head
+from potstill.models.heads import (
+    hidden_states,
+    model_inputs,
+    on_device,
+    supervised,
+    trainable_head,
+)
 from potstill.progress import Progress
 from potstill.protocols import CausalLM, Tokenizer
 from potstill.students.layers import layer_list
@@ -53,16 +59,16 @@ def most_important_layers(
     encoded, _ = tokenize_conversations(first, tokenizer, max_length=max_length)
     batch = BatchLayout(tokenizer.pad_token_id or 0, packed=False)(list(encoded))
     batch = on_device(batch, model.device)
-    labels = batch.pop("labels")
+    inputs, labels = model_inputs(batch), batch["labels"]
     head = trainable_head(model)
     outputs: list[Any] = []
     with layers[0].register_forward_hook(lambda _, __, output: outputs.append(output)):
-        whole, observed = supervised(hidden_states(model, batch), labels)
+        whole, observed = supervised(hidden_states(model, inputs), labels)
     in_tuple = isinstance(outputs[0], tuple)
 
     def distance(removed: set[int]) -> float:
         with _without(layers, removed, in_tuple):
-            hidden, _ = supervised(hidden_states(model, batch), labels)
+            hidden, _ = supervised(hidden_states(model, inputs), labels)
         return float(fused_linear_divergence(hidden, head, whole, head, labels=observed))
 
     removed: set[int] = set()

@@ -30,7 +30,6 @@ from potstill.data.pairs import PLACES
 from potstill.losses import Places
 from potstill.models import cache_folder
 from potstill.models.heads import (
-    hidden_states,
     model_inputs,
     on_device,
     output_head,
@@ -38,6 +37,7 @@ from potstill.models.heads import (
     teacher_inputs,
     trainable_head,
 )
+from potstill.models.loss_at_head import loss_at_head
 from potstill.protocols import Batch, Tokenizer
 from potstill.teachers import CellTarget, LossSettings, Teacher, single_device_model
 
@@ -150,14 +150,18 @@ class CrossObjective:
 
     def summed_loss(self, student: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of the alignment, summed over what it compares."""
-        hidden, labels = supervised(hidden_states(student, model_inputs(batch)), batch["labels"])
         theirs = _of_teacher(batch)
         states = self.teacher.targets(self.teacher_batch(batch))
         target = ALIGNMENTS[self.alignment].target(
             states, self.cells, SupervisedColumns(batch), SupervisedColumns(theirs)
         )
-        nats: Tensor = target.summed_loss(hidden, trainable_head(student), labels, self.loss)
-        return nats
+
+        def loss(states: Tensor) -> Tensor:
+            hidden, labels = supervised(states, batch["labels"])
+            nats: Tensor = target.summed_loss(hidden, trainable_head(student), labels, self.loss)
+            return nats
+
+        return loss_at_head(student, model_inputs(batch), loss)
 
     def teacher_batch(self, batch: Batch) -> Batch:
         """Return model inputs and labels of the teacher's tokenization."""

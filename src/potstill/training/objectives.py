@@ -20,7 +20,6 @@ from potstill.errors import ConfigError
 from potstill.losses import fused_linear_cross_entropy
 from potstill.models.heads import (
     has_variable_length,
-    hidden_states,
     model_inputs,
     on_device,
     supervised,
@@ -28,6 +27,7 @@ from potstill.models.heads import (
     trainable_head,
 )
 from potstill.models.isolation import isolation
+from potstill.models.loss_at_head import loss_at_head
 from potstill.models.vocabulary import padding_id
 from potstill.processes import broadcast_from_main, print_main
 from potstill.protocols import Batch, CausalLM, Tokenizer
@@ -80,8 +80,12 @@ class TextObjective:
 
     def summed_loss(self, student: nn.Module, batch: Batch) -> Tensor:
         """Return Σ −log p(label)."""
-        hidden, labels = supervised(hidden_states(student, model_inputs(batch)), batch["labels"])
-        return fused_linear_cross_entropy(hidden, trainable_head(student), labels)
+
+        def loss(states: Tensor) -> Tensor:
+            hidden, labels = supervised(states, batch["labels"])
+            return fused_linear_cross_entropy(hidden, trainable_head(student), labels)
+
+        return loss_at_head(student, model_inputs(batch), loss)
 
     def self_divergence(self, rows: list[dict[str, Any]]) -> Tensor | None:
         """Return None: there is no divergence."""
@@ -108,11 +112,14 @@ class LogitsObjective:
 
     def summed_loss(self, student: nn.Module, batch: Batch) -> Tensor:
         """Return the divergence, summed over supervised tokens."""
-        hidden, labels = supervised(hidden_states(student, model_inputs(batch)), batch["labels"])
         target = self.teacher.targets(self.teacher_batch(batch))
-        return target.summed_loss(
-            hidden, trainable_head(student, rows=self.rows), labels, self.loss
-        )
+
+        def loss(states: Tensor) -> Tensor:
+            hidden, labels = supervised(states, batch["labels"])
+            head = trainable_head(student, rows=self.rows)
+            return target.summed_loss(hidden, head, labels, self.loss)
+
+        return loss_at_head(student, model_inputs(batch), loss)
 
     def self_divergence(self, rows: list[dict[str, Any]]) -> Tensor | None:
         """Compare the teacher's hidden states by the student's path with its own targets."""
