@@ -273,6 +273,17 @@ trainer:
   fsdp_config: {version: 2, transformer_layer_cls_to_wrap: [LlamaDecoderLayer]}
 """
 
+ZERO = """
+trainer:
+  deepspeed:
+    zero_optimization: {{stage: {stage}}}
+    zero_allow_untested_optimizer: true
+    train_batch_size: auto
+    train_micro_batch_size_per_gpu: auto
+    gradient_accumulation_steps: auto
+    gradient_clipping: auto
+"""
+
 
 def in_two_processes(
     *arguments: str, program: str = "-m potstill"
@@ -393,6 +404,28 @@ def test_a_student_that_fsdp_shards_is_the_same(
     done = in_two_processes(*budget, program=str(FSDP))
     assert done.returncode == 0, done.stderr
     assert metrics("timed")[-1]["loss"] < metrics("timed")[0]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_student_that_deepspeed_shards_is_the_same(
+    place: Path, model_folder: Callable[..., Path], tied: bool, stage: int
+) -> None:
+    """Regression: under ZeRO 3 the head had no weight outside of the model's forward."""
+    pytest.importorskip("deepspeed")
+    (place / "zero.yaml").write_text(ZERO.format(stage=stage))
+    student = str(model_folder(layers=2, tied=tied))
+    write_rows(place / "train.jsonl", conversations(24))
+    data = shlex.split("--data train.jsonl --eval-data data.jsonl --max-steps 4")
+    command = ["distill", "teacher", student, *data, *FAST]
+    sharded = [*command, "--batch-size", "2", "--config", "zero.yaml", "--output-dir", "two"]
+    done = in_two_processes(*sharded)
+    assert done.returncode == 0, done.stderr
+    assert cli.main([*command, "--batch-size", "4", "--output-dir", "one"]) == 0
+    assert weights("two").keys() == weights("one").keys()
+    for name, tensor in weights("one").items():
+        torch.testing.assert_close(weights("two")[name], tensor, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -186,6 +186,10 @@ def _save(
     if process_count() > 1:  # FSDP keeps weights in shards: gather them from all processes
         weights = one.accelerator.get_state_dict(one.model_wrapped)
     if is_main_process():
+        if weights is not None:  # DeepSpeed copies a tied weight under each of its names
+            names = {name for name, _ in one.model.named_parameters(remove_duplicate=False)}
+            tied = names - {name for name, _ in one.model.named_parameters()}
+            weights = {name: weight for name, weight in weights.items() if name not in tied}
         with whole_folder(run.student) as unfinished:
             save_student(
                 one.model,

@@ -32,12 +32,17 @@ OUTPUT_SETTINGS = ("output_scores", "output_logits", "output_attentions", "outpu
 def open_checkpoint(location: Source, *, source: Source, **opening: Any) -> Any:
     """Open a causal language model with `from_pretrained`; ``source`` is its name in errors.
 
+    It is opened whole, also under DeepSpeed's ZeRO 3, which would shard every model that is opened
+    after its configuration was read, teachers included. The Trainer shards the student.
+
     Raises: ModelError if weights are missing, have another shape, or belong to another
     architecture.
     """
     import_quietly("transformers.modeling_utils")
     from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    unset_hf_deepspeed_config()
     with _captured_reports() as reports:
         try:
             model, loading = AutoModelForCausalLM.from_pretrained(

@@ -114,10 +114,11 @@ class DistillationConfig(_DivergenceParameters, TrainingArguments):  # type: ign
         # Without an accelerator TrainingArguments refuses bf16 unless use_cpu is set.
         if not torch.accelerator.is_available():
             self.use_cpu = True
-        # The head is used outside of the model's forward, so DDP would call it unused.
+        # All are used: the loss is computed in the forward. Looking for others costs time.
         if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             self.ddp_find_unused_parameters = False
         super().__post_init__()
+        self._gather_when_saved()
         for name, known in (("method", METHODS), ("alignment", ALIGNMENTS)):
             if getattr(self, name) not in known:
                 raise ConfigError(
@@ -145,6 +146,12 @@ class DistillationConfig(_DivergenceParameters, TrainingArguments):  # type: ign
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} {getattr(self, name)}: a share, so between 0 and 1")
         resolve_divergence(self.divergence, self._parameters())
+
+    def _gather_when_saved(self) -> None:
+        """Let DeepSpeed's ZeRO 3 gather the student's weights when it is saved."""
+        sharding = getattr(self, "hf_deepspeed_config", None)
+        if sharding is not None and sharding.is_zero3():
+            sharding.config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
 
     def _check_on_policy(self) -> None:
         """Raises: ConfigError."""
