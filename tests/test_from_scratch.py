@@ -32,7 +32,9 @@ def test_loss_and_gradient_of_the_example_are_those_of_the_library(tmp_path: Pat
     dataset, _ = objective.encode(conversations(6), max_length=128)
     batch = objective.layout([dataset[i] for i in range(6)])
     gradients, losses = [], []
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    ids, labels = batch["input_ids"], batch["labels"]
+    mask = (torch.arange(ids.shape[1]) < batch["lengths"][:, None]).long()
+    inputs = {"input_ids": ids, "attention_mask": mask}  # the library needs no mask here
     with torch.no_grad():
         teacher_logits = teacher(**inputs).logits[..., : objective.rows]
     for ours in (True, False):
@@ -41,11 +43,11 @@ def test_loss_and_gradient_of_the_example_are_those_of_the_library(tmp_path: Pat
             loss = objective.summed_loss(student, batch)
         else:
             student_logits = student(**inputs).logits[..., : objective.rows]
-            loss = example().kl_sum(teacher_logits, student_logits, batch["labels"])
+            loss = example().kl_sum(teacher_logits, student_logits, labels)
         loss.backward()
         losses.append(loss.detach())
         gradients.append([parameter.grad.clone() for parameter in student.parameters()])
-    assert batch["attention_mask"].min() == 0  # some rows are padded
+    assert mask.min() == 0  # some rows are padded
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
     for one, other in zip(*gradients, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
