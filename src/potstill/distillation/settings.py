@@ -8,6 +8,7 @@ from typing import Any
 
 from potstill.defaults import EVAL_FRACTION, MAX_LENGTH, ROLLOUT_TOKENS
 from potstill.errors import ConfigError
+from potstill.models.lora import check_lora
 from potstill.models.quantized import check_kind
 from potstill.reading import Reading
 
@@ -91,6 +92,11 @@ class DistillSettings(Reading):
     freeze_embeddings: bool = False
     """Do not train the student's embedding and LM head. In a student cut from its teacher they are
     the teacher's own."""
+    lora: int | None = None
+    """Train a LoRA adapter of this rank on every linear layer except the LM head, and nothing else
+    (needs potstill[peft]). Learning rates are about ten times those of whole models."""
+    lora_alpha: float | None = None
+    """The adapter is multiplied by this number / rank; twice the rank by default."""
     chat_template: str | None = None
     """The path of a Jinja template, or plain for tokenizers that have none."""
     template_date: str | None = None
@@ -125,6 +131,7 @@ class DistillSettings(Reading):
                 f"eval_fraction {self.eval_fraction}: must be between 0 and 1, ends excluded"
             )
         check_kind(self.quantize_teacher)
+        check_lora(self.lora, self.lora_alpha)
 
 
 POSITIVE = (

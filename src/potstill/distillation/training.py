@@ -13,13 +13,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from potstill.data import rows_fingerprint
 from potstill.defaults import PASSES
 from potstill.distillation.held_out import note_leaks, split_data
+from potstill.distillation.pair import open_pairs_teacher, open_student
 from potstill.distillation.settings import DistillSettings
 from potstill.distillation.targets import (
     capture_missing,
     opener_of,
     require_targets,
     teacher_identity,
-    teacher_opener,
 )
 from potstill.distillation.trainer_settings import (
     checked_trainer_settings,
@@ -30,12 +30,11 @@ from potstill.doctor import quick_check
 from potstill.errors import CollapsedRollouts, NonFiniteLoss, SelfCheckFailed
 from potstill.evaluation import HeldOut, fingerprint
 from potstill.generation.filters import users_function
-from potstill.models.quantized import refuse_quantized_student
 from potstill.processes import broadcast_from_main, is_main_process, print_main, process_count
 from potstill.progress import Progress
 from potstill.run_folder import PROCESSES, RunFolder, whole_folder
 from potstill.students import save_student
-from potstill.teachers import open_teacher, open_teacher_tokenizer
+from potstill.teachers import open_teacher_tokenizer
 from potstill.training import (
     DistillationConfig,
     DistillationTrainer,
@@ -131,16 +130,10 @@ def _read_held_out(settings: DistillSettings, held_out: list[dict[str, Any]]) ->
 
 def _open_pair(base: DistillationConfig, settings: DistillSettings) -> tuple[Any, Any, Any]:
     """Return student, its tokenizer and the objective."""
-    opener = opener_of(settings)
-    tokenizer = opener.tokenizer(settings.student)
-    student = opener.model(settings.student, dtype="float32")
-    refuse_quantized_student(settings.student, student)
-    if settings.freeze_embeddings:
-        for module in (student.get_input_embeddings(), student.get_output_embeddings()):
-            module.requires_grad_(False)
+    student, tokenizer = open_student(settings, base)
     teacher = None
     if settings.method != "text":
-        teacher = open_teacher(settings.teacher, **vars(teacher_opener(settings)))
+        teacher = open_pairs_teacher(settings, base, student)
     return student, tokenizer, make_objective(base, student, tokenizer, teacher, None)
 
 
@@ -182,6 +175,9 @@ def _save(
         "method": cross if settings.method == "cross" else settings.method,
         "steps": max_steps,
     }
+    if settings.lora is not None:
+        merge = "potstill student FOLDER --keep-layers all --output-dir MERGED"
+        provenance["LoRA"] = f"rank {settings.lora}; merge it into its base with `{merge}`"
     weights = None
     if process_count() > 1:  # FSDP keeps weights in shards: gather them from all processes
         weights = one.accelerator.get_state_dict(one.model_wrapped)

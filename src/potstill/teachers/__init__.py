@@ -12,6 +12,7 @@ from potstill.protocols import Tokenizer
 from potstill.teachers.base import Teacher as Teacher
 from potstill.teachers.base import reads_new_text as reads_new_text
 from potstill.teachers.base import single_device_model as single_device_model
+from potstill.teachers.base_of_student import BaseOfStudent as BaseOfStudent
 from potstill.teachers.capture import CaptureCounts as CaptureCounts
 from potstill.teachers.capture import capture_conversations as capture_conversations
 from potstill.teachers.captured import CapturedTeacher as CapturedTeacher
@@ -83,6 +84,7 @@ __all__ = [
     "KINDS",
     "LOCAL",
     "SERVED",
+    "BaseOfStudent",
     "BlockScores",
     "CaptureCounts",
     "CapturedTeacher",

@@ -23,10 +23,14 @@ class LocalTeacher:
     def __init__(
         self, model: CausalLM, *, rows: int | None = None, tokenizer: Tokenizer | None = None
     ) -> None:
-        self.model: CausalLM = model.eval().requires_grad_(False)
+        self.model: CausalLM = self._prepared(model)
         self.rows = rows
         self.tokenizer = tokenizer
         self._heads: dict[torch.device, Head | CallableHead] = {}
+
+    @staticmethod
+    def _prepared(model: CausalLM) -> CausalLM:
+        return model.eval().requires_grad_(False)
 
     @property
     def vocabulary_rows(self) -> int:
