@@ -126,27 +126,6 @@ def test_without_its_adapter_a_model_in_training_is_its_base(tmp_path: Path) -> 
     assert not torch.equal(model(input_ids=ids).logits, expected)
 
 
-@pytest.mark.parametrize(
-    ("more", "line"),
-    [
-        ("--lora 0", "lora 0: a rank, so at least 1"),
-        ("--lora-alpha 0", "lora_alpha 0: must be above 0"),
-    ],
-)
-def test_bad_numbers_are_one_line(
-    place: Path, more: str, line: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert distill("--max-steps", "1", *shlex.split(more)) == 2
-    assert line in capsys.readouterr().err
-    assert not Path("run").exists()
-
-
-def test_alpha_without_a_rank_is_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = shlex.split("distill teacher student --data data.jsonl --output-dir run")
-    assert cli.main([*command, "--lora-alpha", "8"]) == 2
-    assert "give --lora RANK" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["-m potstill", str(FSDP)], ids=["DDP", "FSDP 2"])
 def test_two_processes_train_the_same_adapter_as_one(place: Path, program: str) -> None:

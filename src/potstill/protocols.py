@@ -108,6 +108,10 @@ class Batch(TypedDict, total=False):
     """Present only if the batch is not packed, and its models need it."""
     lengths: Tensor
     """``[B]``: tokens of each row without its padding. Present only if the batch is not packed."""
+    cu_seq_lens: Tensor
+    """``[S + 1]``, int32: where each of S conversations of one line begins, and the end."""
+    longest: int
+    """Tokens of the longest of them."""
     teacher_index: Tensor
     start: Tensor
     stop: Tensor
@@ -120,6 +124,8 @@ class Batch(TypedDict, total=False):
     teacher_position_ids: Tensor
     teacher_attention_mask: Tensor
     teacher_lengths: Tensor
+    teacher_cu_seq_lens: Tensor
+    teacher_longest: int
     teacher_number: Tensor
     teacher_chunk: Tensor
     teacher_conversation: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from conftest import (
     toy_tokenizer,
     with_flash_attention,
 )
+from potstill.data import BatchLayout, PairLayout
 from potstill.training import DistillationConfig, DistillationTrainer
 from potstill.training.cross_objective import ALIGNMENTS, OVER_CELLS
 
@@ -144,3 +146,62 @@ def test_one_model_of_two_with_variable_length_attention_uses_one_line(tmp_path:
     teacher = with_flash_attention(tiny_model())
     assert trainer(tmp_path, teacher=teacher, method="logits").objective.layout.one_line
     assert not trainer(tmp_path, teacher=teacher, method="text").objective.layout.one_line
+
+
+def varlen_attention(module: Any, query: Any, key: Any, value: Any, _: Any, **given: Any) -> Any:
+    """Attend within each conversation, whose bounds must be given, as a varlen kernel does."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    bounds, longest = given["cu_seq_lens_q"].tolist(), given["max_length_q"]
+    assert bounds == given["cu_seq_lens_k"].tolist()
+    assert longest == given["max_length_k"] == max(b - a for a, b in itertools.pairwise(bounds))
+    assert (bounds[-1], given["cu_seq_lens_q"].dtype) == (query.shape[2], torch.int32)
+    scaling = given.get("scaling")
+    parts = [
+        sdpa_attention_forward(
+            module, *(x[:, :, a:b] for x in (query, key, value)), None, scaling=scaling
+        )[0]
+        for a, b in itertools.pairwise(bounds)
+    ]
+    return torch.cat(parts, dim=1), None
+
+
+@pytest.mark.parametrize("method", ["logits", "cross"])
+def test_a_varlen_kernel_is_given_the_bounds_of_the_conversations(
+    tmp_path: Path, method: str
+) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register("flash_varlen", varlen_attention)
+    AttentionMaskInterface.register("flash_varlen", lambda *_, **__: None)
+    losses = []
+    for attention in ("sdpa", "flash_varlen"):
+        teacher, student = tiny_model(), tiny_model(layers=2, seed=1)
+        one = trainer(tmp_path, student, teacher=teacher, method=method)
+        if attention != "sdpa":
+            # The probe runs without bounds for padding, which such a kernel does not need.
+            for model in (teacher, student):
+                model.config._attn_implementation = attention
+            layout = BatchLayout(265, one_line=True, bounds=True)
+            one.objective.layout = PairLayout(layout, layout) if method == "cross" else layout
+        dataset, _ = one.objective.encode(conversations(5), max_length=128)
+        batch = one.objective.layout([dataset[i] for i in range(5)])
+        assert ("cu_seq_lens" in batch) == (attention != "sdpa")
+        with torch.no_grad():
+            losses.append(one.objective.summed_loss(student, batch))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_forward_that_takes_no_further_arguments_gets_no_bounds(tmp_path: Path) -> None:
+    teacher = with_flash_attention(tiny_model())
+    assert trainer(tmp_path, teacher=teacher, method="logits").objective.layout.bounds
+    forward = type(teacher).forward
+
+    class Bare(type(teacher)):  # type: ignore[misc]
+        def forward(self, input_ids: Any, position_ids: Any = None, use_cache: bool = False) -> Any:
+            return forward(self, input_ids, position_ids=position_ids, use_cache=use_cache)
+
+    teacher.__class__ = Bare
+    layout = trainer(tmp_path, teacher=teacher, method="logits").objective.layout
+    assert layout.one_line
+    assert not layout.bounds

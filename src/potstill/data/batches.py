@@ -157,16 +157,20 @@ class BatchLayout:
     longest first). Each conversation counts its positions from 0; without an attention mask
     transformers then lets no token attend to another conversation. ``one_line``: one row without
     padding, good for variable-length attention kernels and bad for dense masks, whose cost is
-    quadratic in the row. Not packed, or where packing saves hardly a row: one conversation a row,
-    padded at its end, with ``lengths`` and, unless ``masked`` is off, an attention mask. Without a
-    mask attention can use its fastest kernels: of causal attention, nothing before the padding
-    depends on it (`potstill.models.isolation`).
+    quadratic in the row. With ``bounds`` the kernels are given where conversations begin
+    (``cu_seq_lens``, ``longest``); otherwise each layer computes it from the positions.
+
+    Not packed, or where packing saves hardly a row: one conversation a row, padded at its end, with
+    ``lengths`` and, unless ``masked`` is off, an attention mask. Without a mask attention can use
+    its fastest kernels: of causal attention, nothing before the padding depends on it
+    (`potstill.models.isolation`).
     """
 
     pad_token_id: int
     packed: bool = True
     one_line: bool = False
     masked: bool = True
+    bounds: bool = False
 
     def __call__(self, rows: list[Encoded], *, more: tuple[str, ...] = ()) -> Batch:
         """Return ``input_ids``, ``labels``, ``position_ids`` ``[B, T]``.
@@ -183,7 +187,7 @@ class BatchLayout:
         if not is_packed:
             packed_rows = unpacked
         padding = {"input_ids": self.pad_token_id, "labels": IGNORED, **dict.fromkeys(more, -1)}
-        batch = {}
+        batch: dict[str, Any] = {}
         for name, value in padding.items():
             columns = [[i for row in packed_row for i in row[name]] for packed_row in packed_rows]
             batch[name] = _padded(columns, length, value)
@@ -191,6 +195,10 @@ class BatchLayout:
         batch["position_ids"] = torch.tensor([positions(one, length) for one in packed_rows])
         # No position predicts the first token, even if the row was made by another tool.
         batch["labels"].masked_fill_(batch["position_ids"] == 0, IGNORED)
+        if self.one_line and self.bounds and is_packed:
+            ends = itertools.accumulate(len(row["input_ids"]) for row in packed_rows[0])
+            batch["cu_seq_lens"] = torch.tensor([0, *ends], dtype=torch.int32)
+            batch["longest"] = max(sizes)
         if not is_packed:
             batch["lengths"] = torch.tensor(sizes)
             if self.masked:

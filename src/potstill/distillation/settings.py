@@ -107,6 +107,10 @@ class DistillSettings(Reading):
     quantize_teacher: str | None = None
     """8bit or 4bit: quantize the weights of the teacher, except its LM head (needs
     potstill[quantize])."""
+    attention: str | None = None
+    """The attention implementation of both models, as transformers names it: sdpa (the default),
+    eager, flash_attention_2, flash_attention_3, or a kernel of the hub. Flash attention packs
+    conversations without padding or mask."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     seed: int = 0
@@ -129,6 +133,11 @@ class DistillSettings(Reading):
         if not 0 < self.eval_fraction < 1:
             raise ConfigError(
                 f"eval_fraction {self.eval_fraction}: must be between 0 and 1, ends excluded"
+            )
+        if self.attention and "flash" in self.attention and self.precision == "fp32":
+            raise ConfigError(
+                f"attention {self.attention} with precision fp32: it computes in 16 bits; "
+                "use --precision bf16, or another attention"
             )
         check_kind(self.quantize_teacher)
         check_lora(self.lora, self.lora_alpha)

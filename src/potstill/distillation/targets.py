@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from potstill.data import tokenize_conversations
@@ -30,7 +31,7 @@ from potstill.teachers.quantization_cost import ExactStates, known_quantization,
 
 def opener_of(settings: DistillSettings) -> ModelOpener:
     """Return how this run opens its teacher and, for evaluation, its students."""
-    return ModelOpener.of(settings)
+    return replace(ModelOpener.of(settings), attention=settings.attention)
 
 
 def teacher_opener(settings: DistillSettings) -> ModelOpener:
@@ -47,7 +48,7 @@ def teacher_opener(settings: DistillSettings) -> ModelOpener:
             f"{settings.teacher}: not a model in this process, so it cannot be quantized here; "
             f"give --quantize-teacher to potstill {maker}"
         )
-    return ModelOpener.of_teacher(settings)
+    return replace(ModelOpener.of_teacher(settings), attention=settings.attention)
 
 
 def capture_missing(settings: DistillSettings, conversations: list[dict[str, Any]]) -> None:

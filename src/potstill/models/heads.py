@@ -9,6 +9,7 @@ and for every architecture with output embeddings.
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
 from typing import Any, cast
@@ -27,13 +28,17 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 def model_inputs(batch: Batch) -> Batch:
-    """Return the columns of a batch that a model's forward takes."""
-    return cast(Batch, {name: column for name, column in batch.items() if name in MODEL_INPUTS})
+    """Return the columns of a batch that a model's forward takes, by the forward's names."""
+    columns: dict[str, Any] = {name: batch.get(name) for name in MODEL_INPUTS if name in batch}
+    if "cu_seq_lens" in batch:
+        columns["cu_seq_lens_q"] = columns["cu_seq_lens_k"] = batch["cu_seq_lens"]
+        columns["max_length_q"] = columns["max_length_k"] = batch["longest"]
+    return cast(Batch, columns)
 
 
 def teacher_inputs(batch: Batch) -> Batch:
     """Return the columns of a batch that a `potstill.teachers.Teacher` takes."""
-    names = (*MODEL_INPUTS, "labels", "lengths")
+    names = (*MODEL_INPUTS, "labels", "lengths", "cu_seq_lens", "longest")
     return cast(Batch, {name: column for name, column in batch.items() if name in names})
 
 
@@ -42,10 +47,23 @@ def has_variable_length(model: nn.Module | CausalLM) -> bool:
     return "flash" in str(getattr(unwrapped(model).config, "_attn_implementation", ""))
 
 
+def takes_bounds(model: nn.Module | CausalLM) -> bool:
+    """Return whether the model's forward passes further arguments on to its attention."""
+    inner = unwrapped(model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    parameters = inspect.signature(inner.forward).parameters.values()
+    return any(one.kind is one.VAR_KEYWORD for one in parameters)
+
+
 def on_device(batch: Batch, device: torch.device | str) -> Batch:
     """Return the batch with every column on ``device``."""
-    columns = cast(dict[str, Tensor], batch)
-    return cast(Batch, {name: column.to(device) for name, column in columns.items()})
+    return cast(
+        Batch,
+        {
+            name: column.to(device) if isinstance(column, Tensor) else column
+            for name, column in batch.items()
+        },
+    )
 
 
 def hidden_states(model: nn.Module | CausalLM, inputs: Batch) -> Tensor:

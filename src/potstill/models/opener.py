@@ -58,6 +58,8 @@ class ModelOpener:
     """The date that chat templates write, as YYYY-MM-DD; None is the current date."""
     quantize: str | None = None
     """8bit or 4bit: quantize a teacher while it is opened."""
+    attention: str | None = None
+    """The attention implementation, as transformers names it; None is its default."""
 
     @classmethod
     def of(cls, settings: OpeningSettings) -> ModelOpener:
@@ -94,6 +96,7 @@ class ModelOpener:
             device=self.device,
             trust_remote_code=self.trust_remote_code,
             quantize=self.quantize,
+            attention=self.attention,
             max_memory=max_memory,
         )
         return model, self._with_template(tokenizer)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from potstill.errors import ChatTemplateError, ConfigError, ModelNotFound
 from potstill.models.adapters import Adapter, adapter_at, merged
+from potstill.models.attention import attention_of
 from potstill.models.explained import Source as Source
 from potstill.models.explained import readable_errors
 from potstill.models.files import check_folder, check_settings
@@ -46,6 +47,7 @@ def load_model(
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
     quantize: str | None = None,
+    attention: str | None = None,
     max_memory: dict[Any, int] | None = None,
 ) -> tuple[Any, Any]:
     """Open a causal language model and its tokenizer, in evaluation mode.
@@ -53,11 +55,13 @@ def load_model(
     ``source`` is a hub id, a folder, a ``.gguf`` file, or ``demo`` (SmolLM2-135M-Instruct). A LoRA
     adapter is merged into its base model. ``dtype`` is ``float32``, ``bfloat16``, ``float16`` or
     ``auto`` (as saved); ``device`` is ``cpu``, ``cuda``, ``mps``, or ``auto`` (the best available).
-    ``quantize`` is ``8bit`` or ``4bit``: not for models that are trained. ``max_memory`` are the
-    bytes of several devices, over which a model with quantized weights is then spread.
+    ``quantize`` is ``8bit`` or ``4bit``: not for models that are trained. ``attention`` is
+    transformers' ``attn_implementation``. ``max_memory`` are the bytes of several devices, over
+    which a model with quantized weights is then spread.
 
-    Raises: ModelNotFound, UnsafeWeights, ModelError; ConfigError for a wrong dtype or device, or a
-    quantization whose package is not installed; ChatTemplateError for a template that is not Jinja.
+    Raises: ModelNotFound, UnsafeWeights, ModelError; ConfigError for a wrong dtype or device, or an
+    attention or quantization whose package is not installed; ChatTemplateError for a template that
+    is not Jinja.
     """
     # Check the settings before the slow imports.
     torch_dtype = _torch_dtype(dtype)
@@ -75,6 +79,7 @@ def load_model(
         opening["max_memory"] = max_memory
     if quantize:
         opening |= quantizing(quantize, torch_dtype)
+    opening |= attention_of(source, config, attention)
     with readable_errors(source), quantizing_errors(source, quantize, target):
         model = _open_weights(source, location, opening)
         model = (model if quantize or saved else model.to(target)).eval()

@@ -23,7 +23,7 @@ from potstill.errors import ConfigError, ModelError, ServerError
 from potstill.losses import Head
 from potstill.models import ModelOpener
 from potstill.models.gguf import cache_folder
-from potstill.models.heads import model_inputs
+from potstill.models.heads import MODEL_INPUTS
 from potstill.models.vocabulary import highest_id
 from potstill.protocols import Batch, Tokenizer
 from potstill.teachers.ahead import RequestsAhead
@@ -107,7 +107,12 @@ class ServedTeacher:
         is_last = chosen.flip(1).cumsum(1).flip(1) == 0
         ids = ids.masked_fill(is_last & (ids >= self.facts["embedding_rows"]), 0)
         columns = cast(
-            dict[str, Tensor], {**model_inputs(batch), "input_ids": ids, "chosen": chosen}
+            dict[str, Tensor],
+            {
+                **{name: column for name, column in batch.items() if name in MODEL_INPUTS},
+                "input_ids": ids,
+                "chosen": chosen,
+            },
         )
         return save({name: column.cpu().contiguous() for name, column in columns.items()})
 

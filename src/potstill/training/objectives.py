@@ -23,6 +23,7 @@ from potstill.models.heads import (
     model_inputs,
     on_device,
     supervised,
+    takes_bounds,
     teacher_inputs,
     trainable_head,
 )
@@ -191,7 +192,10 @@ def _layout(models: list[CausalLM], tokenizer: Tokenizer, packed: bool) -> Batch
     # Variable-length attention separates conversations only within a single row.
     one_line = any(map(has_variable_length, models))
     # The weights of other processes may not have been loaded yet (FSDP).
-    seen = broadcast_from_main([isolation(model, one_row=one_line) for model in models])
+    bounds = one_line and all(map(takes_bounds, models))
+    seen = broadcast_from_main(
+        [isolation(model, one_row=one_line, bounds=bounds) for model in models]
+    )
     for model, found in zip(models, seen, strict=True):
         if packed and not found.packed:
             print_main(
@@ -201,4 +205,5 @@ def _layout(models: list[CausalLM], tokenizer: Tokenizer, packed: bool) -> Batch
     packed = packed and all(found.packed for found in seen)
     pad = min(padding_id(tokenizer, model) for model in models)
     masked = not all(found.padded for found in seen)
-    return BatchLayout(pad, packed, one_line=packed and one_line, masked=masked)
+    one_line = packed and one_line
+    return BatchLayout(pad, packed, one_line=one_line, masked=masked, bounds=bounds)
