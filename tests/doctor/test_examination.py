@@ -248,6 +248,19 @@ def test_the_same_tokens_split_differently_are_noted(folder: Folder, data: str) 
     assert "20 of 20 conversations" in note
 
 
+def test_quick_check_notes_that_the_teacher_reads_a_template_that_is_not_its_own() -> None:
+    """Before a run: on-policy, the teacher would correct answers in a format it does not know."""
+    own = toy_tokenizer()
+    other_words = str(own.chat_template) + "{{ '' }}"
+    for template in (other_words, None):
+        assert quick_check(toy_tokenizer(chat_template=template), own, "logits") is None
+    changed = toy_tokenizer(chat_template="Be kind. " + str(own.chat_template))
+    assert "the teacher reads the student's" in (quick_check(changed, own, "logits") or "")
+    assert quick_check(changed, own, "cross") == quick_check(own, own, "cross")
+    refusing = toy_tokenizer(chat_template="{{ raise_exception('no') }}")
+    assert quick_check(refusing, own, "logits") is None
+
+
 def test_quick_check_raises_for_impossible_pairs_and_remarks_on_a_costlier_method() -> None:
     toy, other = toy_tokenizer(), sentencepiece_tokenizer()
     assert quick_check(toy, other, "text") is None

@@ -313,6 +313,17 @@ def test_a_student_that_cannot_end_is_refused(tmp_path: Path) -> None:
         )
 
 
+def test_a_teacher_that_ends_answers_with_another_token_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for template, noted in ((None, True), (toy_tokenizer().chat_template, False)):
+        own = toy_tokenizer(chat_template=template)
+        own.eos_token = "<|im_start|>"
+        teacher = LocalTeacher(tiny_model(), tokenizer=own)
+        trainer(tmp_path, teacher=teacher, **SETTINGS)
+        assert ("it will not be taught to stop" in capsys.readouterr().out) == noted
+
+
 def test_a_capture_cannot_read_new_text(tmp_path: Path) -> None:
     teacher = LocalTeacher(tiny_model())
     teacher.reads_new_text = False  # type: ignore[attr-defined]

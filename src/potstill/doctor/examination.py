@@ -34,7 +34,7 @@ from potstill.doctor.measured_text import MeasuredText, measure_text
 from potstill.doctor.notes import notes_on_pair, notes_on_run, notes_on_text
 from potstill.doctor.storage import storage
 from potstill.doctor.teacher_scores import score_teacher
-from potstill.errors import ConfigError, VocabularyMismatch
+from potstill.errors import ChatTemplateError, ConfigError, VocabularyMismatch
 from potstill.models import ModelOpener
 from potstill.models.quantized import check_kind, refuse_unopenable
 from potstill.protocols import Tokenizer
@@ -79,7 +79,13 @@ def quick_check(
         return None
     if method == "logits":
         shared_rows(teacher_tokenizer, student_tokenizer)
-        return None
+        by_teacher, by_student = map(_rendered, (teacher_tokenizer, student_tokenizer))
+        if None in (by_teacher, by_student) or by_teacher == by_student:
+            return None
+        return (
+            "note: the chat templates differ, and the teacher reads the student's, which it may "
+            "not know; potstill doctor --with-weights measures the effect"
+        )
     if compare_vocabularies(teacher_tokenizer, student_tokenizer).first_difference is None:
         return (
             "teacher and student have the same tokenizer: cross works and teaches the same, but "
@@ -91,6 +97,14 @@ def quick_check(
             "teacher and student have no token in common; use --method text instead"
         )
     return None
+
+
+def _rendered(tokenizer: Tokenizer) -> str | None:
+    """Return a short conversation in the tokenizer's chat template, None if it has none."""
+    try:
+        return render_answers(tokenizer, TALK).text if tokenizer.chat_template else None
+    except ChatTemplateError:  # only the student's is used, and is checked with the data
+        return None
 
 
 def examine(

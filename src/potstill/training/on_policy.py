@@ -30,7 +30,12 @@ from potstill.protocols import Batch
 from potstill.sampling import RefilledSampler, SampledRow, Sampling
 from potstill.teachers import KeptTeacher
 from potstill.teachers.captured import row_key
-from potstill.training.on_policy_checks import answer_ends, answerable, refuse_impossible
+from potstill.training.on_policy_checks import (
+    answer_ends,
+    answerable,
+    note_other_ends,
+    refuse_impossible,
+)
 from potstill.training.rollout_files import RolloutFiles
 from potstill.training.rollout_health import NUMBERS, RolloutHealth
 from potstill.training.rollout_rows import on_students_text
@@ -64,6 +69,7 @@ class OnPolicy:
         self.tokenizer, self.layout = objective.tokenizer, objective.layout
         self.prompts = answerable(dataset, args.max_length)
         self.ends = answer_ends(student, self.tokenizer, dataset)
+        note_other_ends(objective, self.ends)
         half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         self.copy = SamplingCopy(student, half)
         folder = args.rollouts_dir or Path(args.output_dir) / "rollouts"

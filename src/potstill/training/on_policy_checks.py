@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from potstill.alignment import special_ids
+from potstill.alignment.stop_tokens import stop_tokens
 from potstill.data.batches import Encoded
 from potstill.data.prompt_rows import answer_end, prompt_length
 from potstill.errors import ConfigError, DataError
@@ -62,6 +63,23 @@ def answerable(dataset: Any, max_length: int) -> list[int]:
             f"missing, or leave no room within {max_length} tokens"
         )
     return usable
+
+
+def note_other_ends(objective: Any, ends: set[int]) -> None:
+    """Print if a teacher with the student's tokens ends answers with none of the ids ``ends``.
+
+    It would then find every end of the student unlikely, and never teach it to stop.
+    """
+    teacher, student = objective.teacher.tokenizer, objective.tokenizer
+    if teacher is None or hasattr(objective, "alignment"):  # across tokenizers, ends are aligned
+        return
+    own = set(stop_tokens(teacher))
+    if own and own.isdisjoint(ends):
+        names = [", ".join(student.convert_ids_to_tokens(sorted(ids))) for ids in (own, ends)]
+        print_main(
+            f"note: the teacher ends an answer with {names[0]}, the student with {names[1]}: it "
+            "will not be taught to stop; give both the same chat template and end token"
+        )
 
 
 def answer_ends(student: Any, tokenizer: Any, dataset: Iterable[Encoded]) -> set[int]:
