@@ -17,6 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # more threads are slower for tiny models
 
 CHROMIUM = (

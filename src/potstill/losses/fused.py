@@ -32,6 +32,7 @@ from potstill.losses.closed_forms import (
 )
 from potstill.losses.divergences import DIVERGENCES, Divergence
 from potstill.losses.fused_gradients import FusedLinear, Score
+from potstill.losses.kernels import kernels_for
 from potstill.losses.projection import CallableHead, Head, Projection
 
 DivergenceFunction = Callable[..., Tensor]
@@ -69,20 +70,21 @@ def fused_linear_divergence(
     _check_pair(student_hidden, student, teacher_hidden, teacher)
     _check_labels(labels, student_hidden, hard_label_weight)
     compare = closed_form(
-        divergence, divergence_parameters, temperature=temperature, compiled=compiled
+        divergence,
+        divergence_parameters,
+        temperature=temperature,
+        hard_label_weight=hard_label_weight,
+        compiled=compiled,
     )
     projection = Projection(teacher_hidden, teacher, observed=labels, chunk_tokens=chunk_tokens)
 
     def score(logits: Tensor, positions: slice) -> LossAndGradient:
+        teacher_logits = projection.logits(positions)
         if labels is None or not hard_label_weight:
-            return compare(projection.logits(positions), logits)
+            return compare(teacher_logits, logits)
         # A label beyond the shared vocabulary has no probability here: use the divergence alone.
         shared = labels[positions] < len(student)
-        hard, hard_gradient = cross_entropy(labels[positions].where(shared, 0), logits.clone())
-        soft, soft_gradient = compare(projection.logits(positions), logits)
-        weight = hard_label_weight * shared.to(soft.dtype)
-        gradient = torch.lerp(soft_gradient, hard_gradient, weight[:, None])
-        return torch.lerp(soft, hard, weight), gradient
+        return compare(teacher_logits, logits, labels[positions].where(shared, -1))
 
     return fused_linear_loss(
         student_hidden, student, score, observed=labels, weights=weights, chunk_tokens=chunk_tokens
@@ -101,7 +103,9 @@ def fused_linear_cross_entropy(
     _check_labels(labels, student_hidden)
 
     def score(logits: Tensor, positions: slice) -> LossAndGradient:
-        return cross_entropy(labels[positions], logits)
+        rows = kernels_for(logits)
+        computing = cross_entropy if rows is None else rows.cross_entropy
+        return computing(labels[positions], logits)
 
     head = as_head(student_head)
     return fused_linear_loss(
@@ -114,19 +118,23 @@ def closed_form(
     parameters: Mapping[str, float],
     *,
     temperature: float = 1.0,
+    hard_label_weight: float = 0.0,
     compiled: bool = False,
-) -> Callable[[Tensor, Tensor], LossAndGradient]:
+) -> Callable[..., LossAndGradient]:
     """Return a function: teacher and student logits → loss and gradient, at ``temperature``.
 
-    It may overwrite both logits. ``parameters`` of other divergences are ignored.
+    It may overwrite both logits. With ``labels [b]`` as third argument it mixes in
+    ``hard_label_weight`` of cross-entropy at temperature 1; a negative label has none.
+    ``parameters`` of other divergences are ignored.
     Raises: ValueError for an unknown divergence or a parameter or temperature out of range.
     """
     value_and_gradient, own_parameters = resolve_divergence(divergence, parameters)
     if compiled:
         value_and_gradient = _compiled(value_and_gradient)
     temperature = positive_temperature(temperature)
+    has_kernel = isinstance(divergence, str) and not compiled
 
-    def compare(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGradient:
+    def softened(teacher_logits: Tensor, student_logits: Tensor) -> LossAndGradient:
         if temperature == 1.0:
             return value_and_gradient(teacher_logits, student_logits, **own_parameters)
         loss, gradient = value_and_gradient(
@@ -134,7 +142,34 @@ def closed_form(
         )
         return loss, gradient.div_(temperature)
 
+    def compare(
+        teacher_logits: Tensor, student_logits: Tensor, labels: Tensor | None = None
+    ) -> LossAndGradient:
+        rows = kernels_for(teacher_logits, student_logits) if has_kernel else None
+        if rows is not None:
+            found: LossAndGradient = rows.divergence(
+                divergence,
+                teacher_logits,
+                student_logits,
+                parameter=next(iter(own_parameters.values()), 0.0),
+                temperature=temperature,
+                labels=labels,
+                hard_label_weight=hard_label_weight,
+            )
+            return found
+        if labels is None:
+            return softened(teacher_logits, student_logits)
+        hard = cross_entropy(labels.clamp_min(0), student_logits.clone())
+        soft = softened(teacher_logits, student_logits)
+        return _mixed(soft, hard, hard_label_weight * (labels >= 0).to(soft[0].dtype))
+
     return compare
+
+
+def _mixed(soft: LossAndGradient, hard: LossAndGradient, weight: Tensor) -> LossAndGradient:
+    """Return (1 − weight)·soft + weight·hard, of both parts; ``weight [b]``."""
+    gradient = torch.lerp(soft[1], hard[1], weight[:, None])
+    return torch.lerp(soft[0], hard[0], weight), gradient
 
 
 def resolve_divergence(

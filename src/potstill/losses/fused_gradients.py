@@ -43,7 +43,9 @@ class FusedLinear(torch.autograd.Function):
             total += loss.sum()
             if any(needs):
                 gradient = gradient if derivative is None else gradient * derivative
-                projection.product(positions).copy_(gradient)
+                product = projection.product(positions)
+                if product.data_ptr() != gradient.data_ptr():  # a kernel may have written it there
+                    product.copy_(gradient)
                 if positions.stop == projection.stop:
                     gradients.add_chunk()
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)

@@ -149,7 +149,7 @@ class Projection:
         self.observed = observed if self.buffer_dtype in half else None
         budget = GRADIENT_BYTES if gradients else LOGITS_BYTES
         self.chunk = chunk_tokens or _chunk_size(len(head), self.hidden, self.buffer_dtype, budget)
-        size = min(self.chunk, len(hidden))
+        size = 0 if self.wide_products else min(self.chunk, len(hidden))
         self.buffer = self.hidden.new_empty(size, len(head), dtype=self.buffer_dtype)
         self.start = self.stop = 0
 
@@ -183,6 +183,10 @@ class Projection:
     def _project(self, start: int, stop: int) -> None:
         self.start, self.stop = start, min(stop, len(self.hidden))
         positions = slice(self.start, self.stop)
+        if self.wide_products:
+            self.buffer = self.buffer[:0]  # freed before the next is made
+            self.buffer = torch.mm(self.hidden[positions], self.weight.T, out_dtype=torch.float32)
+            return
         if self.stop - self.start > len(self.buffer):  # the caller asked for more than a chunk
             self.buffer = self.buffer.new_empty(self.stop - self.start, len(self.head))
         buffer, hidden, weight = self.product(positions), self.hidden[positions], self.weight.T
@@ -191,8 +195,6 @@ class Projection:
         elif self.observed is not None:
             self.anchors = self._largest_logit(hidden, self.observed[positions])
             torch.addmm(buffer.copy_(-self.anchors), hidden, weight, out=buffer)
-        elif self.wide_products:
-            buffer.copy_(torch.mm(hidden, weight, out_dtype=torch.float32))
         else:
             torch.mm(hidden, weight, out=buffer)
 
