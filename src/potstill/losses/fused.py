@@ -123,9 +123,8 @@ def closed_form(
 ) -> Callable[..., LossAndGradient]:
     """Return a function: teacher and student logits → loss and gradient, at ``temperature``.
 
-    It may overwrite both logits. With ``labels [b]`` as third argument it mixes in
-    ``hard_label_weight`` of cross-entropy at temperature 1; a negative label has none.
-    ``parameters`` of other divergences are ignored.
+    It may overwrite both logits. ``labels [b]`` as third argument mix in ``hard_label_weight`` of
+    cross-entropy at temperature 1; a negative one has none. Unknown ``parameters`` are ignored.
     Raises: ValueError for an unknown divergence or a parameter or temperature out of range.
     """
     value_and_gradient, own_parameters = resolve_divergence(divergence, parameters)
