@@ -92,6 +92,19 @@ def _terms(log_p, log_q, p, q, weight, MODE: tl.constexpr):
 
 
 @triton.jit
+def _soft_gradient(gap, log_p, log_q, p, q, weight, expected, total, MODE: tl.constexpr):
+    """Return u − p·Σu. ``gap`` is s − t."""
+    if MODE == FORWARD_KL:
+        gradient = p - q
+    elif MODE == REVERSE_KL:
+        gradient = p * (gap - expected)
+    else:
+        _, u = _terms(log_p, log_q, p, q, weight, MODE)
+        gradient = u - p * total
+    return gradient
+
+
+@triton.jit
 def _normalizers(
     s_row, t_row, V, inverse_temperature, MODE: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -180,9 +193,7 @@ def divergence_kernel(
         loss, total = _sums(
             s_row, t_row, V, inverse_temperature, s_max, s_log, t_max, t_log, weight, MODE, BLOCK
         )
-    label = -1
-    share = 0.0
-    hard_loss = 0.0
+    label, share, hard_loss = -1, 0.0, 0.0
     if HARD:
         label = tl.load(labels + number)
         share = tl.where(label >= 0, hard, 0.0)
@@ -197,14 +208,8 @@ def divergence_kernel(
         s, t = raw * inverse_temperature, _logits(t_row, at, inside) * inverse_temperature
         log_p, log_q = s - s_max - s_log, t - t_max - t_log
         p, q = tl.where(inside, tl.exp(log_p), 0.0), tl.where(inside, tl.exp(log_q), 0.0)
-        if MODE == FORWARD_KL:
-            f_sum += q * (log_q - log_p)
-            gradient = p - q
-        elif MODE == REVERSE_KL:
-            gradient = p * (s - t - expected)
-        else:
-            _, u = _terms(log_p, log_q, p, q, weight, MODE)
-            gradient = u - p * total
+        f_sum += q * (log_q - log_p)  # forward KL
+        gradient = _soft_gradient(s - t, log_p, log_q, p, q, weight, expected, total, MODE)
         gradient = gradient * inverse_temperature
         if HARD:
             own = tl.exp(raw - own_max - own_log) if TEMPERED else p
