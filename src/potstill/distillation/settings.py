@@ -19,7 +19,7 @@ class DistillSettings(Reading):
 
     teacher: str
     """Hub id, model folder, GGUF file, demo, the folder of a capture, or the address of a
-    server (http://HOST:PORT)."""
+    server: http://HOST:PORT of potstill serve, vllm+http://HOST:PORT of vLLM."""
     student: str
     """The same, for the model to train. It is not changed: the trained student is written to
     OUTPUT_DIR/student."""

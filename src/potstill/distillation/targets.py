@@ -17,10 +17,12 @@ from potstill.processes import broadcast_from_main, is_main_process, print_main
 from potstill.teachers import (
     LOCAL,
     SERVED,
+    VLLM,
     LocalTeacher,
     LossSettings,
     ServedTeacher,
     Teacher,
+    VLLMTeacher,
     capture_conversations,
     captured_keep,
     open_teacher,
@@ -43,10 +45,13 @@ def teacher_opener(settings: DistillSettings) -> ModelOpener:
     if settings.quantize_teacher is None or settings.teacher_model is not None:
         return opener_of(settings)
     if teacher_kind(settings.teacher) is not LOCAL:
-        maker = "serve" if teacher_kind(settings.teacher) is SERVED else "capture"
+        makers = {SERVED: "give --quantize-teacher to potstill serve", VLLM: "let vLLM quantize it"}
+        need = makers.get(
+            teacher_kind(settings.teacher), "give --quantize-teacher to potstill capture"
+        )
         raise ConfigError(
             f"{settings.teacher}: not a model in this process, so it cannot be quantized here; "
-            f"give --quantize-teacher to potstill {maker}"
+            f"{need}"
         )
     return replace(ModelOpener.of_teacher(settings), attention=settings.attention)
 
@@ -56,7 +61,7 @@ def capture_missing(settings: DistillSettings, conversations: list[dict[str, Any
 
     Raises: ConfigError if ``teacher`` is a server.
     """
-    if teacher_kind(settings.teacher) is SERVED:
+    if teacher_kind(settings.teacher) in (SERVED, VLLM):
         raise ConfigError(
             f"{settings.teacher}: a server computes what it is asked; leave out --teacher-model, "
             "which fills the folder of a capture"
@@ -133,6 +138,11 @@ def require_targets(
                 "states; capture with --keep states"
             )
         teacher.require(dataset, loss)
+        if isinstance(teacher, VLLMTeacher):
+            print_main(
+                f"note: the teacher gives its {teacher.top_k} most likely tokens; the divergence "
+                "over these and the rest is a lower bound, here and in the report"
+            )
     if teacher.tokenizer is not None:
         rows, _ = tokenize_conversations(
             held_out, teacher.tokenizer, max_length=settings.max_length

@@ -160,12 +160,14 @@ def closed_form(
             return softened(teacher_logits, student_logits)
         hard = cross_entropy(labels.clamp_min(0), student_logits.clone())
         soft = softened(teacher_logits, student_logits)
-        return _mixed(soft, hard, hard_label_weight * (labels >= 0).to(soft[0].dtype))
+        return with_hard_labels(soft, hard, hard_label_weight * (labels >= 0).to(soft[0].dtype))
 
     return compare
 
 
-def _mixed(soft: LossAndGradient, hard: LossAndGradient, weight: Tensor) -> LossAndGradient:
+def with_hard_labels(
+    soft: LossAndGradient, hard: LossAndGradient, weight: Tensor
+) -> LossAndGradient:
     """Return (1 − weight)·soft + weight·hard, of both parts; ``weight [b]``."""
     gradient = torch.lerp(soft[1], hard[1], weight[:, None])
     return torch.lerp(soft[0], hard[0], weight), gradient

@@ -31,8 +31,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from potstill.losses.closed_forms import LOWEST, LossAndGradient, finite
-from potstill.losses.fused import DivergenceFunction, as_head, closed_form, fused_linear_loss
+from potstill.losses.closed_forms import LOWEST, LossAndGradient, cross_entropy, finite
+from potstill.losses.fused import (
+    DivergenceFunction,
+    as_head,
+    closed_form,
+    fused_linear_loss,
+    with_hard_labels,
+)
 from potstill.losses.projection import Head
 
 
@@ -106,12 +112,17 @@ def on_support(
 
 
 class TopKPartition:
-    """Make each of the tokens ``ids [b, k]`` a cell, and all other tokens cell number k."""
+    """Make each of the tokens ``ids [b, k]`` a cell, and all other tokens cell number k.
+
+    A negative id is no token: its cell is empty.
+    """
 
     def __init__(self, ids: Tensor, vocabulary: int) -> None:
         self.count = ids.shape[-1] + 1
-        self.cells = torch.full((len(ids), vocabulary), self.count - 1, device=ids.device)
-        self.cells.scatter_(-1, ids, torch.arange(self.count - 1, device=ids.device).expand_as(ids))
+        cells = torch.full((len(ids), vocabulary + 1), self.count - 1, device=ids.device)
+        numbers = torch.arange(self.count - 1, device=ids.device).expand_as(ids)
+        cells.scatter_(-1, ids.where(ids >= 0, vocabulary), numbers)
+        self.cells = cells[:, :vocabulary]
 
     def pool(self, values: Tensor) -> Tensor:
         """Sum over the tokens of each cell: ``[b, V]`` → ``[b, k + 1]``."""
@@ -131,21 +142,51 @@ def fused_linear_topk(
     *,
     divergence: str | DivergenceFunction = "forward_kl",
     within_weight: float = 1.0,
+    hard_label_weight: float = 0.0,
+    smallest_rest: float = 0.0,
     chunk_tokens: int | None = None,
     **divergence_parameters: float,
 ) -> Tensor:
     """Return the loss towards k teacher log-probabilities per token, summed: a scalar in nats.
 
     ``ids [N, k]`` are distinct tokens, ``log_probabilities [N, k]`` the teacher's, ``labels [N]``
-    the tokens of the text. The remaining mass is one cell, in which the loss is cross-entropy. If
-    the text was sampled from the teacher, the expected gradient is that of the whole distribution;
-    dropping the rest or renormalizing would be biased. k = V is the whole distribution.
+    the tokens of the text. A negative id is no token; its log-probability must be −inf. The
+    remaining mass is one cell, in which the loss is cross-entropy. If the text was sampled from the
+    teacher, the expected gradient is that of the whole distribution; dropping the rest or
+    renormalizing would be biased. k = V is the whole distribution.
+
+    ``hard_label_weight`` of cross-entropy on the text is mixed in. A label beyond the student's
+    head has no cross-entropy. ``smallest_rest`` is the least mass of the remaining tokens, if there
+    are any: log-probabilities that were rounded may sum to 1, and reverse KL would be infinite.
 
     Raises: ValueError if shapes do not fit, for an unknown divergence, or if the probabilities of a
     token sum to more than 1.
     """
     head = as_head(student_head)
     _check_shapes(student_hidden, ids, log_probabilities, labels)
+    masses = _masses(log_probabilities, ids, len(head), smallest_rest)
+    compare = closed_form(divergence, divergence_parameters)
+    shared = labels < len(head)
+    # The loss within the cell of a kept token is 0: the choice for a label that is not shared.
+    text = labels.where(shared, ids.amax(-1).clamp_min(0) if ids.shape[-1] else 0)
+
+    def score(logits: Tensor, positions: slice) -> LossAndGradient:
+        partition, observed = TopKPartition(ids[positions], len(head)), text[positions]
+        cells = partition.cells.gather(-1, observed[:, None]).squeeze(-1)
+        hard = cross_entropy(observed, logits.clone()) if hard_label_weight else None
+        loss = functools.partial(partition_loss, compare, masses[positions], logits, partition)
+        soft = loss(observed, cells, within_weight=within_weight)
+        if hard is None:
+            return soft
+        return with_hard_labels(soft, hard, hard_label_weight * shared[positions].to(masses.dtype))
+
+    return fused_linear_loss(
+        student_hidden, head, score, observed=labels, chunk_tokens=chunk_tokens
+    )
+
+
+def _masses(log_probabilities: Tensor, ids: Tensor, rows: int, smallest_rest: float) -> Tensor:
+    """Return the masses of the k tokens and of the rest, ``[N, k + 1]``. Raises: ValueError."""
     kept = log_probabilities.to(torch.promote_types(log_probabilities.dtype, torch.float32)).exp()
     rest = 1 - kept.sum(-1, keepdim=True)
     if bool((rest < -1e-3).any()):
@@ -153,20 +194,8 @@ def fused_linear_topk(
             "log_probabilities: the probabilities at a position sum to more than 1; give the "
             "teacher's own log-probabilities, not renormalized ones"
         )
-    if ids.shape[-1] == len(head):  # the rest is only rounding error
-        rest = torch.zeros_like(rest)
-    masses = torch.cat([kept, rest.clamp_min(0)], -1)
-    compare = closed_form(divergence, divergence_parameters)
-
-    def score(logits: Tensor, positions: slice) -> LossAndGradient:
-        partition, observed = TopKPartition(ids[positions], len(head)), labels[positions]
-        cells = partition.cells.gather(-1, observed[:, None]).squeeze(-1)
-        loss = functools.partial(partition_loss, compare, masses[positions], logits, partition)
-        return loss(observed, cells, within_weight=within_weight)
-
-    return fused_linear_loss(
-        student_hidden, head, score, observed=labels, chunk_tokens=chunk_tokens
-    )
+    is_whole = (ids >= 0).sum(-1, keepdim=True) == rows  # the rest is only rounding error
+    return torch.cat([kept, rest.clamp_min(smallest_rest).masked_fill(is_whole, 0)], -1)
 
 
 def _check_shapes(hidden: Tensor, ids: Tensor, log_probabilities: Tensor, labels: Tensor) -> None:

@@ -30,6 +30,9 @@ from potstill.teachers.targets import LogitsTarget as LogitsTarget
 from potstill.teachers.targets import LossSettings as LossSettings
 from potstill.teachers.targets import StatesTarget as StatesTarget
 from potstill.teachers.targets import Target as Target
+from potstill.teachers.top_k import TopKTarget as TopKTarget
+from potstill.teachers.vllm import VLLMTeacher as VLLMTeacher
+from potstill.teachers.vllm import is_vllm, open_vllm, open_vllm_tokenizer
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ LOCAL = TeacherKind(
 )
 CAPTURED = TeacherKind("captured", is_capture, open_captured, open_captured_tokenizer)
 SERVED = TeacherKind("served", is_url, open_served, open_served_tokenizer)
-KINDS = [CAPTURED, SERVED, LOCAL]
+VLLM = TeacherKind("vllm", is_vllm, open_vllm, open_vllm_tokenizer)
+KINDS = [CAPTURED, SERVED, VLLM, LOCAL]
 """The first kind that matches a source opens it; keep LOCAL last."""
 
 
@@ -59,8 +63,8 @@ def teacher_kind(source: str) -> TeacherKind:
 
 
 def open_teacher(source: str | os.PathLike[str], **settings: Any) -> Teacher:
-    """Open a teacher: hub id, model folder, GGUF file, ``demo``, the folder of a capture or
-    the address of a server.
+    """Open a teacher: hub id, model folder, GGUF file, ``demo``, the folder of a capture, or
+    the address of a server of potstill (http://…) or vLLM (vllm+http://…).
 
     ``settings`` are those of `potstill.models.ModelOpener`: device, dtype, chat_template,
     trust_remote_code. Raises: as `potstill.load_model`.
@@ -84,6 +88,7 @@ __all__ = [
     "KINDS",
     "LOCAL",
     "SERVED",
+    "VLLM",
     "BaseOfStudent",
     "BlockScores",
     "CaptureCounts",
@@ -98,6 +103,8 @@ __all__ = [
     "Target",
     "Teacher",
     "TeacherKind",
+    "TopKTarget",
+    "VLLMTeacher",
     "as_teacher",
     "capture_conversations",
     "captured_date",

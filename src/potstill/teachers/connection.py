@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import ssl
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import httpx
 import tenacity
@@ -25,13 +27,34 @@ class _Unavailable(Exception):
     """No answer; another attempt may have one."""
 
 
-class Connection:
-    """A connection to `potstill serve` at ``url``. Every reply must have ``identity``, if set."""
+@dataclass(frozen=True)
+class ServerKind:
+    """What is known of the servers that a connection is made for."""
 
-    def __init__(self, url: str, patience_seconds: float) -> None:
-        self.url, self.patience_seconds = url, patience_seconds
+    command: str
+    """Starts one."""
+    not_this: str
+    """Says what to do if a server is of another kind."""
+    token_variables: tuple[str, ...]
+    """The environment variables that may hold its token; the first that is set is used."""
+    error_text: Callable[[httpx.Response], str | None]
+    """Return what a reply that is no success says; None if it is not of this kind of server."""
+
+
+def _own_error(reply: httpx.Response) -> str | None:
+    return " ".join(reply.text.split())[:200] if IDENTITY in reply.headers else None
+
+
+POTSTILL = ServerKind("potstill serve", NOT_OURS, (TOKEN_VARIABLE,), _own_error)
+
+
+class Connection:
+    """A connection to a server at ``url``. Every reply must have ``identity``, if set."""
+
+    def __init__(self, url: str, patience_seconds: float, *, kind: ServerKind = POTSTILL) -> None:
+        self.url, self.patience_seconds, self.kind = url, patience_seconds, kind
         self.identity: str | None = None
-        self._client = _client()
+        self._client = _client(kind.token_variables)
         weakref.finalize(self, self._client.close)
 
     def once(self, method: str, path: str) -> bytes:
@@ -40,7 +63,7 @@ class Connection:
             return self._request(method, path).content
         except _Unavailable as error:
             raise ServerError(
-                f"{self.url}: {error}; start it with potstill serve, or check the address"
+                f"{self.url}: {error}; start it with {self.kind.command}, or check the address"
             ) from None
 
     def patiently(self, method: str, path: str, body: bytes | None = None) -> bytes:
@@ -78,8 +101,8 @@ class Connection:
             raise _Unavailable(f"no answer ({str(error) or repr(error)})") from error
         if reply.status_code in (401, 403):
             raise ServerError(
-                f"{self.url}: refuses the token (status {reply.status_code}); set {TOKEN_VARIABLE} "
-                "to that of the server"
+                f"{self.url}: refuses the token (status {reply.status_code}); set "
+                f"{self.kind.token_variables[0]} to that of the server"
             )
         if reply.status_code in RETRIED:
             raise _Unavailable(f"status {reply.status_code}")
@@ -89,17 +112,18 @@ class Connection:
                 "same command again"
             )
         if not reply.is_success:
-            if IDENTITY not in reply.headers:
-                raise ServerError(f"{self.url}: {NOT_OURS} (status {reply.status_code})")
-            text = " ".join(reply.text.split())[:200]
+            text = self.kind.error_text(reply)
+            if text is None:
+                raise ServerError(f"{self.url}: {self.kind.not_this} (status {reply.status_code})")
             raise ServerError(f"{self.url}{path}: status {reply.status_code}: {text}")
         return reply
 
 
-def _client() -> httpx.Client:
-    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+def _client(token_variables: tuple[str, ...]) -> httpx.Client:
+    variable = next((name for name in token_variables if os.environ.get(name)), token_variables[0])
+    token = os.environ.get(variable, "").strip()
     if not (token.isascii() and token.isprintable()):  # httpx's own error would print it
-        raise ServerError(f"{TOKEN_VARIABLE}: holds a character that no token may have; set it")
+        raise ServerError(f"{variable}: holds a character that no token may have; set it")
     try:
         return httpx.Client(
             headers={"Authorization": f"Bearer {token}"} if token else {},

@@ -25,9 +25,9 @@ def refuse_impossible(args: Any, objective: Any, dataset: Any) -> None:
         )
     if not reads_new_text(teacher):
         raise ConfigError(
-            "on_policy: the teacher is a capture, which knows only the captured text and not what "
-            "the student writes; give the teacher itself or the address of potstill serve, or "
-            "leave out --on-policy"
+            "on_policy: the teacher is a capture, which knows only the captured text, or a vLLM "
+            "server, which gives only a few tokens of a distribution; give the teacher itself or "
+            "the address of potstill serve, or leave out --on-policy"
         )
     alignment = getattr(objective, "alignment", None)
     if alignment not in (None, "pieces", "cells", "push_forward"):
