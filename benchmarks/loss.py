@@ -311,7 +311,7 @@ def real(options: Any, dtype: torch.dtype) -> Inputs:
     """Return the states at supervised tokens of the demo's answers, of teacher and cut student."""
     from potstill import keep_layers, load_model
     from potstill.data import BatchLayout, read_conversations, tokenize_conversations
-    from potstill.models.heads import hidden_states, supervised
+    from potstill.models.heads import hidden_states, model_inputs, supervised
 
     teacher, tokenizer = load_model("demo", dtype="float32")
     student = keep_layers(teacher, 15)
@@ -321,7 +321,7 @@ def real(options: Any, dtype: torch.dtype) -> Inputs:
     layout, parts = BatchLayout(tokenizer.pad_token_id, packed=False), []
     for start in range(0, len(dataset), 16):
         batch = layout([dataset[i] for i in range(start, min(start + 16, len(dataset)))])
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        inputs = model_inputs(batch)
         with torch.no_grad():
             taught, labels = supervised(hidden_states(teacher, inputs), batch["labels"])
             parts.append(

@@ -238,7 +238,7 @@ def teacher_forward(options: Any) -> dict[str, float]:
     import torch
 
     from potstill.data import BatchLayout, tokenize_conversations
-    from potstill.models.heads import hidden_states, supervised
+    from potstill.models.heads import hidden_states, model_inputs, supervised
 
     teacher, _, tokenizer = pair()
     dataset, counts = tokenize_conversations(conversations(options), tokenizer)
@@ -248,9 +248,7 @@ def teacher_forward(options: Any) -> dict[str, float]:
         batch = layout([dataset[i] for i in range(start, start + BATCH)])
         begun = time.perf_counter()
         with torch.no_grad():
-            hidden = hidden_states(
-                teacher, {name: tensor for name, tensor in batch.items() if name != "labels"}
-            )
+            hidden = hidden_states(teacher, model_inputs(batch))
             supervised(hidden, batch["labels"])[0] @ teacher.get_output_embeddings().weight.T
         times.append(time.perf_counter() - begun)
     return {"seconds": statistics.mean(times[WARM_UP:]), "tokens": counts.tokens / len(times)}

@@ -1,4 +1,4 @@
-"""The Triton kernels, by Triton's interpreter, against the dense divergences in float64."""
+"""The Triton kernels against the dense divergences in float64: on a GPU, else interpreted."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from potstill.losses.records import DIVERGENCES
 
 pytest.importorskip("triton")
 NAMES = list(DIVERGENCES)
+DEVICE, CHOICE = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", "interpret")
 PARAMETERS = {"jensen_shannon": 0.3, "skew_forward_kl": 0.1, "skew_reverse_kl": 0.1}
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("POTSTILL_KERNELS", "interpret")
+    monkeypatch.setenv("POTSTILL_KERNELS", CHOICE)
 
 
 def logits(rows: int, vocabulary: int, *, spread: float = 4.0, seed: int = 0) -> Tensor:
-    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * spread
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(rows, vocabulary, generator=generator) * spread).to(DEVICE)
 
 
 def dense(
@@ -76,7 +78,7 @@ def test_loss_and_gradient_are_those_of_the_dense_divergence(name: str, vocabula
 @pytest.mark.parametrize("hard", [0.25, 1.0])
 def test_temperature_and_labels(name: str, temperature: float, hard: float) -> None:
     """The cross-entropy is at temperature 1; a negative label has none."""
-    labels = torch.tensor([3, -1, 299])
+    labels = torch.tensor([3, -1, 299], device=DEVICE)
     given = {"temperature": temperature, "labels": labels, "hard": hard}
     check(name, logits(3, 300), logits(3, 300, seed=1), **given)
 
@@ -105,7 +107,7 @@ def test_rows_may_be_parts_of_wider_ones(name: str) -> None:
 
 def test_a_token_without_probability() -> None:
     """Forward KL is infinite if the teacher has mass there, else nothing is NaN."""
-    rows = kernels_for(torch.zeros(1, 1))
+    rows = kernels_for(torch.zeros(1, 1, device=DEVICE))
     assert rows is not None
     teacher, student = logits(2, 50), logits(2, 50, seed=1)
     teacher[0, 3] = student[0, 3] = student[1, 4] = -torch.inf
@@ -119,9 +121,9 @@ def test_a_token_without_probability() -> None:
 
 @pytest.mark.parametrize("vocabulary", [2, 300, 5003])
 def test_cross_entropy(vocabulary: int) -> None:
-    rows = kernels_for(torch.zeros(1, 1))
+    rows = kernels_for(torch.zeros(1, 1, device=DEVICE))
     assert rows is not None
-    student, labels = logits(3, vocabulary), torch.tensor([0, 1, vocabulary - 1])
+    student, labels = logits(3, vocabulary), torch.tensor([0, 1, vocabulary - 1], device=DEVICE)
     own = student.double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(own, labels, reduction="none")
     (expected_gradient,) = torch.autograd.grad(expected.sum(), own)
@@ -131,20 +133,20 @@ def test_cross_entropy(vocabulary: int) -> None:
 
 
 def test_no_rows() -> None:
-    rows = kernels_for(torch.zeros(1, 1))
+    rows = kernels_for(torch.zeros(1, 1, device=DEVICE))
     assert rows is not None
-    loss, gradient = rows.divergence("forward_kl", torch.empty(0, 9), torch.empty(0, 9))
+    loss, gradient = rows.divergence("forward_kl", logits(0, 9), logits(0, 9))
     assert (loss.shape, gradient.shape) == ((0,), (0, 9))
 
 
 def test_which_logits_get_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = torch.zeros(2, 8)
+    one = torch.zeros(2, 8, device=DEVICE)
     assert kernels_for(one) is not None
     assert kernels_for(one.double()) is None
     assert kernels_for(one, one.T.contiguous().T) is None
     for choice in ("off", "auto"):
         monkeypatch.setenv("POTSTILL_KERNELS", choice)
-        assert kernels_for(one) is None
+        assert kernels_for(one.cpu()) is None
     monkeypatch.setenv("POTSTILL_KERNELS", "on")
     with pytest.raises(ValueError, match="must be one of auto, off, interpret"):
         kernels_for(one)

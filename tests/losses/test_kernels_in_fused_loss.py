@@ -1,4 +1,7 @@
-"""The fused losses give the same with Triton's kernels, interpreted, as with torch's operations."""
+"""The fused losses give the same with Triton's kernels as with torch's operations.
+
+On a GPU the kernels run there, else in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from potstill.losses.kernels import kernels_for
 from potstill.losses.records import DIVERGENCES
 
 pytest.importorskip("triton")
+DEVICE, CHOICE = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", "interpret")
 
 
 def loss_and_gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
@@ -26,7 +30,7 @@ def both_ways(
     monkeypatch: pytest.MonkeyPatch, loss: Callable[..., Tensor], *inputs: Tensor
 ) -> None:
     found = []
-    for choice in ("off", "interpret"):
+    for choice in ("off", CHOICE):
         monkeypatch.setenv("POTSTILL_KERNELS", choice)
         found.append(loss_and_gradients(loss, *inputs))
     for eager, kernel in zip(*found, strict=True):
@@ -35,7 +39,7 @@ def both_ways(
 
 def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator) for shape in shapes]
+    return [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -45,14 +49,21 @@ def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
         {},
         {"temperature": 2.0},
         {"hard_label_weight": 0.5},
-        {"hard_label_weight": 0.5, "temperature": 2.0, "weights": torch.tensor([0.5, 2.0] * 3)},
+        {
+            "hard_label_weight": 0.5,
+            "temperature": 2.0,
+            "weights": torch.tensor([0.5, 2.0] * 3, device=DEVICE),
+        },
     ],
     ids=["plain", "tempered", "labels", "all"],
 )
 def test_divergences(monkeypatch: pytest.MonkeyPatch, name: str, settings: dict[str, Any]) -> None:
     hidden, weight, teacher_hidden, teacher_weight = tensors((6, 8), (60, 8), (6, 12), (60, 12))
     if "hard_label_weight" in settings:
-        settings = {**settings, "labels": torch.tensor([1, 2, 59, 0, 70, 5])}  # 70 is not shared
+        settings = {
+            **settings,
+            "labels": torch.tensor([1, 2, 59, 0, 70, 5], device=DEVICE),
+        }  # 70 is not shared
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         return fused_linear_divergence(
@@ -77,7 +88,7 @@ def test_bias_scale_and_softcap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = tensors((6, 8), (60, 8))
-    labels = torch.tensor([1, 2, 59, 0, 7, 5])
+    labels = torch.tensor([1, 2, 59, 0, 7, 5], device=DEVICE)
     both_ways(monkeypatch, lambda *own: fused_linear_cross_entropy(*own, labels), hidden, weight)
 
 
