@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,6 +16,7 @@ from potstill.doctor.cost import (
     Plan,
     estimate,
     find_card,
+    loss_bytes,
     model_size,
 )
 from potstill.errors import ConfigError
@@ -119,6 +122,21 @@ def test_training_state_is_counted_by_the_parameter() -> None:
     cost = estimate("text", size, size, PLAN)
     assert cost.student_memory_bytes == 18 * size.parameters
     assert cost.disk_bytes == (12 * (KEPT_CHECKPOINTS + 1) + 4) * size.parameters
+
+
+def test_the_loss_takes_a_chunk_of_logits_and_the_gradient_of_the_head() -> None:
+    """Llama 3.2: half of the student's head in float32 is 525 MB, more than 256 MiB."""
+    small = model_size(tiny_model().config)
+    student = replace(small, vocabulary_rows=128_256, hidden_size=2048)
+    teacher = replace(small, vocabulary_rows=128_256, hidden_size=3072)
+    plan = replace(PLAN, largest_batch_tokens=8192)
+    chunk, head = 2 * 128_256 * 2048, 128_256 * 2048
+    assert loss_bytes(student, teacher, plan) == 2.5 * chunk + 4 * head
+    assert loss_bytes(student, None, plan) == 1.5 * chunk + 4 * head
+    large = replace(teacher, hidden_size=8192)  # projects four of the student's chunks at once
+    assert loss_bytes(student, large, plan) == 5.5 * chunk + 4 * head
+    few = replace(plan, largest_batch_tokens=100, precision="fp32")
+    assert loss_bytes(student, teacher, few) == 2 * 4 * 128_256 * 100 + 4 * head
 
 
 def test_an_unknown_card_or_precision_names_the_known_ones() -> None:

@@ -55,8 +55,8 @@ ACTIVATION_BYTES = {"bf16": 12, "fp16": 12, "fp32": 17}
 """Kept for the backward pass per element of ``numbers_a_layer`` and token, without checkpointing.
 Measured on Llama, Qwen 3, Gemma 3 and GPT-2 with fused attention: 9 to 15 (bf16 autocast), 15 to 20
 (fp32)."""
-LOGITS_BYTES = 6 * 256 * 2**20
-"""The loss's logits on a GPU: six chunks of GRADIENT_BYTES (losses/projection.py)."""
+CHUNK_BYTES = 256 * 2**20
+"""The least size of a chunk of logits on a GPU (losses/projection.py)."""
 KEPT_CHECKPOINTS = 2
 
 
@@ -229,11 +229,28 @@ def estimate(
         teacher_flops=teacher_flops,
         hours=hours,
         student_memory_bytes=student.parameters * (16 + copy_bytes),
-        activation_memory_bytes=activations + LOGITS_BYTES,
+        activation_memory_bytes=activations
+        + loss_bytes(student, None if method == "text" else teacher, plan),
         teacher_memory_bytes=teacher_memory,
         # + 1: a new checkpoint is written before the oldest is deleted
         disk_bytes=(KEPT_CHECKPOINTS + 1) * checkpoint + 4 * student.parameters,
     )
+
+
+def loss_bytes(student: ModelSize, teacher: ModelSize | None, plan: Plan) -> float:
+    """Return the bytes that the fused loss takes on a GPU: logits, and its weight gradient.
+
+    A chunk of tokens has the student's logits in float32, which become their gradient; a copy of
+    it in 16 bits; and the teacher's logits, if there is a ``teacher``.
+    """
+    head = student.vocabulary_rows * student.hidden_size
+    chunk = max(CHUNK_BYTES, 2 * head)
+    teachers = 0
+    if teacher is not None:  # it projects a multiple of the student's chunk at once
+        teachers = max(1, 2 * teacher.vocabulary_rows * teacher.hidden_size // chunk)
+    chunk = min(chunk, 4 * student.vocabulary_rows * plan.largest_batch_tokens)
+    rounded = 0 if plan.precision == "fp32" else 0.5
+    return (1 + teachers + rounded) * chunk + 4 * head
 
 
 def teacher_bytes(teacher: ModelSize, precision: str, quantize: str | None) -> float:
