@@ -20,6 +20,7 @@ from potstill.doctor.cost import (
     model_size,
 )
 from potstill.errors import ConfigError
+from potstill.models.lora import trained_share, with_lora
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "gpt2"]
 PLAN = Plan(
@@ -122,6 +123,21 @@ def test_training_state_is_counted_by_the_parameter() -> None:
     cost = estimate("text", size, size, PLAN)
     assert cost.student_memory_bytes == 18 * size.parameters
     assert cost.disk_bytes == (12 * (KEPT_CHECKPOINTS + 1) + 4) * size.parameters
+
+
+def test_an_adapter_is_all_that_is_trained() -> None:
+    """The number of its weights is peft's."""
+    pytest.importorskip("peft")
+    model = tiny_model()
+    size, plan = model_size(model.config), replace(PLAN, lora=4)
+    trained, total = trained_share(with_lora(model, 4))
+    assert (4 * size.linear_sides, size.parameters) == (trained, total - trained)
+    cost, whole = (estimate("text", size, size, one) for one in (plan, PLAN))
+    assert cost.student_memory_bytes == 16 * trained + 2 * size.parameters
+    assert cost.disk_bytes == (12 * (KEPT_CHECKPOINTS + 1) + 4) * trained
+    assert cost.student_flops == pytest.approx(2 / 3 * whole.student_flops)
+    head = size.vocabulary_rows * size.hidden_size
+    assert loss_bytes(size, None, plan) == loss_bytes(size, None, PLAN) - 4 * head
 
 
 def test_the_loss_takes_a_chunk_of_logits_and_the_gradient_of_the_head() -> None:

@@ -37,6 +37,8 @@ class DoctorRecipe(Reading):
     quantize_teacher: str | None = None
     """8bit or 4bit: the planned run quantizes its teacher (needs potstill[quantize]). With
     --with-weights, also measure what that costs."""
+    lora: int | None = None
+    """The planned run trains a LoRA adapter of this rank (needs potstill[peft])."""
     card: str | None = None
     """Estimate the hours on a10, a100, a100-40gb, b200, h100, h200, l4, l40s, mi300x, rtx3090 or
     rtx4090."""

@@ -80,6 +80,8 @@ class ModelSize:
     """Elements per token and layer: residual stream, queries, keys, inner feed-forward layer."""
     quantizable: int = 0
     """Weights of the matrices that a quantization changes: all linear layers but the head."""
+    linear_sides: int = 0
+    """Sum of inputs and outputs of all linear layers but the head: weights of LoRA with rank 1."""
     quantization: str | None = None
     """How the weights were saved, such as fp8; None if they are not quantized."""
 
@@ -108,6 +110,8 @@ class Plan:
     precision: str = "bf16"
     quantize_teacher: str | None = None
     """8bit or 4bit."""
+    lora: int | None = None
+    """Rank of an adapter, which alone is trained."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,8 @@ class Cost:
     hours: float | None
     """On the named card, at `UTILIZATION` of its peak."""
     student_memory_bytes: float
-    """float32 weights, gradients and two Adam moments; and the weights in ``precision``."""
+    """What is trained: float32 weights, gradients and two Adam moments; and all weights in
+    ``precision``."""
     activation_memory_bytes: float
     """Activations of the largest micro-batch, and the loss's logits."""
     teacher_memory_bytes: float
@@ -169,13 +174,6 @@ def model_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
     heads = getattr(text, "num_attention_heads", None) or 0  # recurrent models have none
     head_width = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
     key_heads = getattr(text, "num_key_value_heads", None) or heads
-    inner = (
-        getattr(text, "intermediate_size", None)
-        or getattr(text, "n_inner", None)
-        or 4 * text.hidden_size
-    )
-    if isinstance(inner, list):  # a width for each layer
-        inner = round(sum(inner) / len(inner))
     return ModelSize(
         parameters=model.num_parameters(),
         body_parameters=round(body),
@@ -183,18 +181,28 @@ def model_size(config: Any, *, trust_remote_code: bool = False) -> ModelSize:
         hidden_size=head.shape[1],
         layers=text.num_hidden_layers,
         attention_width=heads * head_width,
-        numbers_a_layer=text.hidden_size + (heads + key_heads) * head_width + inner,
-        quantizable=_quantizable(model, head),
+        numbers_a_layer=text.hidden_size + (heads + key_heads) * head_width + _inner(text),
+        quantizable=sum(weight.numel() for weight in _linear_weights(model, head)),
+        linear_sides=sum(sum(weight.shape) for weight in _linear_weights(model, head)),
         quantization=saved_method(config),
     )
 
 
-def _quantizable(model: Any, head: Any) -> int:
-    """Return the number of weights in linear layers other than the head."""
+def _inner(text: Any) -> int:
+    """Return the width inside the feed-forward layers; their mean if they differ."""
+    names = ("intermediate_size", "n_inner")
+    inner = next((found for name in names if (found := getattr(text, name, None))), None)
+    if isinstance(inner, list):
+        return round(sum(inner) / len(inner))
+    return inner or 4 * text.hidden_size  # type: ignore[no-any-return]
+
+
+def _linear_weights(model: Any, head: Any) -> list[Any]:
+    """Return the weights of linear layers other than the head."""
     import torch
 
     linear = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
-    return sum(module.weight.numel() for module in linear if module.weight is not head)
+    return [module.weight for module in linear if module.weight is not head]
 
 
 def estimate(
@@ -209,17 +217,17 @@ def estimate(
             f"precision {plan.precision!r} is not known; use one of {', '.join(BYTES)}"
         )
     conversations = plan.steps * plan.conversations_a_step
-    student_flops = 3 * conversations * student.forward_flops(plan.tokens, plan.supervised)
+    passes = 3 if plan.lora is None else 2  # frozen weights get no gradient
+    student_flops = passes * conversations * student.forward_flops(plan.tokens, plan.supervised)
     teacher_flops, teacher_memory = 0.0, 0.0
     if method != "text":
         teacher_flops = conversations * teacher.forward_flops(
             plan.teacher_tokens, plan.teacher_supervised
         )
         teacher_memory = teacher_bytes(teacher, plan.precision, plan.quantize_teacher)
-    copy_bytes = 0 if plan.precision == "fp32" else BYTES[plan.precision]
     activations = plan.largest_batch_tokens * student.layers * student.numbers_a_layer
     activations *= ACTIVATION_BYTES[plan.precision]
-    checkpoint = 12 * student.parameters  # weights and two moments in float32
+    trained = student.parameters if plan.lora is None else plan.lora * student.linear_sides
     hours = None
     if card is not None:
         flops_per_second = _flops_per_second(card, plan.precision)
@@ -228,13 +236,19 @@ def estimate(
         student_flops=student_flops,
         teacher_flops=teacher_flops,
         hours=hours,
-        student_memory_bytes=student.parameters * (16 + copy_bytes),
+        student_memory_bytes=16 * trained + _frozen_bytes(student, plan),
         activation_memory_bytes=activations
         + loss_bytes(student, None if method == "text" else teacher, plan),
         teacher_memory_bytes=teacher_memory,
-        # + 1: a new checkpoint is written before the oldest is deleted
-        disk_bytes=(KEPT_CHECKPOINTS + 1) * checkpoint + 4 * student.parameters,
+        # Weights and two moments in float32. + 1: a checkpoint is written before one is deleted.
+        disk_bytes=(KEPT_CHECKPOINTS + 1) * 12 * trained + 4 * trained,
     )
+
+
+def _frozen_bytes(student: ModelSize, plan: Plan) -> float:
+    """Return the bytes of weights in ``precision``: a copy of trained ones, or all with LoRA."""
+    copied = plan.precision != "fp32" or plan.lora is not None
+    return student.parameters * BYTES[plan.precision] if copied else 0
 
 
 def loss_bytes(student: ModelSize, teacher: ModelSize | None, plan: Plan) -> float:
@@ -250,7 +264,7 @@ def loss_bytes(student: ModelSize, teacher: ModelSize | None, plan: Plan) -> flo
         teachers = max(1, 2 * teacher.vocabulary_rows * teacher.hidden_size // chunk)
     chunk = min(chunk, 4 * student.vocabulary_rows * plan.largest_batch_tokens)
     rounded = 0 if plan.precision == "fp32" else 0.5
-    return (1 + teachers + rounded) * chunk + 4 * head
+    return (1 + teachers + rounded) * chunk + (4 * head if plan.lora is None else 0)
 
 
 def teacher_bytes(teacher: ModelSize, precision: str, quantize: str | None) -> float:

@@ -36,6 +36,7 @@ from potstill.doctor.storage import storage
 from potstill.doctor.teacher_scores import score_teacher
 from potstill.errors import ChatTemplateError, ConfigError, VocabularyMismatch
 from potstill.models import ModelOpener
+from potstill.models.lora import check_lora
 from potstill.models.quantized import check_kind, refuse_unopenable
 from potstill.protocols import Tokenizer
 from potstill.reading import Reading
@@ -65,6 +66,7 @@ class _Request:
     max_length: int
     precision: str
     quantize_teacher: str | None
+    lora: int | None
 
 
 def quick_check(
@@ -119,6 +121,7 @@ def examine(
     max_length: int = MAX_LENGTH,
     precision: str = "bf16",
     quantize_teacher: str | None = None,
+    lora: int | None = None,
     card: str | None = None,
     chat_template: str | None = None,
     with_weights: bool = False,
@@ -144,6 +147,7 @@ def examine(
         max_length=max_length,
         precision=precision,
         quantize_teacher=quantize_teacher,
+        lora=lora,
     )
     _check(request)
     return _diagnose(request, list(read_conversations(data, reading=reading)) if data else [])
@@ -154,6 +158,7 @@ def _check(request: _Request) -> None:
     if request.card is not None:
         find_card(request.card)
     check_kind(request.quantize_teacher)
+    check_lora(request.lora)
     if request.with_weights and request.data is None:
         raise ConfigError(
             "--with-weights scores the teacher on text, and there is none; give --data"
@@ -314,6 +319,7 @@ def _plan(text: MeasuredText | None, request: _Request, tokenizers: Sequence[Tok
         largest_batch_tokens=batch * longest,
         precision=request.precision,
         quantize_teacher=request.quantize_teacher,
+        lora=request.lora,
     )
 
 
@@ -324,7 +330,7 @@ def _command(request: _Request, method: str) -> str:
     words += ["--data", request.data or "DATA", "--method", method]
     words += ["--output-dir", f"runs/{Path(request.student).name}"]
     names = ["max_steps", "batch_size", "max_length", "gradient_accumulation_steps", "precision"]
-    names += ["quantize_teacher"]
+    names += ["quantize_teacher", "lora"]
     settings = {name: getattr(request, name) for name in names}
     for name in ("chat_template", "trust_remote_code"):
         settings[name] = getattr(request.opener, name)

@@ -17,7 +17,7 @@ from typing import Any
 from potstill.errors import ConfigError, ModelError
 
 
-def check_lora(rank: int | None, alpha: float | None) -> None:
+def check_lora(rank: int | None, alpha: float | None = None) -> None:
     """Raises: ConfigError for a number out of range, or if peft is not installed."""
     if rank is None:
         if alpha is not None:
