@@ -102,6 +102,13 @@ def test_a_teacher_that_is_the_students_base_is_one_copy_and_trains_the_same(
     assert losses() == losses("two")
 
 
+def test_activation_checkpointing_trains_the_same_adapter(place: Path) -> None:
+    """The embedding's output needs no gradient here, and the layers still must give theirs."""
+    assert distill("--max-steps", "4") == 0
+    assert distill("--max-steps", "4", "--activation-checkpointing", output="again") == 0
+    assert_same("run", "again", rtol=1e-4, atol=1e-6)
+
+
 def test_a_student_begins_as_its_teacher(place: Path) -> None:
     assert distill("--max-steps", "1", teacher="student") == 0
     assert abs(losses()[0]) < 1e-6

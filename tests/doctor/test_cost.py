@@ -140,6 +140,15 @@ def test_an_adapter_is_all_that_is_trained() -> None:
     assert loss_bytes(size, None, plan) == loss_bytes(size, None, PLAN) - 4 * head
 
 
+def test_activation_checkpointing_keeps_a_layers_inputs_and_costs_a_forward_pass() -> None:
+    size, plan = model_size(tiny_model().config), replace(PLAN, activation_checkpointing=True)
+    less, whole = (estimate("text", size, size, one) for one in (plan, PLAN))
+    loss = loss_bytes(size, None, PLAN)
+    kept = (less.activation_memory_bytes - loss) / PLAN.largest_batch_tokens
+    assert kept == 4 * size.layers * size.hidden_size + 12 * size.numbers_a_layer
+    assert less.student_flops == pytest.approx(4 / 3 * whole.student_flops)
+
+
 def test_the_loss_takes_a_chunk_of_logits_and_the_gradient_of_the_head() -> None:
     """Llama 3.2: half of the student's head in float32 is 525 MB, more than 256 MiB."""
     small = model_size(tiny_model().config)

@@ -39,6 +39,8 @@ class DoctorRecipe(Reading):
     --with-weights, also measure what that costs."""
     lora: int | None = None
     """The planned run trains a LoRA adapter of this rank (needs potstill[peft])."""
+    activation_checkpointing: bool = False
+    """The planned run keeps only the inputs of layers for the backward pass."""
     card: str | None = None
     """Estimate the hours on a10, a100, a100-40gb, b200, h100, h200, l4, l40s, mi300x, rtx3090 or
     rtx4090."""

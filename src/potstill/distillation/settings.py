@@ -92,6 +92,9 @@ class DistillSettings(Reading):
     freeze_embeddings: bool = False
     """Do not train the student's embedding and LM head. In a student cut from its teacher they are
     the teacher's own."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the student's layers for the backward pass, and compute the rest
+    again: less memory, a third more time."""
     lora: int | None = None
     """Train a LoRA adapter of this rank on every linear layer except the LM head, and nothing else
     (needs potstill[peft]). Learning rates are about ten times those of whole models."""

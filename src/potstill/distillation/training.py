@@ -318,6 +318,7 @@ def _arguments(run: RunFolder, settings: DistillSettings, **overrides: Any) -> D
         "per_device_train_batch_size": settings.batch_size,
         "bf16": settings.precision == "bf16",
         "fp16": settings.precision == "fp16",
+        "gradient_checkpointing": settings.activation_checkpointing,
         "use_cpu": opener_of(settings).device_type() == "cpu",
         "logging_steps": 1,
         "save_total_limit": 2,

@@ -112,6 +112,7 @@ class Plan:
     """8bit or 4bit."""
     lora: int | None = None
     """Rank of an adapter, which alone is trained."""
+    activation_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,7 @@ def estimate(
         )
     conversations = plan.steps * plan.conversations_a_step
     passes = 3 if plan.lora is None else 2  # frozen weights get no gradient
+    passes += plan.activation_checkpointing
     student_flops = passes * conversations * student.forward_flops(plan.tokens, plan.supervised)
     teacher_flops, teacher_memory = 0.0, 0.0
     if method != "text":
@@ -225,8 +227,7 @@ def estimate(
             plan.teacher_tokens, plan.teacher_supervised
         )
         teacher_memory = teacher_bytes(teacher, plan.precision, plan.quantize_teacher)
-    activations = plan.largest_batch_tokens * student.layers * student.numbers_a_layer
-    activations *= ACTIVATION_BYTES[plan.precision]
+    activations = plan.largest_batch_tokens * _activation_bytes(student, plan)
     trained = student.parameters if plan.lora is None else plan.lora * student.linear_sides
     hours = None
     if card is not None:
@@ -243,6 +244,17 @@ def estimate(
         # Weights and two moments in float32. + 1: a checkpoint is written before one is deleted.
         disk_bytes=(KEPT_CHECKPOINTS + 1) * 12 * trained + 4 * trained,
     )
+
+
+def _activation_bytes(student: ModelSize, plan: Plan) -> float:
+    """Return the bytes per token that are kept for the backward pass.
+
+    With checkpointing: each layer's input in float32, and all of one layer.
+    """
+    layer = student.numbers_a_layer * ACTIVATION_BYTES[plan.precision]
+    if plan.activation_checkpointing:
+        return student.layers * 4 * student.hidden_size + layer
+    return student.layers * layer
 
 
 def _frozen_bytes(student: ModelSize, plan: Plan) -> float:

@@ -67,6 +67,7 @@ class _Request:
     precision: str
     quantize_teacher: str | None
     lora: int | None
+    activation_checkpointing: bool
 
 
 def quick_check(
@@ -122,6 +123,7 @@ def examine(
     precision: str = "bf16",
     quantize_teacher: str | None = None,
     lora: int | None = None,
+    activation_checkpointing: bool = False,
     card: str | None = None,
     chat_template: str | None = None,
     with_weights: bool = False,
@@ -148,6 +150,7 @@ def examine(
         precision=precision,
         quantize_teacher=quantize_teacher,
         lora=lora,
+        activation_checkpointing=activation_checkpointing,
     )
     _check(request)
     return _diagnose(request, list(read_conversations(data, reading=reading)) if data else [])
@@ -320,6 +323,7 @@ def _plan(text: MeasuredText | None, request: _Request, tokenizers: Sequence[Tok
         precision=request.precision,
         quantize_teacher=request.quantize_teacher,
         lora=request.lora,
+        activation_checkpointing=request.activation_checkpointing,
     )
 
 
@@ -330,7 +334,7 @@ def _command(request: _Request, method: str) -> str:
     words += ["--data", request.data or "DATA", "--method", method]
     words += ["--output-dir", f"runs/{Path(request.student).name}"]
     names = ["max_steps", "batch_size", "max_length", "gradient_accumulation_steps", "precision"]
-    names += ["quantize_teacher", "lora"]
+    names += ["quantize_teacher", "lora", "activation_checkpointing"]
     settings = {name: getattr(request, name) for name in names}
     for name in ("chat_template", "trust_remote_code"):
         settings[name] = getattr(request.opener, name)
