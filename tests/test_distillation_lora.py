@@ -102,6 +102,34 @@ def test_a_teacher_that_is_the_students_base_is_one_copy_and_trains_the_same(
     assert losses() == losses("two")
 
 
+@pytest.mark.parametrize("method", ["text", "cross"])
+def test_other_methods(place: Path, method: str) -> None:
+    assert distill("--max-steps", "8", "--method", method) == 0
+    assert losses()[-1] < losses()[0]
+
+
+def test_an_adapter_can_be_trained_on_an_adapter_and_its_run_measured_again(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distill("--max-steps", "4") == 0
+    first = str(place / "run" / "student")
+    again = ["distill", "teacher", first, "--data", "data.jsonl", "--output-dir", "second", *FAST]
+    assert cli.main([*again, "--max-steps", "4"]) == 0
+    measured = [
+        json.loads(Path(run, "evaluation.json").read_text())[name]["kl_nats_per_token"]
+        for run, name in (("run", "after"), ("second", "before"), ("second", "after"))
+    ]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-4)
+    assert measured[2] < measured[1]
+    capsys.readouterr()
+    evaluate = shlex.split("--teacher teacher --data data.jsonl --device cpu --precision fp32")
+    assert cli.main(["evaluate", "second/student", *evaluate, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+    assert cli.main(["compare", "run", "second", "--output-dir", "compared"]) in (0, 2)
+    assert distill("--max-steps", "4", "--lora-alpha", "1") == 2
+    assert "holds a run with lora_alpha None, not 1.0" in capsys.readouterr().err
+
+
 def test_activation_checkpointing_trains_the_same_adapter(place: Path) -> None:
     """The embedding's output needs no gradient here, and the layers still must give theirs."""
     assert distill("--max-steps", "4") == 0

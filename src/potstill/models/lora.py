@@ -9,6 +9,7 @@ Source: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXi
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,12 +55,10 @@ def with_lora(model: Any, rank: int, *, alpha: float | None = None, seed: int = 
         except ValueError as error:
             found = f"peft cannot add LoRA to {name} ({str(error).splitlines()[0]})"
             raise ModelError(f"{found}; leave out --lora") from error
+    # The embedding is frozen. Else peft asks the hub at every checkpoint whether it has changed.
+    only_adapter = functools.partial(wrapped.save_pretrained, save_embedding_layers=False)
+    wrapped.save_pretrained = only_adapter
     return wrapped
-
-
-def has_lora(model: Any) -> bool:
-    """Return whether ``model`` is a base model with an adapter around it."""
-    return hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
 
 
 def trained_share(model: Any) -> tuple[int, int]:

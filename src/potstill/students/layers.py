@@ -17,7 +17,6 @@ from typing import Any
 from torch import nn
 
 from potstill.errors import ConfigError, ModelError
-from potstill.models.lora import has_lora
 from potstill.models.vocabulary import embedding_rows
 from potstill.models.weights import infinite_weight
 from potstill.protocols import CausalLM, Tokenizer
@@ -109,9 +108,7 @@ def save_student(
         pad = getattr(config, "pad_token_id", None)
         if pad is not None and pad >= embedding_rows(student):  # the Trainer copies the tokenizer's
             config.pad_token_id = None
-    # Else peft asks the hub whether the embedding is still the base's.
-    only_adapter = {"save_embedding_layers": False} if has_lora(student) else {}
-    student.save_pretrained(folder, state_dict=weights, **only_adapter)
+    student.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(_model_card(provenance, notes), encoding="utf-8")
 
